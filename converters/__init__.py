@@ -1,0 +1,37 @@
+"""Commands that bring checkpoints and tokenizers in and out, and what they share."""
+
+import sys
+from collections.abc import Callable
+
+from fastconformer.checkpoint import Checkpoint
+
+
+def check(checkpoint: Checkpoint) -> str:
+    """Raises ValueError unless the options, the tokenizer and the tensors fit one another.
+    Returns a line that describes the model."""
+    from fastconformer.config import ModelConfig
+    from fastconformer.model import check_state_dict
+    from fastconformer.tokenizer import load_tokenizer
+
+    config = ModelConfig.from_nemo(checkpoint.config)
+    check_state_dict(config, checkpoint.state_dict)
+    tokenizer = load_tokenizer(checkpoint.config, checkpoint.tokenizer_files)
+    if tokenizer.vocab_size != config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {tokenizer.vocab_size} pieces, the heads {config.vocab_size}"
+        )
+    n_values = sum(tensor.numel() for tensor in checkpoint.state_dict.values())
+    return (
+        f"{config.class_name}, heads {' '.join(config.heads)}, {n_values / 1e6:.2f} M parameters "
+        f"and statistics, {config.vocab_size} tokens, {config.sample_rate} Hz"
+    )
+
+
+def run(name: str, job: Callable[[], None]) -> int:
+    """Runs a command's job: 0, or 1 with one line on stderr for what a user can cause."""
+    try:
+        job()
+    except (ValueError, OSError) as error:
+        print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    return 0

@@ -1,0 +1,51 @@
+"""A NeMo archive to a folder of config.json, model.safetensors and tokenizer files."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from converters import check, run
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m converters.nemo2st",
+        description=__doc__,
+        epilog="example: python -m converters.nemo2st parakeet.nemo -o parakeet",
+    )
+    parser.add_argument("archive", type=Path, metavar="model.nemo", help="NeMo archive to read")
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        metavar="FOLDER",
+        help="folder to write (default: the archive's name without .nemo)",
+    )
+    args = parser.parse_args(argv)
+    if args.output is None and args.archive.suffix != ".nemo":
+        parser.error(f"{args.archive} does not end in .nemo: name the folder with -o FOLDER")
+    folder = args.output or args.archive.with_suffix("")
+    return run("nemo2st", lambda: convert(args.archive, folder))
+
+
+def convert(archive: Path, folder: Path) -> None:
+    """Reads, checks, writes; a bad archive writes nothing."""
+    from fastconformer.checkpoint import read_checkpoint, write_folder
+
+    if archive.is_dir():
+        raise ValueError(f"{archive} is a folder; expected a .nemo file")
+    checkpoint = read_checkpoint(archive)
+    try:
+        summary = check(checkpoint)
+    except ValueError as error:
+        raise ValueError(f"{archive}: {error}") from error
+    write_folder(folder, checkpoint)
+    print(summary)
+    if checkpoint.dropped:
+        print(f"not kept, the config does not name them: {', '.join(checkpoint.dropped)}")
+    print(f"wrote {folder}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

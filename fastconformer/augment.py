@@ -1,0 +1,65 @@
+"""SpecAugment: random bands of mel bins and of frames are set to zero; training only.
+
+Input: features (B, M, T) and lengths (B,) from `model.featurize`; output: features of that shape.
+Source: Park et al. 2019 (arXiv:1904.08779), with the distributions of NeMo's
+SpectrogramAugmentation (its vectorised SpecAugment).
+"""
+
+import torch
+from torch import Tensor
+
+
+def spec_augment(
+    features: Tensor,
+    lengths: Tensor,
+    freq_masks: int,
+    time_masks: int,
+    freq_width: int,
+    time_width: int | float,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Mask random bands of each clip with zeros; the input is left as it is.
+
+    Args:
+        features: log-mel frames, (B, M, T).
+        lengths: valid frames of each clip, (B,); time masks start and end inside them.
+        freq_masks: bands of mel bins for each clip.
+        time_masks: bands of frames for each clip.
+        freq_width: widest band in mel bins; each is uniform in 0..freq_width.
+        time_width: widest band in frames (int), or as a share of the clip's frames (float).
+        generator: CPU generator; the masks depend on it, on the shape and on the lengths only,
+            so that they are the same on every device.
+    Returns:
+        (B, M, T), a new tensor.
+    Raises:
+        ValueError: freq_width is above M, or a float time_width is not in 0..1.
+    """
+    n_clips, n_mels, n_frames = features.shape
+    if freq_width > n_mels:
+        raise ValueError(f"freq_width is {freq_width}, but the features have {n_mels} mel bins")
+    if isinstance(time_width, float) and not 0.0 <= time_width <= 1.0:
+        raise ValueError(f"time_width is {time_width}, expected a share 0..1, or an int of frames")
+    lengths = lengths.cpu().long()
+    if isinstance(time_width, float):
+        widest = (lengths * time_width).long().clamp(min=1)  # NeMo: at least one frame
+    else:
+        widest = torch.full_like(lengths, time_width)
+    widest = torch.minimum(widest, lengths)[:, None]  # (B, 1)
+
+    def uniform(n_masks: int) -> Tensor:
+        return torch.rand(n_clips, n_masks, generator=generator, dtype=torch.float64)
+
+    starts = (uniform(freq_masks) * (n_mels - freq_width + 1)).long()
+    widths = (uniform(freq_masks) * (freq_width + 1)).long()
+    mask = _bands(starts, widths, n_mels)[:, :, None]  # (B, M, 1)
+    starts = (uniform(time_masks) * (lengths[:, None] - widest + 1)).long()
+    widths = (uniform(time_masks) * (widest + 1)).long()
+    mask = mask | _bands(starts, widths, n_frames)[:, None, :]  # (B, M, T)
+    return features.masked_fill(mask.to(features.device), 0.0)
+
+
+def _bands(starts: Tensor, widths: Tensor, size: int) -> Tensor:
+    """starts, widths (B, n) -> (B, size), True inside any band."""
+    position = torch.arange(size)
+    begin, end = starts[:, :, None], (starts + widths)[:, :, None]
+    return ((position >= begin) & (position < end)).any(dim=1)

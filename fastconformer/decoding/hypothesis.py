@@ -1,0 +1,16 @@
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Hypothesis:
+    """What a decoder found for one clip.
+
+    tokens: ids without blank. frames: encoder frame at which each token was emitted (CTC: the first
+    frame of its run). durations: frames each token spans (TDT: the predicted duration, CTC: the
+    length of its run), None for RNNT. score: sum of log-probabilities.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    frames: list[int] = field(default_factory=list)
+    durations: list[int] | None = None
+    score: float = 0.0

@@ -1,0 +1,213 @@
+"""FastConformer encoder: subsampling, then Conformer layers. Source: NeMo's ConformerEncoder.
+
+Features (B, M, T) and lengths (B,) in, (B, T', D) and lengths out.
+"""
+
+import math
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from .attention import (
+    LocalRelPositionMultiHeadAttention,
+    RelPositionMultiHeadAttention,
+    position_encoding,
+)
+from .config import EncoderConfig
+from .subsampling import ConvSubsampling
+
+
+class FeedForward(nn.Module):
+    """Linear, SiLU, dropout, linear."""
+
+    def __init__(self, d_model: int, d_ff: int, dropout: float, use_bias: bool):
+        super().__init__()
+        self.linear1 = nn.Linear(d_model, d_ff, bias=use_bias)
+        self.dropout = nn.Dropout(dropout)
+        self.linear2 = nn.Linear(d_ff, d_model, bias=use_bias)
+
+    def forward(self, x):
+        return self.linear2(self.dropout(F.silu(self.linear1(x))))
+
+
+class Convolution(nn.Module):
+    """Pointwise GLU, depthwise convolution, norm, SiLU, pointwise.
+
+    The norm is called `batch_norm` whatever its kind, as in NeMo's checkpoints.
+    """
+
+    def __init__(self, d_model: int, kernel: int, context: tuple[int, int], norm: str, use_bias: bool):
+        super().__init__()
+        self.context = context
+        self.pointwise_conv1 = nn.Conv1d(d_model, 2 * d_model, 1, bias=use_bias)
+        self.depthwise_conv = nn.Conv1d(d_model, d_model, kernel, groups=d_model, bias=use_bias)
+        if norm == "batch_norm":
+            self.batch_norm = nn.BatchNorm1d(d_model)
+        elif norm == "layer_norm":
+            self.batch_norm = nn.LayerNorm(d_model)
+        elif norm == "instance_norm":
+            self.batch_norm = nn.InstanceNorm1d(d_model)
+        else:
+            self.batch_norm = nn.GroupNorm(int(norm.removeprefix("group_norm")), d_model)
+        self.pointwise_conv2 = nn.Conv1d(d_model, d_model, 1, bias=use_bias)
+
+    def forward(self, x: torch.Tensor, pad_mask: torch.Tensor) -> torch.Tensor:
+        # width-1 convolutions as matrix products: no transposes, faster kernels
+        x = F.linear(x, self.pointwise_conv1.weight[..., 0], self.pointwise_conv1.bias)
+        x = F.glu(x, dim=-1).masked_fill(pad_mask[..., None], 0.0)
+        x = F.pad(x.transpose(1, 2), self.context)  # (B, D, T)
+        norm, conv = self.batch_norm, self.depthwise_conv
+        if isinstance(norm, nn.BatchNorm1d) and not norm.training:
+            # fixed statistics: fold the norm into the convolution's weights
+            scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+            bias = norm.bias - norm.running_mean * scale
+            bias = bias if conv.bias is None else bias + conv.bias * scale
+            x = F.conv1d(x, conv.weight * scale[:, None, None], bias, groups=conv.groups)
+            x = x.transpose(1, 2)
+        elif isinstance(norm, nn.LayerNorm):
+            x = norm(conv(x).transpose(1, 2))
+        else:
+            x = norm(conv(x)).transpose(1, 2)
+        return F.linear(F.silu(x), self.pointwise_conv2.weight[..., 0], self.pointwise_conv2.bias)
+
+
+class ConformerLayer(nn.Module):
+    """Half feed-forward, attention, convolution, half feed-forward, norm; residuals around each."""
+
+    def __init__(self, config: EncoderConfig, pos_bias_u=None, pos_bias_v=None):
+        super().__init__()
+        d, dropout, bias = config.d_model, config.dropout, config.use_bias
+        d_ff = d * config.ff_expansion_factor
+        self.norm_feed_forward1 = nn.LayerNorm(d)
+        self.feed_forward1 = FeedForward(d, d_ff, dropout, bias)
+        self.norm_self_att = nn.LayerNorm(d)
+        if config.self_attention_model == "rel_pos":
+            self.self_attn = RelPositionMultiHeadAttention(
+                d, config.n_heads, config.dropout_att, bias, pos_bias_u, pos_bias_v
+            )
+        else:
+            self.self_attn = LocalRelPositionMultiHeadAttention(
+                d,
+                config.n_heads,
+                config.dropout_att,
+                bias,
+                config.att_contexts[0],
+                config.global_tokens,
+                config.global_tokens_spacing,
+                config.global_attn_separate,
+            )
+        self.norm_conv = nn.LayerNorm(d)
+        self.conv = Convolution(
+            d, config.conv_kernel_size, config.conv_context, config.conv_norm_type, bias
+        )
+        self.norm_feed_forward2 = nn.LayerNorm(d)
+        self.feed_forward2 = FeedForward(d, d_ff, dropout, bias)
+        self.dropout = nn.Dropout(dropout)
+        self.norm_out = nn.LayerNorm(d)
+
+    def forward(self, x, pos_emb, att_mask, pad_mask):
+        """x (B, T, D); `att_mask` as the attention takes it; pad_mask (B, T), True on padding."""
+        x = x + 0.5 * self.dropout(self.feed_forward1(self.norm_feed_forward1(x)))
+        x = x + self.dropout(self.self_attn(self.norm_self_att(x), pos_emb, att_mask))
+        x = x + self.dropout(self.conv(self.norm_conv(x), pad_mask))
+        x = x + 0.5 * self.dropout(self.feed_forward2(self.norm_feed_forward2(x)))
+        return self.norm_out(x)
+
+
+class ConformerEncoder(nn.Module):
+    """See the module's docstring."""
+
+    def __init__(self, config: EncoderConfig):
+        super().__init__()
+        self.config = config
+        d = config.d_model
+        channels = config.subsampling_conv_channels
+        self.pre_encode = ConvSubsampling(
+            config.subsampling,
+            config.subsampling_factor,
+            config.feat_in,
+            d,
+            d if channels == -1 else channels,
+            config.causal_downsampling,
+        )
+        biases = ()
+        if not config.untie_biases and config.self_attention_model == "rel_pos":
+            shape = (config.n_heads, d // config.n_heads)
+            # tied biases: one pair, shared by (and saved with) every layer
+            biases = nn.Parameter(torch.zeros(shape)), nn.Parameter(torch.zeros(shape))
+        self.layers = nn.ModuleList(ConformerLayer(config, *biases) for _ in range(config.n_layers))
+        self.out_proj = nn.Linear(d, config.d_out) if config.d_out != d else None
+        self.dropout_input = nn.Dropout(
+            config.dropout_pre_encoder
+            if config.self_attention_model == "rel_pos"
+            else config.dropout
+        )
+        self.dropout_emb = nn.Dropout(config.dropout_emb)
+        self.drop_probs = _layer_drop_probs(config)
+
+    def tie_biases(self):
+        """Makes all layers share the first one's position biases, where the config ties them."""
+        if not self.config.untie_biases and self.config.self_attention_model == "rel_pos":
+            for layer in self.layers:
+                layer.self_attn.pos_bias_u = self.layers[0].self_attn.pos_bias_u
+                layer.self_attn.pos_bias_v = self.layers[0].self_attn.pos_bias_v
+
+    def forward(self, features: torch.Tensor, lengths: torch.Tensor):
+        """features (B, M, T), lengths (B,) -> encoded (B, T', D), lengths (B,)."""
+        x, lengths = self.pre_encode(features, lengths)
+        x, pos_emb, att_mask, pad_mask = self.prepare(x, lengths)
+        for layer, drop_prob in zip(self.layers, self.drop_probs):
+            if self.training and drop_prob > 0.0:
+                # stochastic depth (arXiv:2102.03216), expectation kept
+                kept = (torch.rand(()) >= drop_prob).to(x.dtype)
+                x = x + (layer(x, pos_emb, att_mask, pad_mask) - x) * kept / (1.0 - drop_prob)
+            else:
+                x = layer(x, pos_emb, att_mask, pad_mask)
+        return (x if self.out_proj is None else self.out_proj(x)), lengths
+
+    def prepare(self, x: torch.Tensor, lengths: torch.Tensor):
+        """Scales the subsampled frames; gives position encodings and masks for the layers."""
+        config, t = self.config, x.shape[1]
+        if config.xscaling:
+            x = x * math.sqrt(config.d_model)
+        left, right = self._context()
+        local = config.self_attention_model == "rel_pos_local_attn"
+        first, last = (left, -right) if local else (t - 1, 1 - t)
+        positions = torch.arange(first, last - 1, -1, device=x.device)
+        pos_emb = self.dropout_emb(position_encoding(positions, config.d_model).to(x.dtype))
+        pad_mask = torch.arange(t, device=x.device) >= lengths[:, None]  # (B, T)
+        att_mask = pad_mask if local else pad_mask[:, None, None] | self._hidden(t, left, right, x.device)
+        return self.dropout_input(x), pos_emb, att_mask, pad_mask
+
+    def _context(self) -> tuple[int, int]:
+        contexts = self.config.att_contexts
+        if not self.training or len(contexts) == 1:
+            return contexts[0]
+        weights = torch.tensor(self.config.att_context_probs or [1.0] * len(contexts))
+        return contexts[int(torch.multinomial(weights, 1))]
+
+    def _hidden(self, t: int, left: int, right: int, device) -> torch.Tensor:
+        """(T or 1, T) True where the context forbids a key."""
+        frame = torch.arange(t, device=device)
+        if self.config.att_context_style == "chunked_limited" and right >= 0:
+            frame = frame // (right + 1)  # whole chunks see each other; right is the look-ahead
+            left, right = (left // (right + 1) if left >= 0 else -1), 0
+        distance = frame - frame[:, None]  # key minus query
+        hidden = torch.zeros((1, t), dtype=torch.bool, device=device)
+        if left >= 0:
+            hidden = hidden | (distance < -left)
+        if right >= 0:
+            hidden = hidden | (distance > right)
+        return hidden
+
+
+def _layer_drop_probs(config: EncoderConfig) -> list[float]:
+    """Probability of skipping each layer; the first `start_layer` layers are always kept."""
+    n, start = config.n_layers, config.stochastic_depth_start_layer
+    probability = config.stochastic_depth_drop_prob
+    if config.stochastic_depth_mode == "uniform":
+        rest = [probability] * (n - start)
+    else:
+        rest = [probability * i / (n - start) for i in range(1, n - start + 1)]
+    return ([0.0] * start + rest)[:n]

@@ -1,0 +1,106 @@
+"""Output heads: CTC, prediction network and joint. Source: NeMo's ConvASRDecoder, RNNTDecoder, RNNTJoint.
+
+All return logits or states; losses and decoders are functions elsewhere.
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from .config import CTCConfig, JointConfig, PredictionConfig
+
+_ACTIVATIONS = {"relu": nn.ReLU, "sigmoid": nn.Sigmoid, "tanh": nn.Tanh}
+
+
+class CTCHead(nn.Module):
+    """One linear layer to V + 1 classes, blank last; stored as a width-1 convolution, as NeMo does."""
+
+    def __init__(self, config: CTCConfig):
+        super().__init__()
+        self.decoder_layers = nn.Sequential(nn.Conv1d(config.d_in, config.vocab_size + 1, 1))
+
+    def forward(self, encoded: torch.Tensor) -> torch.Tensor:
+        """(B, T', D) -> logits (B, T', V+1)."""
+        layer = self.decoder_layers[0]
+        return F.linear(encoded, layer.weight[..., 0], layer.bias)
+
+
+class LSTM(nn.Module):
+    """Keeps NeMo's name `dec_rnn.lstm`; dropout between layers and after the last."""
+
+    def __init__(self, hidden: int, n_layers: int, dropout: float):
+        super().__init__()
+        self.lstm = nn.LSTM(
+            hidden, hidden, n_layers, batch_first=True, dropout=dropout if n_layers > 1 else 0.0
+        )
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x, state=None):
+        x, state = self.lstm(x, state)
+        return self.dropout(x), state
+
+
+class PredictionNetwork(nn.Module):
+    """An LSTM over the tokens emitted so far (NeMo's `decoder`)."""
+
+    def __init__(self, config: PredictionConfig):
+        super().__init__()
+        self.n_layers, self.hidden = config.pred_rnn_layers, config.pred_hidden
+        rows = config.vocab_size + 1 if config.blank_as_pad else config.vocab_size
+        padding = config.vocab_size if config.blank_as_pad else None
+        self.prediction = nn.ModuleDict(
+            {
+                "embed": nn.Embedding(rows, config.pred_hidden, padding_idx=padding),
+                "dec_rnn": LSTM(config.pred_hidden, config.pred_rnn_layers, config.dropout),
+            }
+        )
+
+    def forward(self, targets: torch.Tensor) -> torch.Tensor:
+        """targets (B, U) -> states (B, U+1, H); row 0 follows the start, a zero vector."""
+        embedded = F.pad(self.prediction["embed"](targets), (0, 0, 1, 0))
+        return self.prediction["dec_rnn"](embedded)[0]
+
+    def start(self, batch: int):
+        """(output (B, H), state) after the start symbol, for step-by-step decoding."""
+        weight = self.prediction["embed"].weight
+        zeros = weight.new_zeros(batch, self.hidden)
+        state = [(zeros, zeros)] * self.n_layers
+        return self._cells(zeros, state)
+
+    def step(self, tokens: torch.Tensor, state):
+        """tokens (B,), state of the step before -> (output (B, H), state)."""
+        return self._cells(self.prediction["embed"](tokens), state)
+
+    def _cells(self, x, state):
+        lstm, after = self.prediction["dec_rnn"].lstm, []
+        for layer, (h, c) in enumerate(state):
+            weights = (getattr(lstm, f"{name}_l{layer}") for name in lstm_weight_names)
+            x, c = torch.lstm_cell(x, (h, c), *weights)
+            after.append((x, c))
+        return x, after
+
+
+lstm_weight_names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+
+
+class Joint(nn.Module):
+    """Combines encoder frames and prediction states: V tokens, blank, then duration classes."""
+
+    def __init__(self, config: JointConfig):
+        super().__init__()
+        self.pred = nn.Linear(config.pred_hidden, config.joint_hidden)
+        self.enc = nn.Linear(config.encoder_hidden, config.joint_hidden)
+        n_out = config.vocab_size + 1 + config.n_durations
+        # NeMo has no Dropout module where dropout is 0, which moves the output layer's index
+        dropout = [nn.Dropout(config.dropout)] if config.dropout else []
+        self.joint_net = nn.Sequential(
+            _ACTIVATIONS[config.activation](), *dropout, nn.Linear(config.joint_hidden, n_out)
+        )
+
+    def forward(self, encoded: torch.Tensor, predicted: torch.Tensor) -> torch.Tensor:
+        """(B, T', D), (B, U+1, H) -> logits (B, T', U+1, V+1+N)."""
+        return self.joint_net(self.enc(encoded)[:, :, None] + self.pred(predicted)[:, None])
+
+    def step(self, encoded: torch.Tensor, predicted: torch.Tensor) -> torch.Tensor:
+        """Already projected frames and states (..., J) -> logits (..., V+1+N)."""
+        return self.joint_net(encoded + predicted)

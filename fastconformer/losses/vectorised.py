@@ -1,0 +1,205 @@
+"""The transducer lattice in plain PyTorch, for any device, with the analytic gradient.
+
+Nodes (t, u) are sorted by anti-diagonal t + u; each step takes one diagonal, vectorised over its
+nodes, the clips and the arcs. An arc is a class of duration with or without a token; RNNT has two, a
+token of 0 frames and a blank of 1. Backwards, as log-probabilities:
+
+    beta(node) = logsumexp over arcs of  score(arc) + beta(end of arc),    beta(T, U) = 0
+
+and forwards, as probabilities, how often an alignment passes a node and an arc (its occupancy):
+
+    p(arc | node) = exp(score(arc) + beta(end of arc) - beta(node))
+    occupancy(node) = sum over arcs into it of  occupancy(start of arc) p(arc | start of arc)
+
+The forward sum has only terms from 0 to 1, and -inf never meets -inf: a clip without any alignment
+has log-likelihood -inf and all occupancies 0. The definition is in reference.py.
+
+Letters besides the style guide's: K arcs, C nodes. Scores are log-probabilities; they and all sums
+over them are float64, being small beside the logits.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class State(NamedTuple):
+    """What the gradient needs beyond the logits."""
+
+    targets: Tensor  # (B, U+1), 0 where there is none
+    padding: Tensor  # (B, T', U+1), True past a clip's lengths
+    normaliser: Tensor  # (B, T', U+1), logsumexp of the token logits
+    blank: int
+    n_classes: int  # V + 1
+    blank_occupancy: Tensor  # (B, T', U+1)
+    label_occupancy: Tensor  # (B, T', U+1)
+    duration_occupancy: Tensor | None  # (B, T', U+1, N); None for RNNT
+
+
+def lattice(
+    logits, targets, logit_lengths, target_lengths, blank, n_classes, durations, sigma, needs_grad
+) -> tuple[Tensor, State | None]:
+    """Log-likelihood of each clip.
+
+    Args:
+        logits: (B, T', U+1, V+1+N), any strides.
+        targets, logit_lengths, target_lengths: as in `tdt_loss`, int64 on the logits' device.
+        blank, sigma: as in `tdt_loss`.
+        n_classes: V+1.
+        durations: frames of the N classes, or None for RNNT on the first n_classes logits.
+        needs_grad: whether `gradient` will be called.
+    Returns:
+        (B,) float64, and the state for `gradient`, or None.
+    """
+    logits = logits.detach()
+    n_clips, n_frames, n_rows, _ = logits.shape
+    device = logits.device
+    row = torch.arange(n_rows, device=device)
+    targets = torch.nn.functional.pad(targets, (0, max(0, n_rows - targets.shape[1])))[:, :n_rows]
+    targets = targets.masked_fill(row >= target_lengths[:, None], 0)
+
+    tokens = _at_least_float32(logits[..., :n_classes])
+    normaliser = tokens.logsumexp(-1)
+    offset = normaliser.double() + sigma
+    blank_score = tokens[..., blank].double() - offset
+    label_score = tokens.gather(-1, _index(targets, n_frames))[..., 0].double() - offset
+    if durations is None:
+        arcs = [(0, 0, True), (0, 1, False)]  # class, frames, with a token
+        duration_score = torch.zeros_like(offset)[..., None]
+    else:
+        fitting = [(i, d) for i, d in enumerate(durations) if d <= n_frames]
+        arcs = [(i, d, True) for i, d in fitting] + [(i, d, False) for i, d in fitting if d > 0]
+        duration_score = logits[..., n_classes:].double().log_softmax(-1)
+
+    frames_left = logit_lengths[:, None, None] - torch.arange(n_frames, device=device)[:, None]
+    rows_left = (target_lengths[:, None] - row)[:, None]  # (B, 1, U+1)
+    scores = []
+    for i, d, with_token in arcs:
+        if with_token:
+            allowed = (rows_left > 0) & (frames_left > d)
+        else:
+            allowed = (rows_left >= 0) & (
+                (frames_left > d) | ((frames_left == d) & (rows_left == 0))
+            )
+        score = (label_score if with_token else blank_score) + duration_score[..., i]
+        scores.append(score.masked_fill(~allowed, -torch.inf))
+    final = logit_lengths * n_rows + target_lengths
+    steps = [(d, int(with_token)) for _, d, with_token in arcs]
+    log_likelihood, occupancy = _sweep(torch.stack(scores), final, steps, needs_grad)
+    if not needs_grad:
+        return log_likelihood, None
+
+    duration_occupancy = None
+    if durations is not None:
+        duration_occupancy = torch.zeros_like(duration_score)
+        for (i, _, _), of_arc in zip(arcs, occupancy, strict=True):
+            duration_occupancy[..., i] += of_arc
+    n_label = sum(with_token for _, _, with_token in arcs)
+    return log_likelihood, State(
+        targets, (frames_left <= 0) | (rows_left < 0), normaliser, blank, n_classes,
+        occupancy[n_label:].sum(0), occupancy[:n_label].sum(0), duration_occupancy,
+    )  # fmt: skip
+
+
+def _sweep(scores, final, steps, needs_grad) -> tuple[Tensor, Tensor | None]:
+    """Both passes over the lattice.
+
+    Args:
+        scores: (K, B, T', U+1), -inf where an arc may not go.
+        final: t * (U+1) + u of the node at which each clip ends, (B,).
+        steps: frames and tokens that each arc advances.
+    Returns:
+        Log-likelihood (B,), and the occupancy of each arc (K, B, T', U+1) or None.
+    """
+    n_arcs, n_clips, n_frames, n_rows = scores.shape
+    device = scores.device
+    n_nodes = (n_frames + 1) * n_rows  # alignments end one frame after the last
+    time = torch.arange(n_frames + 1, device=device)[:, None].expand(-1, n_rows).flatten()
+    row = torch.arange(n_rows, device=device).repeat(n_frames + 1)
+    order = (time + row).argsort(stable=True)
+    rank = order.argsort()
+    # One index past the nodes: the end (or start) of an arc that leaves the lattice.
+    rank_or_outside = torch.cat([rank, rank.new_tensor([n_nodes])])
+    time, row = time[order], row[order]
+    sizes = [min(n, n_frames) - max(0, n - n_rows + 1) + 1 for n in range(n_frames + n_rows)]
+    bounds = [0]
+    for size in sizes:
+        bounds.append(bounds[-1] + size)
+    diagonals = list(zip(bounds[:-1], bounds[1:], strict=True))
+
+    def neighbours(direction):
+        """Index of the node at the other end of each arc, (C, K)."""
+        columns = []
+        for frames, tokens in steps:
+            t, u = time + direction * frames, row + direction * tokens
+            inside = (t >= 0) & (t <= n_frames) & (u >= 0) & (u < n_rows)
+            columns.append(rank_or_outside[torch.where(inside, t * n_rows + u, n_nodes)])
+        return torch.stack(columns, 1)
+
+    scores = scores.permute(2, 3, 0, 1).reshape(-1, n_arcs, n_clips)
+    scores = torch.cat([scores, scores.new_full((n_rows, n_arcs, n_clips), -torch.inf)])[order]
+    ends = neighbours(1)
+    beta = scores.new_full((n_nodes + 1, n_clips), -torch.inf)
+    beta[rank[final], torch.arange(n_clips, device=device)] = 0.0
+    for lo, hi in reversed(diagonals):
+        onwards = scores[lo:hi] + beta[ends[lo:hi]]  # (nodes of the diagonal, K, B)
+        beta[lo:hi] = torch.cat([beta[lo:hi, None], onwards], 1).logsumexp(1)
+    log_likelihood = beta[0].clone()
+    if not needs_grad:
+        return log_likelihood, None
+
+    dead = beta[:-1, None] == -torch.inf
+    share = (scores + beta[ends] - beta[:-1, None]).exp().masked_fill(dead, 0.0)
+    share = torch.cat([share, share.new_zeros(1, n_arcs, n_clips)])
+    starts = neighbours(-1)
+    arriving = share[starts, torch.arange(n_arcs, device=device)]  # (C, K, B)
+    passing = torch.zeros_like(beta)
+    passing[0] = 1.0
+    for lo, hi in diagonals[1:]:
+        passing[lo:hi] = (passing[starts[lo:hi]] * arriving[lo:hi]).sum(1)
+    occupancy = (share * passing[:, None])[rank[: n_frames * n_rows]]
+    return log_likelihood, occupancy.view(n_frames, n_rows, n_arcs, n_clips).permute(2, 3, 0, 1)
+
+
+def gradient(logits, state, grad_losses, fastemit_lambda, clamp) -> Tensor:
+    """Gradient of the logits.
+
+    Args:
+        logits: those given to `lattice`, which returned the state.
+        grad_losses: gradient of the loss of each clip, (B,), float64.
+        fastemit_lambda: as in `tdt_loss`.
+        clamp: as in `tdt_loss`, but inf for none.
+    Returns:
+        (B, T', U+1, V+1+N) of the logits' type:
+        softmax_v (blank + (1 + lambda) label) - [v is blank] blank - [v is label] (1 + lambda) label
+        with the occupancies of the node's arcs, and softmax_i (blank + label) - duration_i.
+    """
+    wide = _at_least_float32(logits.detach())
+    blank = state.blank_occupancy
+    label = state.label_occupancy * (1.0 + fastemit_lambda)
+    scale = grad_losses[:, None, None, None].to(wide.dtype)
+    grad = torch.zeros_like(wide, memory_format=torch.contiguous_format)
+    tokens = grad[..., : state.n_classes]
+    torch.sub(wide[..., : state.n_classes], state.normaliser[..., None], out=tokens)
+    tokens.exp_().mul_((blank + label)[..., None])
+    tokens[..., state.blank] -= blank
+    index = _index(state.targets, logits.shape[1])
+    tokens.scatter_add_(-1, index, -label[..., None].to(wide.dtype))
+    if clamp != torch.inf:
+        tokens.clamp_(-clamp, clamp)
+    if state.duration_occupancy is not None:
+        share = wide[..., state.n_classes :].softmax(-1)
+        share = share * (state.blank_occupancy + state.label_occupancy)[..., None]
+        grad[..., state.n_classes :] = share - state.duration_occupancy
+    # Last, because nothing in the padding may matter, not even NaN.
+    grad.mul_(scale).masked_fill_(state.padding[..., None], 0.0)
+    return grad.to(logits.dtype)
+
+
+def _index(targets, n_frames) -> Tensor:
+    return targets[:, None, :, None].expand(-1, n_frames, -1, -1)
+
+
+def _at_least_float32(tensor) -> Tensor:
+    return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()

@@ -1,0 +1,362 @@
+"""The whole model: holds the parts, and takes audio to text or to losses."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from .audio import load_audio
+from .checkpoint import Checkpoint, read_checkpoint, write_folder
+from .config import CTC_CLASSES, ModelConfig
+from .decoding import Hypothesis, ctc_greedy, transducer_greedy
+from .encoder import ConformerEncoder
+from .features import Preprocessor
+from .heads import CTCHead, Joint, PredictionNetwork
+from .timestamps import Span, in_seconds, segment_spans, token_spans, word_spans
+from .tokenizer import Tokenizer, load_tokenizer
+
+
+@dataclass
+class Transcript:
+    """The text of one clip.
+
+    tokens: ids; token_frames: encoder frame of each; token_durations: frames each spans (None for
+    RNNT); words and segments: times in seconds, None unless asked for; score: log-probability of
+    the greedy path; head: which head spoke; duration: the clip's seconds.
+    """
+
+    text: str
+    tokens: list[int]
+    token_frames: list[int]
+    token_durations: list[int] | None
+    words: list[Span] | None
+    segments: list[Span] | None
+    score: float
+    head: str
+    duration: float
+
+
+class ASRModel(nn.Module):
+    """A FastConformer with its heads. Attribute names are NeMo's, so that the state dict is the
+    checkpoint's own. Built with random weights; `load_model` reads trained ones."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        tokenizer: Tokenizer,
+        tokenizer_files: dict[str, bytes] | None = None,
+        stft_pad: str = "zeros",
+    ):
+        super().__init__()
+        if tokenizer.vocab_size != config.vocab_size:
+            raise ValueError(
+                f"the tokenizer has {tokenizer.vocab_size} pieces, the heads {config.vocab_size}"
+            )
+        self.config, self.tokenizer = config, tokenizer
+        self.tokenizer_files = tokenizer_files or {}
+        self.preprocessor = Preprocessor(config.preprocessor, stft_pad)
+        self.encoder = ConformerEncoder(config.encoder)
+        if config.joint:
+            self.decoder = PredictionNetwork(config.decoder)
+            self.joint = Joint(config.joint)
+        if config.ctc:
+            setattr(self, _ctc_name(config), CTCHead(config.ctc))
+
+    @property
+    def sample_rate(self) -> int:
+        """Hz."""
+        return self.config.sample_rate
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """The heads' names, the default first."""
+        return self.config.heads
+
+    @property
+    def ctc_head(self) -> CTCHead:
+        return getattr(self, _ctc_name(self.config))
+
+    @property
+    def blank_id(self) -> int:
+        return self.config.vocab_size
+
+    def featurize(self, audio: torch.Tensor, audio_lengths: torch.Tensor):
+        """audio (B, L) float32 in [-1, 1], lengths (B,) in samples -> features (B, M, T) float32,
+        lengths (B,) in frames."""
+        return self.preprocessor(audio, audio_lengths)
+
+    def encode(self, features: torch.Tensor, lengths: torch.Tensor):
+        """features (B, M, T), lengths (B,) -> encoded (B, T', D) in the model's precision, lengths."""
+        return self.encoder(features.to(self.encoder.pre_encode.out.weight.dtype), lengths)
+
+    def ctc_log_probs(self, encoded: torch.Tensor) -> torch.Tensor:
+        """(B, T', D) -> (B, T', V+1) float32, blank last. ValueError: the model has no CTC head."""
+        self._check_head("ctc")
+        return self.ctc_head(encoded).float().log_softmax(-1)
+
+    def joint_logits(self, encoded: torch.Tensor, targets: torch.Tensor, target_lengths=None):
+        """Raw logits (B, T', U+1, V+1+N) of all pairs of frame and prefix; for small inputs only.
+
+        targets (B, U); values beyond `target_lengths` are read as token 0 and give rows that no
+        loss looks at. ValueError: the model has no transducer head.
+        """
+        self._check_head(self.heads[0] if self.config.joint else "rnnt or tdt")
+        if target_lengths is not None:
+            beyond = torch.arange(targets.shape[1], device=targets.device) >= target_lengths[:, None]
+            targets = targets.masked_fill(beyond, 0)
+        return self.joint(encoded, self.decoder(targets))
+
+    def losses(
+        self,
+        encoded: torch.Tensor,
+        encoded_lengths: torch.Tensor,
+        targets: torch.Tensor,
+        target_lengths: torch.Tensor,
+        heads: tuple[str, ...] | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """Negative log-likelihood of each clip in nats, (B,) per head, with the config's sigma,
+        FastEmit and clamp (and omega while training)."""
+        losses = {}
+        for head in heads or self.heads:
+            self._check_head(head)
+            if head == "ctc":
+                losses[head] = F.ctc_loss(
+                    self.ctc_log_probs(encoded).transpose(0, 1),
+                    targets,
+                    encoded_lengths,
+                    target_lengths,
+                    blank=self.blank_id,
+                    reduction="none",
+                    zero_infinity=True,  # as NeMo: a text longer than the frames trains nothing
+                )
+            else:
+                losses[head] = self._transducer_loss(encoded, encoded_lengths, targets, target_lengths)
+        return losses
+
+    def _transducer_loss(self, encoded, encoded_lengths, targets, target_lengths):
+        from .losses import rnnt_loss, tdt_loss
+
+        loss = self.config.loss
+        logits = self.joint_logits(encoded, targets, target_lengths)
+        options = dict(fastemit_lambda=loss.fastemit_lambda, clamp=loss.clamp, reduction="none")
+        if loss.durations:
+            options |= dict(
+                durations=loss.durations, sigma=loss.sigma, omega=loss.omega if self.training else 0.0
+            )
+        function = tdt_loss if loss.durations else rnnt_loss
+        return function(logits, targets, encoded_lengths, target_lengths, blank=self.blank_id, **options)
+
+    def decode_greedy(
+        self, encoded: torch.Tensor, lengths: torch.Tensor, head: str | None = None
+    ) -> list[Hypothesis]:
+        """Greedy tokens, frames and durations of each clip; `head` defaults to the first."""
+        head = head or self.heads[0]
+        self._check_head(head)
+        with torch.no_grad():
+            if head == "ctc":
+                return ctc_greedy(self.ctc_log_probs(encoded), lengths)
+            config = self.config
+            return transducer_greedy(
+                encoded,
+                lengths,
+                self.decoder,
+                self.joint,
+                self.blank_id,
+                config.loss.durations,
+                config.max_symbols,
+            )
+
+    @torch.no_grad()
+    def transcribe(
+        self,
+        inputs,
+        head: str | None = None,
+        batch_size: int = 16,
+        timestamps: bool = False,
+        min_duration_s: float = 1.0,
+    ) -> list[Transcript]:
+        """Text of each input, in their order.
+
+        Args:
+            inputs: paths, or mono sample arrays at `sample_rate` (numpy or torch, float in [-1, 1]
+                or int16); a single one is taken as a list of one.
+            head: "tdt", "rnnt" or "ctc"; None: the model's default.
+            batch_size: clips per pass; clips of similar length go together.
+            timestamps: also give words and segments with times.
+            min_duration_s: shorter clips get silence on both sides, as in NeMo 3.0; times stay the
+                input's.
+        Raises:
+            ValueError, FileNotFoundError: unreadable audio, an empty clip, an unknown head.
+        """
+        head = head or self.heads[0]
+        self._check_head(head)
+        if isinstance(inputs, (str, os.PathLike, np.ndarray, torch.Tensor)):
+            inputs = [inputs]
+        clips = [self._samples(item) for item in inputs]
+        transcripts: list[Transcript | None] = [None] * len(clips)
+        order = sorted(range(len(clips)), key=lambda i: -len(clips[i]))
+        training, device = self.training, self.encoder.pre_encode.out.weight.device
+        self.eval()
+        try:
+            for first in range(0, len(order), batch_size):
+                batch = order[first : first + batch_size]
+                audio, lengths, shifts = self._collate([clips[i] for i in batch], min_duration_s)
+                features, lengths = self.featurize(audio.to(device), lengths.to(device))
+                encoded, lengths = self.encode(features, lengths)
+                for i, shift, hypothesis in zip(batch, shifts, self.decode_greedy(encoded, lengths, head)):
+                    seconds = len(clips[i]) / self.sample_rate
+                    transcripts[i] = self.transcript(hypothesis, head, seconds, timestamps, shift)
+        finally:
+            self.train(training)
+        return transcripts
+
+    def transcript(
+        self,
+        hypothesis: Hypothesis,
+        head: str,
+        duration_s: float,
+        timestamps: bool = False,
+        shift_s: float = 0.0,
+    ) -> Transcript:
+        """Text and, if asked for, times of what a decoder found; `shift_s` is silence that was put
+        in front of the clip."""
+        words = segments = None
+        if timestamps:
+            config, tokenizer = self.config, self.tokenizer
+            tokens = token_spans(hypothesis, head, tokenizer)
+            words = word_spans(tokens, tokenizer.ids_to_pieces(hypothesis.tokens), tokenizer)
+            segments = segment_spans(words, config.segment_separators, config.segment_gap_frames)
+            times = config.frame_seconds, shift_s, duration_s
+            words, segments = in_seconds(words, *times), in_seconds(segments, *times)
+        return Transcript(
+            text=self.tokenizer.decode(hypothesis.tokens),
+            tokens=hypothesis.tokens,
+            token_frames=hypothesis.frames,
+            token_durations=hypothesis.durations,
+            words=words,
+            segments=segments,
+            score=hypothesis.score,
+            head=head,
+            duration=duration_s,
+        )
+
+    def _samples(self, item) -> np.ndarray:
+        if isinstance(item, (str, os.PathLike)):
+            return load_audio(item, self.sample_rate)
+        samples = item.detach().cpu().numpy() if isinstance(item, torch.Tensor) else np.asarray(item)
+        if samples.ndim != 1 or samples.size == 0:
+            raise ValueError(f"an audio array has shape {samples.shape}, expected (samples,), not empty")
+        if samples.dtype == np.int16:
+            return samples.astype(np.float32) / 32768.0
+        if not np.issubdtype(samples.dtype, np.floating):
+            raise ValueError(f"an audio array has type {samples.dtype}, expected float or int16")
+        if not np.isfinite(samples).all():
+            raise ValueError("an audio array holds NaN or infinite samples")
+        return samples.astype(np.float32, copy=False)
+
+    def _collate(self, clips: list[np.ndarray], min_duration_s: float):
+        """(audio (B, L), lengths (B,), seconds of silence put in front of each)."""
+        shortest = int(min_duration_s * self.sample_rate)
+        lengths = [max(len(clip), shortest) for clip in clips]
+        audio = torch.zeros(len(clips), max(lengths))
+        shifts = []
+        for row, clip, length in zip(audio, clips, lengths):
+            left = (length - len(clip)) // 2
+            row[left : left + len(clip)] = torch.from_numpy(clip)
+            shifts.append(left / self.sample_rate)
+        return audio, torch.tensor(lengths), shifts
+
+    def _check_head(self, head: str):
+        if head not in self.heads:
+            raise ValueError(f"head is {head!r}, this model has {', '.join(self.heads)}")
+
+    def to_checkpoint(self) -> Checkpoint:
+        """Config, weights and tokenizer files, as `save` and `write_nemo` take them."""
+        return Checkpoint(self.config.nemo, self.state_dict(), self.tokenizer_files)
+
+    def save(self, folder: str | Path):
+        """Writes config.json, model.safetensors and the tokenizer's files to `folder`."""
+        write_folder(folder, self.to_checkpoint())
+
+
+def _ctc_name(config: ModelConfig) -> str:
+    # NeMo calls a CTC model's head `decoder`, a hybrid's `ctc_decoder`
+    return "decoder" if config.class_name in CTC_CLASSES else "ctc_decoder"
+
+
+def check_state_dict(config: ModelConfig, state_dict: dict[str, torch.Tensor]):
+    """Raises ValueError naming the tensors that are missing, unexpected or of another shape."""
+    _check_tensors(_skeleton(config), state_dict)
+
+
+def _skeleton(config: ModelConfig, stft_pad: str = "zeros") -> ASRModel:
+    """The model without memory for its weights, and without a tokenizer."""
+    with torch.device("meta"):
+        return ASRModel(config, _NoTokenizer(config.vocab_size), stft_pad=stft_pad)
+
+
+@dataclass
+class _NoTokenizer:
+    vocab_size: int
+
+
+def _check_tensors(model: nn.Module, state_dict: dict[str, torch.Tensor]):
+    expected = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    found = {name: tuple(t.shape) for name, t in state_dict.items()}
+    problems = [f"missing {name}" for name in expected if name not in found]
+    problems += [f"unexpected {name}" for name in found if name not in expected]
+    problems += [
+        f"{name} has shape {found[name]}, expected {shape}"
+        for name, shape in expected.items()
+        if name in found and found[name] != shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise ValueError("the checkpoint does not fit its config: " + "; ".join(problems[:5]) + more)
+
+
+def load_model(
+    path: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    stft_pad: str = "zeros",
+) -> ASRModel:
+    """Reads a `.nemo` archive or a converted folder; gives the model in eval mode.
+
+    Args:
+        dtype: precision of the encoder and the heads; features are always float32.
+        stft_pad: "zeros" (NeMo 2.5 and newer) or "reflect" (features as before NeMo 2.5).
+    Raises:
+        FileNotFoundError: no such file or folder.
+        ValueError: a damaged archive, an unsupported option, tensors that do not fit.
+    """
+    checkpoint = read_checkpoint(path)
+    try:
+        config = ModelConfig.from_nemo(checkpoint.config)
+        tokenizer = load_tokenizer(checkpoint.config, checkpoint.tokenizer_files)
+        model = _skeleton(config, stft_pad)
+        _check_tensors(model, checkpoint.state_dict)
+        if tokenizer.vocab_size != config.vocab_size:
+            raise ValueError(
+                f"the tokenizer has {tokenizer.vocab_size} pieces, the heads {config.vocab_size}"
+            )
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    model.tokenizer, model.tokenizer_files = tokenizer, checkpoint.tokenizer_files
+    # the tensors become the parameters: no second copy of the weights
+    model.load_state_dict(checkpoint.state_dict, assign=True)
+    model.encoder.tie_biases()
+    model.requires_grad_(True)
+    _cast(model, dtype)
+    return model.to(device).eval()
+
+
+def _cast(model: ASRModel, dtype: torch.dtype):
+    """Parameters and statistics to `dtype`; the front end stays in float32."""
+    model.preprocessor.float()
+    for child in (model.encoder, *(m for name, m in model.named_children() if name != "preprocessor")):
+        child.to(dtype)

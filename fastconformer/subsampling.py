@@ -1,0 +1,64 @@
+"""Features (B, M, T) -> (B, T', D): strided 3x3 convolutions. Source: NeMo's ConvSubsampling (2.5+).
+
+Every stage halves time and frequency; frames beyond a clip's length are zeroed before every
+convolution, so that padding never reaches valid frames.
+"""
+
+import torch
+from torch import nn
+
+
+def output_length(length, factor: int, causal: bool):
+    """Frames after subsampling, for an int or an integer tensor."""
+    while factor > 1:
+        length = length // 2 + 1 if causal else (length - 1) // 2 + 1
+        factor //= 2
+    return length
+
+
+class StridedConv2d(nn.Conv2d):
+    """3x3, stride 2. Causal: two frames (and bins) of padding before, one after (NeMo's CausalConv2D)."""
+
+    def __init__(self, c_in: int, c_out: int, causal: bool, groups: int = 1):
+        super().__init__(c_in, c_out, 3, stride=2, padding=0 if causal else 1, groups=groups)
+        self.causal = causal
+
+    def forward(self, x):
+        return super().forward(nn.functional.pad(x, (2, 1, 2, 1)) if self.causal else x)
+
+
+class ConvSubsampling(nn.Module):
+    """`dw_striding`: one full convolution, then depthwise + pointwise; `striding`: full ones."""
+
+    def __init__(
+        self, kind: str, factor: int, feat_in: int, d_model: int, channels: int, causal: bool
+    ):
+        super().__init__()
+        layers = [StridedConv2d(1, channels, causal), nn.ReLU()]
+        for _ in range(factor.bit_length() - 2):
+            if kind == "dw_striding":
+                layers.append(StridedConv2d(channels, channels, causal, groups=channels))
+                layers.append(nn.Conv2d(channels, channels, 1))
+            else:
+                layers.append(StridedConv2d(channels, channels, causal))
+            layers.append(nn.ReLU())
+        self.conv = nn.Sequential(*layers)
+        self.out = nn.Linear(channels * output_length(feat_in, factor, causal), d_model)
+        self.causal = causal
+
+    def forward(self, features: torch.Tensor, lengths: torch.Tensor):
+        """(B, M, T), (B,) -> (B, T', D), (B,)."""
+        x = features.transpose(1, 2)[:, None]  # (B, 1, T, M)
+        x = _mask_time(x, lengths)
+        for layer in self.conv:
+            if isinstance(layer, StridedConv2d):
+                x = _mask_time(x, lengths)
+                lengths = output_length(lengths, 2, self.causal)
+            x = layer(x)
+        x = _mask_time(x, lengths).transpose(1, 2)  # (B, T', C, M')
+        return self.out(x.flatten(2)), lengths
+
+
+def _mask_time(x: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    valid = torch.arange(x.shape[2], device=x.device) < lengths[:, None]  # (B, T)
+    return x * valid[:, None, :, None].to(x.dtype)

@@ -1,0 +1,385 @@
+"""The recipe: one YAML file, plus `key=value` overrides, into frozen and checked dataclasses.
+
+Nothing else in the project reads recipe YAML. Paths are taken as given, so relative ones start at
+the current folder. A value of null means "as the checkpoint's own config says" or "off", as the
+comment beside the field tells.
+"""
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from pathlib import Path
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelRecipe:
+    init_from: str | None = None  # .nemo file or converted folder
+    config: str | dict | None = None  # from scratch instead: a NeMo-style model config
+    tokenizer: str | None = None  # from scratch: a tokenizer folder or .model file
+
+
+@dataclasses.dataclass(frozen=True)
+class DataRecipe:
+    train: tuple[str, ...] = ()  # NeMo manifests; one that is listed twice is seen twice
+    validation: dict[str, str] = dataclasses.field(default_factory=dict)  # name -> manifest
+    min_duration_s: float = 0.1
+    max_duration_s: float = 40.0
+    pad_to_s: float = 1.0  # silence on both sides of shorter clips, as `transcribe` adds; 0: none
+    batch_size: int | None = 16  # most clips in a batch; null: no limit
+    batch_duration_s: float | None = None  # most seconds in a batch, padding included
+    num_workers: int = 2  # threads that read ahead; 0 reads in the loop
+    cache_gb: float = 4.0  # decoded audio stays in memory when all of it fits in this
+
+
+@dataclasses.dataclass(frozen=True)
+class LossRecipe:
+    heads: str = "all"  # all | ctc | transducer
+    ctc_weight: float | None = None  # hybrid only; null: the checkpoint's
+    sigma: float | None = None  # TDT only; null: the checkpoint's
+    omega: float | None = None  # TDT only; null: the checkpoint's
+    fastemit_lambda: float | None = None  # null: the checkpoint's
+    transducer_reduction: str | None = None  # null: the checkpoint's
+    ctc_reduction: str | None = None  # null: the checkpoint's
+
+
+@dataclasses.dataclass(frozen=True)
+class FreezeRecipe:
+    encoder_layers: int | str = 0  # the subsampling and this many first layers, or "half"
+    modules: tuple[str, ...] = ()  # e.g. [decoder, joint, encoder.pre_encode]
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimRecipe:
+    name: str = "adamw"  # adamw | adamw8bit
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.98)
+    weight_decay: float = 1e-3
+    eps: float = 1e-8
+    decay_norms_and_biases: bool = True  # NeMo decays every parameter
+
+
+@dataclasses.dataclass(frozen=True)
+class ScheduleRecipe:
+    name: str = "cosine"  # cosine | constant; both after the warm-up
+    warmup_steps: int | None = None
+    warmup_ratio: float | None = None  # of all steps, instead of warmup_steps
+    min_lr: float = 1e-6
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainerRecipe:
+    max_steps: int | None = None
+    epochs: int | None = None  # instead of max_steps
+    accumulate: int = 1  # batches in one optimizer step
+    clip_grad_norm: float | None = 1.0  # null: no clipping
+    precision: str = "fp32"  # fp32 | bf16 (autocast)
+    device: str = "auto"  # auto | cpu | cuda | cuda:N
+    threads: int | None = None  # CPU threads; null: torch's choice
+    seed: int = 1234
+    val_every_steps: int | None = None  # null: once per epoch
+    log_every_steps: int = 10
+    save_every_steps: int | None = None  # null: as val_every_steps
+    keep_last: int = 2  # checkpoints that stay on disk
+    max_nonfinite_steps: int = 20  # skipped steps before the run gives up
+
+
+@dataclasses.dataclass(frozen=True)
+class SpecAugmentRecipe:
+    """null everywhere: the checkpoint's `spec_augment`; freq_masks = time_masks = 0: off."""
+
+    freq_masks: int | None = None
+    time_masks: int | None = None
+    freq_width: int | None = None  # mel bins
+    time_width: float | int | None = None  # int: frames; float: share of the clip's frames
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    output: str = ""  # the run folder
+    resume: str = "auto"  # auto: go on from the run folder's last checkpoint | never
+    model: ModelRecipe = ModelRecipe()
+    data: DataRecipe = DataRecipe()
+    loss: LossRecipe = LossRecipe()
+    freeze: FreezeRecipe = FreezeRecipe()
+    optim: OptimRecipe = OptimRecipe()
+    schedule: ScheduleRecipe = ScheduleRecipe()
+    trainer: TrainerRecipe = TrainerRecipe()
+    spec_augment: SpecAugmentRecipe = SpecAugmentRecipe()
+
+
+CHOICES = {
+    "resume": ("auto", "never"),
+    "loss.heads": ("all", "ctc", "transducer"),
+    "loss.transducer_reduction": (None, "mean_batch", "mean", "mean_volume", "sum"),
+    "loss.ctc_reduction": (None, "mean_batch", "mean", "mean_volume", "sum"),
+    "optim.name": ("adamw", "adamw8bit"),
+    "schedule.name": ("cosine", "constant"),
+    "trainer.precision": ("fp32", "bf16"),
+}
+AT_LEAST = {
+    "data.min_duration_s": 0,
+    "data.pad_to_s": 0,
+    "data.batch_size": 1,
+    "data.num_workers": 0,
+    "data.cache_gb": 0,
+    "loss.sigma": 0,
+    "loss.fastemit_lambda": 0,
+    "optim.weight_decay": 0,
+    "schedule.warmup_steps": 0,
+    "schedule.min_lr": 0,
+    "trainer.max_steps": 1,
+    "trainer.epochs": 1,
+    "trainer.accumulate": 1,
+    "trainer.threads": 1,
+    "trainer.seed": 0,
+    "trainer.val_every_steps": 1,
+    "trainer.log_every_steps": 1,
+    "trainer.save_every_steps": 1,
+    "trainer.keep_last": 1,
+    "trainer.max_nonfinite_steps": 1,
+    "spec_augment.freq_masks": 0,
+    "spec_augment.time_masks": 0,
+    "spec_augment.freq_width": 0,
+    "spec_augment.time_width": 0,
+}
+ABOVE_ZERO = ("data.max_duration_s", "data.batch_duration_s", "optim.lr", "optim.eps")
+SHARES = ("loss.ctc_weight", "loss.omega", "schedule.warmup_ratio")
+
+
+def load_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recipe:
+    """Read a recipe file and apply `key=value` overrides (dotted keys, YAML values).
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: not YAML, an unknown key (the nearest known one is named), a value of the
+            wrong kind or out of range, or keys that contradict each other.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"recipe {path} is not a file; give the path of a YAML recipe")
+    try:
+        tree = OmegaConf.load(path)
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        detail = " ".join(str(error).split())
+        raise ValueError(f"{path}: not a readable YAML file: {detail}") from None
+    if not OmegaConf.is_dict(tree):
+        raise ValueError(f"{path}: expected sections such as `data:`, found {tree!r}")
+    _check_keys(Recipe, _plain(tree, path, resolve=False), str(path))
+    for override in overrides:
+        if "=" not in override:
+            raise ValueError(f"override {override!r} is not of the form key=value")
+        try:
+            tree = OmegaConf.merge(tree, OmegaConf.from_dotlist([override]))
+        except (YAMLError, OmegaConfBaseException) as error:
+            detail = " ".join(str(error).split())
+            raise ValueError(f"override {override!r}: {detail}") from None
+        given = _plain(OmegaConf.from_dotlist([override]), override, resolve=False)
+        _check_keys(Recipe, given, f"override {override!r}")
+    return recipe_from_dict(_plain(tree, path, resolve=True), str(path))
+
+
+def recipe_from_dict(tree: dict, where: str = "recipe") -> Recipe:
+    """Plain nested dict -> checked Recipe; `where` names the source in errors."""
+    _check_keys(Recipe, tree, where)
+    recipe = _convert(Recipe, tree, "", where)
+    _check_values(recipe, where)
+    return recipe
+
+
+def recipe_to_yaml(recipe: Recipe) -> str:
+    """The whole recipe, defaults included, as YAML text that `load_recipe` reads back."""
+    return OmegaConf.to_yaml(OmegaConf.create(_listed(dataclasses.asdict(recipe))))
+
+
+def recipe_differences(old: Recipe, new: Recipe) -> dict[str, tuple]:
+    """{dotted key: (old value, new value)} for every key that differs."""
+    before, after = _flat(dataclasses.asdict(old)), _flat(dataclasses.asdict(new))
+    keys = sorted(before.keys() | after.keys())
+    pairs = {key: (before.get(key), after.get(key)) for key in keys}
+    return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def _plain(tree, where, resolve: bool) -> dict:
+    try:
+        return OmegaConf.to_container(tree, resolve=resolve, throw_on_missing=resolve)
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{where}: {' '.join(str(error).split())}") from None
+
+
+def _listed(value):
+    if isinstance(value, dict):
+        return {key: _listed(item) for key, item in value.items()}
+    return [_listed(item) for item in value] if isinstance(value, tuple) else value
+
+
+def _flat(tree: dict, prefix: str = "") -> dict:
+    flat = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _check_keys(cls, tree, where: str, prefix: str = ""):
+    if not isinstance(tree, dict):
+        name = prefix.rstrip(".")
+        raise ValueError(f"{where}: {name} must be a section of keys, not {tree!r}")
+    fields = {field.name: field.type for field in dataclasses.fields(cls)}
+    for key, value in tree.items():
+        if key not in fields:
+            raise ValueError(f"{where}: unknown key {prefix}{key}; {_nearest(str(key), prefix)}")
+        if dataclasses.is_dataclass(fields[key]) and value is not None:
+            _check_keys(fields[key], value, where, f"{prefix}{key}.")
+
+
+def _nearest(key: str, prefix: str) -> str:
+    """What an unknown key was probably meant to be: here first, then in any other section."""
+    known = _all_keys(Recipe)
+    here = [name[len(prefix) :] for name in known if name.startswith(prefix)]
+    here = sorted({name.split(".")[0] for name in here})
+    close = difflib.get_close_matches(key, here, n=1)
+    if close:
+        return f"did you mean {prefix}{close[0]}?"
+    last_parts = {name.split(".")[-1]: name for name in reversed(known)}
+    close = difflib.get_close_matches(key, list(last_parts), n=1)
+    if close:
+        return f"did you mean {last_parts[close[0]]}?"
+    return f"known keys: {', '.join(prefix + name for name in here)}"
+
+
+def _all_keys(cls, prefix: str = "") -> list[str]:
+    keys = []
+    for field in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(field.type):
+            keys += _all_keys(field.type, f"{prefix}{field.name}.")
+        keys.append(f"{prefix}{field.name}")
+    return keys
+
+
+def _convert(kind, value, key: str, where: str):
+    """`value` as `kind` (a type hint of the dataclasses above), or ValueError."""
+    if dataclasses.is_dataclass(kind):
+        prefix = f"{key}." if key else ""
+        types_of = {field.name: field.type for field in dataclasses.fields(kind)}
+        items = (value or {}).items()
+        return kind(**{k: _convert(types_of[k], v, f"{prefix}{k}", where) for k, v in items})
+    wrong = ValueError(f"{where}: {key} must be {_kind_name(kind)}, not {value!r}")
+    if isinstance(kind, types.UnionType):
+        if value is None and type(None) in kind.__args__:
+            return None
+        # The stricter kinds first: 3 stays an int where float | int is allowed.
+        for option in sorted(kind.__args__, key=lambda t: (bool, int, float, str, dict).index(t)
+                             if t in (bool, int, float, str, dict) else 9):  # fmt: skip
+            try:
+                return _convert(option, value, key, where)
+            except ValueError:
+                continue
+        raise wrong
+    origin = typing.get_origin(kind)
+    if origin is tuple:
+        items = [value] if isinstance(value, str) else value
+        if not isinstance(items, list | tuple):
+            raise wrong
+        args = typing.get_args(kind)
+        if args[-1] is not Ellipsis and len(items) != len(args):
+            raise wrong
+        return tuple(_convert(args[0], item, key, where) for item in items)
+    if origin is dict:
+        # A single manifest, or a list, gets its names from the files.
+        if isinstance(value, str):
+            value = [value]
+        if isinstance(value, list):
+            named = {Path(str(item)).stem: item for item in value}
+            if len(named) < len(value):  # .../fsdd/test.jsonl and .../an4/test.jsonl
+                named = {f"{Path(str(i)).parent.name}_{Path(str(i)).stem}": i for i in value}
+            if len(named) < len(value):
+                raise ValueError(f"{where}: {key} has files of one name; write {{name: file}}")
+            value = named
+        if not isinstance(value, dict):
+            raise wrong
+        return {str(k): _convert(str, v, f"{key}.{k}", where) for k, v in value.items()}
+    if kind is dict and isinstance(value, dict):
+        return value
+    if kind is bool and isinstance(value, bool):
+        return value
+    if kind is str and isinstance(value, str):
+        return value
+    if kind is int and isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+        if math.isfinite(value):
+            return float(value)
+    raise wrong
+
+
+def _kind_name(kind) -> str:
+    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+    names |= {type(None): "null", dict: "a mapping"}
+    if isinstance(kind, types.UnionType):
+        return " or ".join(_kind_name(option) for option in kind.__args__)
+    if typing.get_origin(kind) is tuple:
+        args = typing.get_args(kind)
+        count = "" if args[-1] is Ellipsis else f"{len(args)} values, "
+        return f"a list ({count}each {_kind_name(args[0])})"
+    if typing.get_origin(kind) is dict:
+        return "a mapping from names to files"
+    return names.get(kind, str(kind))
+
+
+def _check_values(recipe: Recipe, where: str):
+    values = _flat(dataclasses.asdict(recipe))
+    for key, choices in CHOICES.items():
+        if values[key] not in choices:
+            listed = ", ".join("null" if choice is None else choice for choice in choices)
+            raise ValueError(f"{where}: {key} is {values[key]!r}, expected one of {listed}")
+    for key, low in AT_LEAST.items():
+        if values[key] is not None and values[key] < low:
+            raise ValueError(f"{where}: {key} is {values[key]}, expected at least {low}")
+    for key in ABOVE_ZERO:
+        if values[key] is not None and values[key] <= 0:
+            raise ValueError(f"{where}: {key} is {values[key]}, expected more than 0")
+    for key in SHARES:
+        if values[key] is not None and not 0 <= values[key] <= 1:
+            raise ValueError(f"{where}: {key} is {values[key]}, expected 0 to 1")
+    if not all(0 <= beta < 1 for beta in recipe.optim.betas):
+        raise ValueError(f"{where}: optim.betas is {recipe.optim.betas}, expected 0 <= beta < 1")
+    clip = recipe.trainer.clip_grad_norm
+    if clip is not None and clip <= 0:
+        raise ValueError(f"{where}: trainer.clip_grad_norm is {clip}, expected more than 0 or null")
+    layers = recipe.freeze.encoder_layers
+    if layers != "half" and not (isinstance(layers, int) and layers >= 0):
+        raise ValueError(f'{where}: freeze.encoder_layers is {layers!r}, expected a count or "half"')
+    if recipe.data.min_duration_s >= recipe.data.max_duration_s:
+        raise ValueError(f"{where}: data.min_duration_s must be below data.max_duration_s")
+    if recipe.data.batch_size is None and recipe.data.batch_duration_s is None:
+        raise ValueError(f"{where}: give data.batch_size or data.batch_duration_s, or both")
+    if not recipe.output:
+        raise ValueError(f"{where}: output is missing; name the run folder, e.g. output: runs/a")
+    if not recipe.data.train:
+        raise ValueError(f"{where}: data.train is missing; list one manifest or more")
+    if (recipe.model.init_from is None) == (recipe.model.config is None):
+        raise ValueError(
+            f"{where}: give either model.init_from (a .nemo file or folder) "
+            "or model.config (from scratch)"
+        )
+    if recipe.model.config is not None and recipe.model.tokenizer is None:
+        raise ValueError(f"{where}: model.config (from scratch) needs model.tokenizer")
+    if recipe.model.init_from is not None and recipe.model.tokenizer is not None:
+        raise ValueError(f"{where}: model.tokenizer belongs to a model.config from scratch only")
+    if (recipe.trainer.max_steps is None) == (recipe.trainer.epochs is None):
+        raise ValueError(f"{where}: give either trainer.max_steps or trainer.epochs")
+    if recipe.schedule.warmup_steps is not None and recipe.schedule.warmup_ratio is not None:
+        raise ValueError(f"{where}: give schedule.warmup_steps or schedule.warmup_ratio, not both")
+    if recipe.schedule.min_lr > recipe.optim.lr:
+        raise ValueError(
+            f"{where}: schedule.min_lr {recipe.schedule.min_lr} is above "
+            f"optim.lr {recipe.optim.lr}"
+        )

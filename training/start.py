@@ -1,0 +1,171 @@
+"""Where a run's model comes from, and which parts of it move.
+
+`build_model` reads a checkpoint or makes a model from scratch, with the recipe's loss options in
+its config, so that what is saved later says how it was trained. `freeze` stops parts of it.
+"""
+
+import copy
+import difflib
+from pathlib import Path
+
+import sentencepiece
+import torch
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from torch import nn
+from yaml import YAMLError
+
+from fastconformer import ASRModel, ModelConfig, load_model
+from fastconformer.tokenizer import load_tokenizer
+from training.recipe import FreezeRecipe, LossRecipe, ModelRecipe
+
+TOKENIZER_FILES = ("tokenizer.model", "vocab.txt", "tokenizer.vocab")
+
+
+def build_model(recipe: ModelRecipe, loss: LossRecipe, seed: int) -> ASRModel:
+    """The model on the CPU in float32; random weights depend on the seed only.
+
+    Raises:
+        FileNotFoundError, ValueError: what the recipe names is missing or does not fit.
+    """
+    if recipe.init_from is not None:
+        model = load_model(recipe.init_from)
+    else:
+        config, files = scratch_config(recipe.config, recipe.tokenizer)
+        torch.manual_seed(seed)
+        model = ASRModel(ModelConfig.from_nemo(config), load_tokenizer(config, files), files)
+    model.config = ModelConfig.from_nemo(with_loss_options(model.config.nemo, model.heads, loss))
+    return model
+
+
+def with_loss_options(config: dict, heads: tuple[str, ...], loss: LossRecipe) -> dict:
+    """A copy of NeMo's config with the options that the recipe sets.
+
+    Raises:
+        ValueError: an option of a head that the model does not have.
+    """
+    config = copy.deepcopy(config)
+    transducer = {"sigma": loss.sigma, "omega": loss.omega, "fastemit_lambda": loss.fastemit_lambda}
+    for name, value in transducer.items():
+        if value is None:
+            continue
+        if name != "fastemit_lambda" and "tdt" not in heads:
+            raise ValueError(f"loss.{name} belongs to TDT, this model has {', '.join(heads)}")
+        if heads == ("ctc",):
+            raise ValueError(f"loss.{name} belongs to a transducer, this model has ctc only")
+        section = config.setdefault("loss", {})
+        default = "tdt" if "tdt" in heads else "warprnnt_numba"
+        names = [f"{section.get('loss_name')}_kwargs", f"{default}_kwargs"]
+        kwargs = next((key for key in names if section.get(key) is not None), names[1])
+        section[kwargs] = {**(section.get(kwargs) or {}), name: value}
+    if loss.transducer_reduction is not None:
+        if heads == ("ctc",):
+            raise ValueError("loss.transducer_reduction: this model has ctc only")
+        config["rnnt_reduction"] = loss.transducer_reduction
+    if loss.ctc_reduction is not None:
+        if "ctc" not in heads:
+            raise ValueError("loss.ctc_reduction: this model has no ctc head")
+        config.get("aux_ctc", config)["ctc_reduction"] = loss.ctc_reduction
+    if loss.ctc_weight is not None:
+        if len(heads) < 2:
+            raise ValueError(f"loss.ctc_weight belongs to hybrids, this model has {heads[0]} only")
+        config["aux_ctc"]["ctc_loss_weight"] = loss.ctc_weight
+    return config
+
+
+def scratch_config(config: str | dict, tokenizer: str) -> tuple[dict, dict[str, bytes]]:
+    """NeMo's config with the tokenizer's vocabulary filled in, and the tokenizer's files.
+
+    Args:
+        config: NeMo-style model config: a YAML file (a `model:` section may be around it) or a
+            dict.
+        tokenizer: a SentencePiece .model file, or a folder with tokenizer.model.
+    """
+    if isinstance(config, str):
+        if not Path(config).is_file():
+            raise FileNotFoundError(f"model.config {config} is not a file")
+        try:
+            config = OmegaConf.load(config)
+        except (YAMLError, OmegaConfBaseException) as error:
+            raise ValueError(f"model.config {config}: {' '.join(str(error).split())}") from None
+    try:
+        config = OmegaConf.to_container(OmegaConf.create(config), resolve=True)
+    except OmegaConfBaseException as error:
+        raise ValueError(f"model.config: {' '.join(str(error).split())}") from None
+    config = config.get("model", config)
+    files = tokenizer_files(tokenizer)
+    config["tokenizer"] = {
+        "type": "bpe",
+        "model_path": "nemo:tokenizer.model",
+        "vocab_path": "nemo:vocab.txt",
+        "spe_tokenizer_vocab": "nemo:tokenizer.vocab",
+    }
+    pieces = load_tokenizer(config, files).pieces
+    config["labels"] = pieces
+    if "joint" in config:
+        config["decoder"]["vocab_size"] = len(pieces)
+        config["joint"] |= {"num_classes": len(pieces), "vocabulary": pieces}
+    ctc = config.get("aux_ctc", {}).get("decoder") if "joint" in config else config.get("decoder")
+    if ctc is not None:
+        ctc |= {"num_classes": len(pieces), "vocabulary": pieces}
+    return config, files
+
+
+def tokenizer_files(path: str) -> dict[str, bytes]:
+    """The three files that a NeMo archive keeps; the two lists are written where they lack."""
+    folder = Path(path)
+    model = folder / "tokenizer.model" if folder.is_dir() else folder
+    if not model.is_file():
+        raise FileNotFoundError(f"model.tokenizer: {model} is not a file")
+    files = {"tokenizer.model": model.read_bytes()}
+    for name in TOKENIZER_FILES[1:]:
+        if folder.is_dir() and (folder / name).is_file():
+            files[name] = (folder / name).read_bytes()
+    try:
+        processor = sentencepiece.SentencePieceProcessor(model_proto=files["tokenizer.model"])
+    except RuntimeError as error:
+        raise ValueError(f"{model} is not a SentencePiece model: {error}") from None
+    ids = range(processor.get_piece_size())
+    pieces = [processor.id_to_piece(i) for i in ids]
+    if "tokenizer.vocab" not in files:
+        lines = [f"{piece}\t{processor.get_score(i):g}\n" for i, piece in enumerate(pieces)]
+        files["tokenizer.vocab"] = "".join(lines).encode()
+    if "vocab.txt" not in files:
+        # NeMo's BERT-like list: "##" where no word starts; without the first piece, <unk>.
+        words = [
+            (piece[1:] or piece) if piece.startswith("▁") else f"##{piece}" for piece in pieces[1:]
+        ]
+        files["vocab.txt"] = "".join(f"{word}\n" for word in words).encode()
+    return files
+
+
+def freeze(model: ASRModel, recipe: FreezeRecipe) -> list[nn.Module]:
+    """Stop the gradients of parts; gives them, for `train_mode`.
+
+    Raises:
+        ValueError: more layers than there are, or a module that does not exist (the nearest is
+            named).
+    """
+    layers = model.encoder.layers
+    count = len(layers) // 2 if recipe.encoder_layers == "half" else recipe.encoder_layers
+    if count > len(layers):
+        raise ValueError(f"freeze.encoder_layers is {count}, the encoder has {len(layers)} layers")
+    frozen = [model.encoder.pre_encode, *layers[:count]] if count else []
+    modules = dict(model.named_modules())
+    for name in recipe.modules:
+        if not name or name not in modules:
+            close = difflib.get_close_matches(name, modules, n=1)
+            hint = f"did you mean {close[0]}?" if close else "use e.g. encoder, decoder or joint"
+            raise ValueError(f"freeze.modules: the model has no {name!r}; {hint}")
+        frozen.append(modules[name])
+    for module in frozen:
+        module.requires_grad_(False)
+    return frozen
+
+
+def train_mode(model: ASRModel, frozen: list[nn.Module]) -> None:
+    """Training mode, but what is frozen stays as in evaluation: BatchNorm keeps its statistics,
+    and there is no dropout."""
+    model.train()
+    for module in frozen:
+        module.eval()
