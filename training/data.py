@@ -193,12 +193,9 @@ def _tokens_of(utterance, tokenizer, min_duration_s, max_duration_s, encoder_fra
     tokens = tuple(tokenizer.encode(utterance.text))
     if not tokens:
         raise UnusableLine("empty_text", f"the tokenizer makes no token of {utterance.text!r}")
-    if tokenizer.unk_id is not None and tokenizer.unk_id in tokens:
-        characters = dict.fromkeys(c for c in utterance.text if not c.isspace())
-        unknown = [c for c in characters if tokenizer.unk_id in tokenizer.encode(c)]
-        raise UnusableLine(
-            "unknown_characters", f"the tokenizer cannot write {' '.join(unknown)!r}"
-        )
+    unknown = _unknown_characters(tokenizer, utterance.text, tokens)
+    if unknown:
+        raise UnusableLine("unknown_characters", f"the tokenizer cannot write {unknown!r}")
     if encoder_frames is not None:
         repeats = sum(a == b for a, b in zip(tokens, tokens[1:], strict=False))
         n_frames = encoder_frames(seconds)
@@ -208,6 +205,17 @@ def _tokens_of(utterance, tokenizer, min_duration_s, max_duration_s, encoder_fra
                 f"CTC needs {len(tokens) + repeats} encoder frames, {seconds} s gives {n_frames}",
             )
     return tokens
+
+
+def _unknown_characters(tokenizer, text: str, tokens: tuple[int, ...]) -> str:
+    """What of the text would be lost; empty if nothing."""
+    characters = dict.fromkeys(c for c in text if not c.isspace())
+    if tokenizer.unk_id is None:  # characters: those without a token are dropped in silence
+        return " ".join(c for c in characters if not tokenizer.encode(c))
+    if tokenizer.unk_id not in tokens:
+        return ""
+    unknown = [c for c in characters if tokenizer.unk_id in tokenizer.encode(c)]
+    return " ".join(unknown) or text
 
 
 def epoch_batches(

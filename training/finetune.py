@@ -107,8 +107,7 @@ def batch_loss(
     Both heads: `(1 - w) * transducer + w * ctc` with w = model.config.loss.ctc_weight (NeMo's
     EncDecHybridRNNTCTCModel); one head: its loss.
     """
-    with torch.autocast(batch.audio.device.type, enabled=False):
-        features, lengths = model.featurize(batch.audio, batch.audio_lengths)
+    features, lengths = model.featurize(batch.audio, batch.audio_lengths)  # always float32
     if augment is not None:
         features = augment(features, lengths)
     with torch.autocast(batch.audio.device.type, dtype=torch.bfloat16, enabled=bf16):
@@ -194,7 +193,7 @@ def load_data(recipe: Recipe, model: ASRModel, heads, dropped_path: Path):
         validation[name], bad = read_manifest(manifest)
         dropped += bad
         if not validation[name]:
-            raise ValueError(f"validation set {name}: no usable line in {manifest}; {_why(dropped)}")
+            raise ValueError(f"validation set {name}: no usable line in {manifest}; {_why(bad)}")
 
     with atomic_file(dropped_path) as temporary, open(temporary, "w") as file:
         file.writelines(_json_line(dataclasses.asdict(item)) for item in dropped)
@@ -233,7 +232,7 @@ def _why(dropped: list[Dropped]) -> str:
 def training_batches(
     store: AudioStore, recipe: Recipe, epoch: int, batch: int
 ) -> Iterator[tuple[int, int, Batch]]:
-    """Endless (epoch, batches done of it, batch), from any position; unusable clips are left out."""
+    """Endless (epoch, batches done of it, batch), from any position, without unusable clips."""
     while True:
         order = batch_order(store, recipe, epoch)[batch:]
         ahead = batches_ahead(store, order, recipe.data.num_workers)
@@ -266,29 +265,25 @@ def predict(model, store, heads, recipe: Recipe, check_stop) -> tuple[list[str],
         longest_first[i : i + batch_size] for i in range(0, len(longest_first), batch_size)
     ]
     device = model_device(model)
-    references, hypotheses = [], {head: [] for head in heads}
-    texts = {}
+    bf16 = recipe.trainer.precision == "bf16"
+    texts = {}  # line -> (reference, text of each head)
     for batch in batches_ahead(store, batches, recipe.data.num_workers):
         check_stop()
         if batch is None:
             continue
         batch = batch.to(device)
         features, lengths = model.featurize(batch.audio, batch.audio_lengths)
-        with torch.autocast(
-            device.type, dtype=torch.bfloat16, enabled=recipe.trainer.precision == "bf16"
-        ):
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
             encoded, lengths = model.encode(features, lengths)
-            found = {head: model.decode_greedy(encoded, lengths, head) for head in heads}
-        for row, utterance in enumerate(batch.utterances):
-            texts[utterance.line] = utterance.text
-            references.append((utterance.line, utterance.text))
-            for head in heads:
-                text = model.tokenizer.decode(found[head][row].tokens)
-                hypotheses[head].append((utterance.line, text))
-    # Back to the manifest's order, so that samples stay the same from run to run.
-    return [text for _, text in sorted(references)], {
-        head: [text for _, text in sorted(pairs)] for head, pairs in hypotheses.items()
-    }
+            found = [model.decode_greedy(encoded, lengths, head) for head in heads]
+        for utterance, *hypotheses in zip(batch.utterances, *found, strict=True):
+            decoded = [model.tokenizer.decode(hypothesis.tokens) for hypothesis in hypotheses]
+            texts[utterance.line] = (utterance.text, *decoded)
+    if not texts:
+        raise ValueError("no clip of a validation set can be read; see dropped.jsonl")
+    # In the manifest's order, so that the samples shown stay the same from run to run.
+    references, *by_head = zip(*(texts[line] for line in sorted(texts)), strict=True)
+    return list(references), {h: list(t) for h, t in zip(heads, by_head, strict=True)}
 
 
 def evaluate(model, validation: dict[str, AudioStore], heads, recipe, check_stop) -> dict:
@@ -297,8 +292,6 @@ def evaluate(model, validation: dict[str, AudioStore], heads, recipe, check_stop
     sets, all_references, all_hypotheses = {}, [], {head: [] for head in heads}
     for name, store in validation.items():
         references, hypotheses = predict(model, store, heads, recipe, check_stop)
-        if not references:
-            raise ValueError(f"validation set {name}: no clip can be read; see dropped.jsonl")
         sets[name] = {head: _rates(references, hypotheses[head]) for head in heads}
         for head in heads:
             all_hypotheses[head] += hypotheses[head]
@@ -415,7 +408,7 @@ def choose_device(name: str) -> torch.device:
     try:
         return torch.device(name)
     except RuntimeError:
-        raise ValueError(f"trainer.device is {name!r}, expected auto, cpu, cuda or cuda:N") from None
+        raise ValueError(f"trainer.device is {name!r}, expected auto, cpu or cuda") from None
 
 
 def finetune(recipe: Recipe) -> None:

@@ -174,13 +174,14 @@ def load_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recip
     for override in overrides:
         if "=" not in override:
             raise ValueError(f"override {override!r} is not of the form key=value")
+        key = override.split("=", 1)[0]
         try:
-            tree = OmegaConf.merge(tree, OmegaConf.from_dotlist([override]))
+            given = OmegaConf.from_dotlist([override])
+            _check_keys(Recipe, _plain(given, override, resolve=False), f"override {override!r}")
+            OmegaConf.update(tree, key, OmegaConf.select(given, key), merge=False)
         except (YAMLError, OmegaConfBaseException) as error:
             detail = " ".join(str(error).split())
             raise ValueError(f"override {override!r}: {detail}") from None
-        given = _plain(OmegaConf.from_dotlist([override]), override, resolve=False)
-        _check_keys(Recipe, given, f"override {override!r}")
     return recipe_from_dict(_plain(tree, path, resolve=True), str(path))
 
 
@@ -356,7 +357,7 @@ def _check_values(recipe: Recipe, where: str):
         raise ValueError(f"{where}: trainer.clip_grad_norm is {clip}, expected more than 0 or null")
     layers = recipe.freeze.encoder_layers
     if layers != "half" and not (isinstance(layers, int) and layers >= 0):
-        raise ValueError(f'{where}: freeze.encoder_layers is {layers!r}, expected a count or "half"')
+        raise ValueError(f'{where}: freeze.encoder_layers is {layers!r}; give a count or "half"')
     if recipe.data.min_duration_s >= recipe.data.max_duration_s:
         raise ValueError(f"{where}: data.min_duration_s must be below data.max_duration_s")
     if recipe.data.batch_size is None and recipe.data.batch_duration_s is None:

@@ -185,8 +185,10 @@ class _TransducerLoss(torch.autograd.Function):
         if needs_grad:
             ctx.save_for_backward(logits)
             ctx.state, ctx.options, ctx.backend = state, options, backend
+        # NeMo has this factor in float32: 1e-8 of the loss in float64.
+        factor = torch.tensor(1.0 + options[0], dtype=torch.float32).item()
         dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-        return (-(1.0 + options[0]) * log_likelihood).to(dtype)
+        return (-factor * log_likelihood).to(dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -92,13 +92,14 @@ def lattice(
 def gradient(logits, state, grad_losses, fastemit_lambda, clamp) -> Tensor:
     """Gradient of the logits; arguments and result as in vectorised.py."""
     flat, strides = _flat(logits)
-    grad = torch.empty(logits.shape, dtype=torch.from_numpy(flat).dtype)
+    # numpy asks the kernel for huge pages and torch does not: 8 ms instead of 36 for 135 MB.
+    grad = np.empty(tuple(logits.shape), flat.dtype)
     with _Threads() as n_threads:
         _gradient(
             flat, strides, *state, grad_losses.contiguous().numpy(), fastemit_lambda, clamp,
-            grad.numpy(), n_threads,
+            grad, n_threads,
         )  # fmt: skip
-    return grad.to(logits.dtype)
+    return torch.from_numpy(grad).to(logits.dtype)
 
 
 def _flat(logits) -> tuple[np.ndarray, tuple[int, int, int]]:
@@ -152,7 +153,7 @@ _LEAST = np.float32(-87.0)  # exp of it is just above the least normal number
 _BIAS, _MANTISSA_BITS = np.int32(127), np.int32(23)
 
 
-@njit(inline="always")
+@njit(fastmath={"contract"})
 def _exp_float32(x):
     """exp(x) for x <= 0, within 2e-7 of the value; 0 below -87, NaN for NaN. No calls, no branches."""
     bounded = _LEAST if x < _LEAST else x
@@ -169,7 +170,7 @@ def _exp(x):
     raise NotImplementedError
 
 
-@overload(_exp, inline="always")
+@overload(_exp)
 def _exp_of_type(x):
     if x == types.float32:
         return lambda x: _exp_float32(x)

@@ -73,8 +73,9 @@ def _losses(
         log_likelihood = _log_likelihood(
             label, log_probs[b, ..., blank], durations[b], label_arcs, blank_arcs, n_frames, n_tokens
         )
-        # ... and in the reported loss as a factor without gradient.
-        losses.append(-log_likelihood - fastemit_lambda * log_likelihood.detach())
+        # ... and in the reported loss as a factor without gradient, which NeMo rounds to float32.
+        factor = torch.tensor(1.0 + fastemit_lambda, dtype=torch.float32).item()
+        losses.append(-log_likelihood - (factor - 1.0) * log_likelihood.detach())
     return torch.stack(losses)
 
 

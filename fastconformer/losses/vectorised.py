@@ -29,7 +29,8 @@ class State(NamedTuple):
 
     targets: Tensor  # (B, U+1), 0 where there is none
     padding: Tensor  # (B, T', U+1), True past a clip's lengths
-    normaliser: Tensor  # (B, T', U+1), logsumexp of the token logits
+    top: Tensor  # (B, T', U+1), maximum of the token logits
+    total: Tensor  # (B, T', U+1), sum of exp(logit - top)
     blank: int
     n_classes: int  # V + 1
     blank_occupancy: Tensor  # (B, T', U+1)
@@ -60,8 +61,9 @@ def lattice(
     targets = targets.masked_fill(row >= target_lengths[:, None], 0)
 
     tokens = _at_least_float32(logits[..., :n_classes])
-    normaliser = tokens.logsumexp(-1)
-    offset = normaliser.double() + sigma
+    top = tokens.amax(-1)  # kept apart from the total: with large logits their sum is too coarse
+    total = (tokens - top[..., None]).exp_().sum(-1)
+    offset = top.double() + total.double().log() + sigma
     blank_score = tokens[..., blank].double() - offset
     label_score = tokens.gather(-1, _index(targets, n_frames))[..., 0].double() - offset
     if durations is None:
@@ -97,7 +99,7 @@ def lattice(
             duration_occupancy[..., i] += of_arc
     n_label = sum(with_token for _, _, with_token in arcs)
     return log_likelihood, State(
-        targets, (frames_left <= 0) | (rows_left < 0), normaliser, blank, n_classes,
+        targets, (frames_left <= 0) | (rows_left < 0), top, total, blank, n_classes,
         occupancy[n_label:].sum(0), occupancy[:n_label].sum(0), duration_occupancy,
     )  # fmt: skip
 
@@ -176,25 +178,30 @@ def gradient(logits, state, grad_losses, fastemit_lambda, clamp) -> Tensor:
         with the occupancies of the node's arcs, and softmax_i (blank + label) - duration_i.
     """
     wide = _at_least_float32(logits.detach())
+    scale = grad_losses[:, None, None]
     blank = state.blank_occupancy
     label = state.label_occupancy * (1.0 + fastemit_lambda)
-    scale = grad_losses[:, None, None, None].to(wide.dtype)
-    grad = torch.zeros_like(wide, memory_format=torch.contiguous_format)
-    tokens = grad[..., : state.n_classes]
-    torch.sub(wide[..., : state.n_classes], state.normaliser[..., None], out=tokens)
-    tokens.exp_().mul_((blank + label)[..., None])
-    tokens[..., state.blank] -= blank
+    weight = (blank + label) / state.total
+    if clamp == torch.inf:  # nothing comes between: scale the small tensors, not the large one
+        blank, label, weight = blank * scale, label * scale, weight * scale
+    grad = torch.empty_like(wide, memory_format=torch.contiguous_format)
+    tokens, durations = grad[..., : state.n_classes], grad[..., state.n_classes :]
+    torch.sub(wide[..., : state.n_classes], state.top[..., None], out=tokens)
+    tokens.exp_().mul_(weight[..., None].to(wide.dtype))
+    tokens[..., state.blank] -= blank.to(wide.dtype)
     index = _index(state.targets, logits.shape[1])
     tokens.scatter_add_(-1, index, -label[..., None].to(wide.dtype))
     if clamp != torch.inf:
-        tokens.clamp_(-clamp, clamp)
-    if state.duration_occupancy is not None:
-        share = wide[..., state.n_classes :].softmax(-1)
-        share = share * (state.blank_occupancy + state.label_occupancy)[..., None]
-        grad[..., state.n_classes :] = share - state.duration_occupancy
+        tokens.clamp_(-clamp, clamp).mul_(scale[..., None].to(wide.dtype))
+    if state.duration_occupancy is None:
+        durations.zero_()
+    else:
+        share = wide[..., state.n_classes :].double().softmax(-1)
+        share *= (state.blank_occupancy + state.label_occupancy)[..., None]
+        durations.copy_((share - state.duration_occupancy) * scale[..., None])
     # Last, because nothing in the padding may matter, not even NaN.
-    grad.mul_(scale).masked_fill_(state.padding[..., None], 0.0)
-    return grad.to(logits.dtype)
+    ignored = state.padding | (scale == 0.0)
+    return grad.masked_fill_(ignored[..., None], 0.0).to(logits.dtype)
 
 
 def _index(targets, n_frames) -> Tensor:

@@ -1,0 +1,101 @@
+"""Trains a SentencePiece tokenizer on the text of manifests or of a plain text file.
+
+Writes tokenizer.model, tokenizer.vocab and vocab.txt, the files a NeMo archive carries.
+"""
+
+import argparse
+import io
+import json
+import sys
+from pathlib import Path
+
+import sentencepiece
+
+
+def train_tokenizer(texts: list[str], vocab_size: int, kind: str = "bpe") -> bytes:
+    """The serialised SentencePiece model.
+
+    Args:
+        texts: one utterance each.
+        vocab_size: pieces, the unknown piece included.
+        kind: "bpe" or "unigram".
+    Raises:
+        ValueError: no text, or more pieces than the text supports.
+    """
+    if not any(text.strip() for text in texts):
+        raise ValueError("there is no text to train a tokenizer on")
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(texts),
+            model_writer=model,
+            vocab_size=vocab_size,
+            model_type=kind,
+            character_coverage=1.0,
+            bos_id=-1,
+            eos_id=-1,
+            unk_id=0,
+            shuffle_input_sentence=False,
+            minloglevel=2,
+        )
+    except (RuntimeError, OSError) as error:
+        raise ValueError(f"{vocab_size} {kind} pieces cannot be trained: {error}") from None
+    return model.getvalue()
+
+
+def tokenizer_files(model: bytes) -> dict[str, bytes]:
+    """The files NeMo keeps beside a SentencePiece model, by name."""
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+    pieces = [processor.id_to_piece(i) for i in range(processor.get_piece_size())]
+    scores = "".join(f"{p}\t{processor.get_score(i):g}\n" for i, p in enumerate(pieces))
+    # NeMo's vocab.txt: the normal pieces, as WordPiece writes them
+    words = (p[1:] if p.startswith("▁") else f"##{p}" for p in pieces if not p.startswith("<"))
+    words = "".join(f"{word}\n" for word in words if word)
+    return {
+        "tokenizer.model": model,
+        "tokenizer.vocab": scores.encode(),
+        "vocab.txt": words.encode(),
+    }
+
+
+def read_texts(path: Path) -> list[str]:
+    """`text` of every line of a .json/.jsonl manifest, or the lines of a text file."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    if path.suffix not in (".json", ".jsonl"):
+        return lines
+    texts = []
+    for number, line in enumerate(lines, 1):
+        try:
+            texts.append(str(json.loads(line)["text"]))
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{path}:{number}: not a JSON line with a text") from None
+    return texts
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m converters.train_tokenizer",
+        description=__doc__,
+        epilog="example: python -m converters.train_tokenizer train.jsonl --size 512 -o tokenizer",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("inputs", nargs="+", type=Path, help="manifests (.jsonl) or text files")
+    parser.add_argument("--size", type=int, required=True, help="number of pieces")
+    parser.add_argument("--type", choices=("bpe", "unigram"), default="bpe")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="folder to write")
+    args = parser.parse_args(argv)
+    try:
+        texts = [text for path in args.inputs for text in read_texts(path)]
+        files = tokenizer_files(train_tokenizer(texts, args.size, args.type))
+        args.output.mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():
+            (args.output / name).write_bytes(content)
+    except (ValueError, OSError) as error:
+        print(f"train_tokenizer: {error}", file=sys.stderr)
+        return 1
+    print(f"{args.size} pieces from {len(texts)} lines -> {args.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,494 @@
+"""Audio files to text with times: `python -m fastconformer.transcribe AUDIO... --model M`.
+
+    python -m fastconformer.transcribe talk.wav --model model.nemo --format srt -o talk.srt
+    python -m fastconformer.transcribe recordings/ more.flac --model FOLDER --timestamps
+
+AUDIO are files, folders (searched for audio, deeply) and NeMo manifests (.jsonl, .json). What
+cannot be read is told on stderr, one line each; the rest goes on, and the exit status is 1.
+
+Formats: `text` (several inputs: path, tab, text; with --timestamps then a line a word), `json` (all
+fields of every Transcript), `srt` and `vtt` (subtitles), `ctm` (NIST word times). The writers are
+functions Transcript -> str, at the top.
+"""
+
+import argparse
+import html
+import json
+import math
+import os
+import sys
+import textwrap
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import fastconformer
+
+from .audio import load_audio
+from .checkpoint import atomic_file
+from .model import ASRModel, Transcript
+from .timestamps import Span
+
+# --- writers -------------------------------------------------------------------------------------
+
+# Subtitle limits that broadcasters share: two lines of 42 characters, seven seconds.
+LINE_CHARACTERS, CUE_LINES, CUE_SECONDS = 42, 2, 7.0
+PAUSE_SECONDS = 1.5  # a silence this long ends a cue even inside a segment
+SHORTEST_CUE_SECONDS = 0.5  # a word of one frame would flash; held as far as the next cue allows
+
+
+def to_text(transcript: Transcript, name: str | None = None) -> str:
+    """The text on a line, after `name` and a tab if there is a name. Where words have times, one
+    line for each follows: start, end (seconds), word, after tabs where there is a name."""
+    prefix = "" if name is None else "\t"
+    lines = [f"{name or ''}{prefix}{transcript.text}"]
+    lines += [f"{prefix}{w.start:.2f}\t{w.end:.2f}\t{w.text}" for w in transcript.words or ()]
+    return "\n".join(lines) + "\n"
+
+
+def to_srt(transcript: Transcript) -> str:
+    """SubRip subtitles; empty for an empty text. ValueError: the transcript has no times."""
+    blocks = [
+        f"{number}\n{_clock(cue.start, ',')} --> {_clock(cue.end, ',')}\n{cue.text}\n"
+        for number, cue in enumerate(cues(transcript), start=1)
+    ]
+    return "\n".join(blocks)
+
+
+def to_vtt(transcript: Transcript) -> str:
+    """WebVTT subtitles. ValueError: the transcript has no times."""
+    blocks = ["WEBVTT\n"]
+    blocks += [
+        f"{_clock(cue.start, '.')} --> {_clock(cue.end, '.')}\n"
+        f"{html.escape(cue.text, quote=False)}\n"
+        for cue in cues(transcript)
+    ]
+    return "\n".join(blocks)
+
+
+def to_ctm(transcript: Transcript, name: str, offset_s: float = 0.0) -> str:
+    """NIST CTM, a line a word: `name 1 start duration word`, seconds counted from the start of the
+    recording, in which the clip begins at `offset_s`. ValueError: the transcript has no times."""
+    _need_times(transcript)
+    name = "_".join(name.split()) or "-"
+    return "".join(
+        f"{name} 1 {offset_s + w.start:.3f} {max(w.end - w.start, 0):.3f} {w.text}\n"
+        for w in transcript.words
+        if w.text.strip()
+    )
+
+
+def to_json(transcript: Transcript, **fields) -> dict:
+    """All fields of the transcript after `fields`, of types that JSON has; spans become objects with
+    text, start and end. A score that is not finite becomes None."""
+
+    def spans(items):
+        if items is None:
+            return None
+        return [
+            {"text": s.text, "start": round(s.start, 6), "end": round(s.end, 6)} for s in items
+        ]
+
+    return fields | {
+        "text": transcript.text,
+        "duration": round(transcript.duration, 6),
+        "head": transcript.head,
+        "score": float(transcript.score) if math.isfinite(transcript.score) else None,
+        "tokens": transcript.tokens,
+        "token_frames": transcript.token_frames,
+        "token_durations": transcript.token_durations,
+        "words": spans(transcript.words),
+        "segments": spans(transcript.segments),
+    }
+
+
+def cues(transcript: Transcript) -> list[Span]:
+    """Subtitles: spans whose text has at most two lines of 42 characters and lasts at most seven
+    seconds. They end with segments and at pauses, and are cut between words.
+
+    A single longer word stays whole. Cues are in order, do not overlap and are never of length 0.
+    """
+    _need_times(transcript)
+    groups: list[list[Span]] = []
+    for word, starts_segment in _words_of_segments(transcript):
+        group = groups[-1] if groups else None
+        if (
+            group is None
+            or starts_segment
+            or word.start - group[-1].end >= PAUSE_SECONDS
+            or word.end - group[0].start > CUE_SECONDS
+            or len(_lines([*group, word])) > CUE_LINES
+        ):
+            groups.append([word])
+        else:
+            group.append(word)
+    spans = []
+    for k, group in enumerate(groups):
+        start = group[0].start
+        # at least 1 ms, whatever the times are: a player drops a cue that ends where it starts
+        start = max(start, spans[-1].end if spans else 0.0)
+        end = max(group[-1].end, start + SHORTEST_CUE_SECONDS)
+        if transcript.duration > start:
+            end = min(end, max(transcript.duration, start + 0.001))
+        if k + 1 < len(groups):
+            end = min(end, groups[k + 1][0].start)
+        end = min(max(end, start + 0.001), start + CUE_SECONDS)
+        spans.append(Span("\n".join(_lines(group)), start, end))
+    return spans
+
+
+def _words_of_segments(transcript: Transcript) -> Iterator[tuple[Span, bool]]:
+    """Each word, and whether a segment starts with it. Segments are words joined by spaces."""
+    remaining = [len(segment.text.split()) for segment in transcript.segments or ()]
+    starts = True
+    for word in transcript.words:
+        if not word.text.strip():
+            continue
+        yield word, starts
+        starts = False
+        if remaining:
+            remaining[0] -= len(word.text.split())
+            if remaining[0] <= 0:
+                remaining.pop(0)
+                starts = True
+
+
+def _lines(words: list[Span]) -> list[str]:
+    return textwrap.wrap(
+        " ".join(word.text for word in words),
+        LINE_CHARACTERS,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+
+
+def _clock(seconds: float, decimal_mark: str) -> str:
+    milliseconds = round(max(seconds, 0.0) * 1000)
+    minutes, milliseconds = divmod(milliseconds, 60000)
+    return (
+        f"{minutes // 60:02d}:{minutes % 60:02d}:"
+        f"{milliseconds // 1000:02d}{decimal_mark}{milliseconds % 1000:03d}"
+    )
+
+
+def _need_times(transcript: Transcript):
+    if transcript.words is None:
+        raise ValueError("the transcript has no times; transcribe with timestamps=True")
+
+
+# --- inputs --------------------------------------------------------------------------------------
+
+AUDIO_SUFFIXES = frozenset(
+    ".wav .flac .ogg .oga .opus .mp3 .aif .aiff .aifc .au .snd .caf .w64 .rf64 .sph .nist".split()
+)
+MANIFEST_SUFFIXES = frozenset([".jsonl", ".json"])
+ABSURD_DURATION_S = 7 * 24 * 3600.0
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A file or a section of it; `audio` is its name as the user wrote it, `text` its reference."""
+
+    path: Path
+    audio: str
+    offset_s: float | None = None  # None: the whole file
+    duration_s: float | None = None  # as declared
+    text: str | None = None
+
+
+def read_manifest(path: str | os.PathLike) -> tuple[list[Clip], list[tuple[str, str]]]:
+    """Clips of a NeMo manifest (JSON lines), and (place, reason) of each line that is no clip.
+
+    `audio_filepath` is relative to the manifest's folder or absolute; `offset`, `duration` and
+    `text` may be absent. A line with an offset means the section [offset, offset + duration), one
+    without it the whole file. Raises FileNotFoundError or ValueError if there is nothing to read.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"manifest {path} is not a file")
+    clips, problems = [], []
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                clips.append(_manifest_clip(line, path.parent))
+            except ValueError as error:
+                problems.append((f"{path}:{number}", str(error)))
+    if not clips and not problems:
+        raise ValueError(f"manifest {path} is empty")
+    return clips, problems
+
+
+def _manifest_clip(line: bytes, folder: Path) -> Clip:
+    try:
+        entry = json.loads(line.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not a JSON object: {error}") from None
+    if not isinstance(entry, dict):
+        raise ValueError(f"not a JSON object: {type(entry).__name__}")
+    audio = entry.get("audio_filepath")
+    if not isinstance(audio, str) or not audio or "\0" in audio:
+        raise ValueError(f"audio_filepath is {audio!r}, expected a path")
+    seconds = {}
+    for key, least in (("offset", "0 or more"), ("duration", "more than 0")):
+        value = entry.get(key)
+        if value is not None:
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not number or not (0 <= value <= ABSURD_DURATION_S) or (value == 0 != key == "offset"):
+                raise ValueError(f"{key} is {value!r}, expected seconds, {least}")
+        seconds[key] = None if value is None else float(value)
+    text = entry.get("text")
+    if text is not None and not isinstance(text, str):
+        raise ValueError(f"text is {text!r}, expected a string")
+    return Clip(folder / Path(audio).expanduser(), audio, seconds["offset"], seconds["duration"], text)
+
+
+def find_clips(inputs: Iterable[str]) -> tuple[list[Clip], list[tuple[str, str]]]:
+    """Clips of files, folders and manifests, in order, and (name, reason) of what is none."""
+    clips, problems = [], []
+    for name in inputs:
+        path = Path(name)
+        if path.is_dir():
+            found = sorted(p for p in path.rglob("*") if p.suffix.lower() in AUDIO_SUFFIXES)
+            clips += [Clip(p, str(p)) for p in found if p.is_file()]
+            if not found:
+                problems.append((name, "the folder holds no audio file"))
+        elif path.suffix.lower() in MANIFEST_SUFFIXES:
+            try:
+                some, bad = read_manifest(path)
+            except (OSError, ValueError) as error:
+                some, bad = [], [(name, str(error))]
+            clips += some
+            problems += bad
+        else:
+            clips.append(Clip(path, name))
+    return clips, problems
+
+
+# --- the run -------------------------------------------------------------------------------------
+
+# What one round reads into memory, and what one batch may grow to with its padding.
+ROUND_SECONDS, BATCH_SECONDS = 3600.0, 1200.0
+
+
+def transcribe_clips(
+    model: ASRModel,
+    clips: Iterable[Clip],
+    head: str | None = None,
+    batch_size: int = 16,
+    timestamps: bool = False,
+) -> Iterator[tuple[Clip, Transcript | None, str]]:
+    """(clip, transcript, "") of each clip in order, or (clip, None, reason) where it has no text.
+
+    Reads about an hour of audio at a time, sorts it by length into batches of at most `batch_size`
+    clips and 20 minutes (with padding; a longer clip goes alone).
+    """
+    batch: list[tuple[Clip, np.ndarray | None, str]] = []
+    seconds = 0.0
+    for clip in clips:
+        samples, reason = None, ""
+        try:
+            duration_s = None if clip.offset_s is None else clip.duration_s
+            samples = load_audio(clip.path, model.sample_rate, clip.offset_s or 0.0, duration_s)
+            seconds += len(samples) / model.sample_rate
+        except (OSError, ValueError) as error:
+            reason = str(error)
+        batch.append((clip, samples, reason))
+        if seconds >= ROUND_SECONDS or len(batch) >= 16 * batch_size:
+            yield from _transcribe_round(model, batch, head, batch_size, timestamps)
+            batch, seconds = [], 0.0
+    yield from _transcribe_round(model, batch, head, batch_size, timestamps)
+
+
+def _transcribe_round(model, round_, head, batch_size, timestamps):
+    results = {k: (None, reason) for k, (_, _, reason) in enumerate(round_) if reason}
+    order = sorted((k for k in range(len(round_)) if k not in results), key=lambda k: -len(round_[k][1]))
+    while order:
+        longest_s = len(round_[order[0]][1]) / model.sample_rate
+        size = max(1, min(batch_size, int(BATCH_SECONDS / longest_s)))
+        batch, order = order[:size], order[size:]
+        results |= _transcribe_batch(model, batch, round_, head, timestamps)
+    for k, (clip, _, _) in enumerate(round_):
+        yield clip, *results[k]
+
+
+def _transcribe_batch(model, batch, round_, head, timestamps):
+    options = {"head": head, "batch_size": len(batch), "timestamps": timestamps}
+    try:
+        transcripts = model.transcribe([round_[k][1] for k in batch], **options)
+    except RuntimeError as error:  # out of memory, mostly: once more, one by one
+        if len(batch) == 1:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            return {batch[0]: (None, f"transcription failed: {reason}")}
+        results = {}
+        for k in batch:
+            results |= _transcribe_batch(model, [k], round_, head, timestamps)
+        return results
+    return {k: (transcript, "") for k, transcript in zip(batch, transcripts, strict=True)}
+
+
+# --- the command ---------------------------------------------------------------------------------
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def add_model_arguments(parser: argparse.ArgumentParser):
+    """The arguments that every command with a model has."""
+    parser.add_argument("--model", required=True, help=".nemo archive or converted folder")
+    parser.add_argument("--head", help="tdt, rnnt or ctc; default: the model's first")
+    parser.add_argument("--batch-size", type=int, default=16, help="clips a pass (%(default)s)")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 ... (%(default)s)")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="(%(default)s)")
+
+
+class UsageError(ValueError):
+    """Arguments that parse but do not fit the model or one another: exit status 2."""
+
+
+def load_model(args) -> ASRModel:
+    """The model of `add_model_arguments`. UsageError, or what fastconformer.load_model raises."""
+    if args.batch_size < 1:
+        raise UsageError(f"--batch-size is {args.batch_size}, expected at least 1")
+    try:
+        device = torch.device(args.device)
+    except RuntimeError:
+        raise UsageError(f"--device is {args.device!r}, expected cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device is {args.device}, but this torch sees no GPU; use --device cpu")
+    model = fastconformer.load_model(args.model, device=device, dtype=DTYPES[args.dtype])
+    if args.head is not None and args.head not in model.heads:
+        raise UsageError(f"--head is {args.head}, this model has {', '.join(model.heads)}")
+    return model
+
+
+def parse_arguments(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m fastconformer.transcribe",
+        description="Transcribe audio files, folders and manifests.",
+        epilog="example: python -m fastconformer.transcribe talk.wav --model model.nemo "
+        "--format srt -o talk.srt",
+    )
+    parser.add_argument("audio", nargs="+", metavar="AUDIO", help="file, folder or .jsonl manifest")
+    add_model_arguments(parser)
+    parser.add_argument("--timestamps", action="store_true", help="times of words and segments")
+    parser.add_argument(
+        "--format",
+        choices=["text", "json", "srt", "vtt", "ctm"],
+        default="text",
+        help="srt, vtt and ctm imply --timestamps (%(default)s)",
+    )
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        help="file instead of stdout; for srt and vtt of several inputs a folder, a file for each",
+    )
+    return parser.parse_args(argv)
+
+
+def main(argv=None) -> int:
+    args = parse_arguments(argv)
+    try:
+        return run(args)
+    except UsageError as error:
+        print(f"transcribe: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (OSError, ValueError) as error:
+        print(f"transcribe: {error}", file=sys.stderr)
+        return 1
+
+
+def run(args) -> int:
+    clips, problems = find_clips(args.audio)
+    several = len(clips) + len(problems) > 1 or Path(args.audio[0]).is_dir()
+    subtitles = args.format in ("srt", "vtt")
+    if subtitles and several and (args.output is None or args.output.is_file()):
+        raise UsageError(
+            f"{len(clips)} recordings give {len(clips)} {args.format} files; "
+            "name a folder for them with -o FOLDER"
+        )
+    for name, reason in problems:
+        _report(name, reason)
+    failed = len(problems)
+    if not clips:
+        return 1
+    model = load_model(args)
+    timestamps = args.timestamps or args.format in ("srt", "vtt", "ctm")
+    results = transcribe_clips(model, clips, args.head, args.batch_size, timestamps)
+    names = _Names()
+    pieces, objects = [], []
+    for clip, transcript, reason in results:
+        if transcript is None:
+            _report(clip.audio, reason)
+            failed += 1
+            continue
+        if args.format == "json":
+            section = {} if clip.offset_s is None else {"offset": clip.offset_s}
+            objects.append(to_json(transcript, audio=clip.audio, **section))
+        elif args.format == "ctm":
+            name = names.of_recording(clip.path)
+            pieces.append(to_ctm(transcript, name, clip.offset_s or 0.0))
+        elif subtitles:
+            text = {"srt": to_srt, "vtt": to_vtt}[args.format](transcript)
+            if several:
+                args.output.mkdir(parents=True, exist_ok=True)
+                write_text(args.output / f"{names.fresh(clip.path.stem)}.{args.format}", text)
+            else:
+                pieces.append(text)
+        else:
+            pieces.append(to_text(transcript, clip.audio if several else None))
+            if args.output is None:  # a long run shows what it has
+                print(pieces.pop(), end="", flush=True)
+    if args.format == "json":
+        pieces.append(json.dumps(objects, ensure_ascii=False, indent=1, allow_nan=False) + "\n")
+    if args.output is None:
+        print("".join(pieces), end="", flush=True)
+    elif not (subtitles and several) and (pieces or not failed):
+        write_text(args.output, "".join(pieces))
+    if failed:
+        print(f"transcribe: {failed} of {len(clips) + len(problems)} inputs failed", file=sys.stderr)
+    return 1 if failed else 0
+
+
+class _Names:
+    """Names of recordings in a CTM or a folder: file stems, numbered where they repeat."""
+
+    def __init__(self):
+        self.taken: set[str] = set()
+        self.recordings: dict[Path, str] = {}
+
+    def fresh(self, stem: str) -> str:
+        name, number = stem, 1
+        while name in self.taken:
+            number += 1
+            name = f"{stem}-{number}"
+        self.taken.add(name)
+        return name
+
+    def of_recording(self, path: Path) -> str:
+        if path not in self.recordings:
+            self.recordings[path] = self.fresh(path.stem)
+        return self.recordings[path]
+
+
+def write_text(path: Path, text: str):
+    """Writes a file whole or not at all. Raises OSError."""
+    with atomic_file(Path(path)) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def _report(name: str, reason: str):
+    reason = " ".join(str(reason).split())
+    place = "" if name in reason else f"{name}: "
+    print(f"transcribe: {place}{reason}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
