@@ -2,13 +2,16 @@
 
 import sys
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from fastconformer.checkpoint import Checkpoint
+if TYPE_CHECKING:
+    from fastconformer.checkpoint import Checkpoint
 
 
-def check(checkpoint: Checkpoint) -> str:
+def check(checkpoint: "Checkpoint") -> str:
     """Raises ValueError unless the options, the tokenizer and the tensors fit one another.
     Returns a line that describes the model."""
+    # Imported here: --help and bad usage need no torch.
     from fastconformer.config import ModelConfig
     from fastconformer.model import check_state_dict
     from fastconformer.tokenizer import load_tokenizer

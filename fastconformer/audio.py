@@ -8,11 +8,13 @@ import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import numpy as np
 import soundfile
 import soxr
+
+BLOCK_FRAMES = 1 << 22
+UNKNOWN_FRAMES = 2**63 - 1  # of a FLAC that was written to a pipe
 
 
 def load_audio(
@@ -40,20 +42,20 @@ def load_audio(
     with _opened(path) as file:
         rate = file.samplerate
         start = round(offset_s * rate)
-        if start >= file.frames:
+        count = file.frames - start
+        if count <= 0:
             raise ValueError(
                 f"{path}: offset {offset_s} s is past the end, the file has "
                 f"{file.frames / rate:.3f} s"
             )
-        count = file.frames - start
         if duration_s is not None:
             count = min(count, max(1, round(duration_s * rate)))
         if start:
             file.seek(start)
-        samples = file.read(count, dtype="float32", always_2d=True)  # (L, channels)
-    if len(samples) == 0:
+        blocks = list(_blocks(file, count))
+    if not blocks:
         raise ValueError(f"{path} is damaged: no samples could be decoded")
-    mono = samples[:, 0] if samples.shape[1] == 1 else samples.mean(axis=1)
+    mono = blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
     if not np.isfinite(mono).all():
         raise ValueError(f"{path} holds NaN or infinite samples")
     if rate != sample_rate_hz:
@@ -69,20 +71,34 @@ def audio_duration(path: str | os.PathLike) -> float:
         return file.frames / file.samplerate
 
 
+def _blocks(file: soundfile.SoundFile, count: int) -> Iterator[np.ndarray]:
+    """The next count samples, averaged over channels, in pieces: a header may promise any number
+    of samples, memory is taken only for those that come."""
+    while count > 0:
+        block = file.read(min(count, BLOCK_FRAMES), dtype="float32", always_2d=True)
+        if len(block) == 0:
+            return
+        count -= len(block)
+        yield block[:, 0] if block.shape[1] == 1 else block.mean(axis=1)
+
+
 @contextmanager
 def _opened(path: str | os.PathLike) -> Iterator[soundfile.SoundFile]:
     """An open file with at least one sample; libsndfile's errors become ValueError."""
-    file_path = Path(path)
-    if not file_path.exists():
+    if not os.path.exists(path):
         raise FileNotFoundError(f"{path}: no such audio file")
-    if not file_path.is_file():  # a folder, or a pipe, which would block
+    if not os.path.isfile(path):  # a folder, or a pipe, which would block
         raise ValueError(f"{path} is not a file")
-    if file_path.stat().st_size == 0:
+    if os.path.getsize(path) == 0:
         raise ValueError(f"{path} is empty")
     try:
-        with soundfile.SoundFile(file_path) as file:
+        with soundfile.SoundFile(os.fspath(path)) as file:
+            if not 1000 <= file.samplerate <= 1_000_000:
+                raise ValueError(f"{path} is damaged: its sample rate is {file.samplerate} Hz")
             if file.frames <= 0:
                 raise ValueError(f"{path} holds no samples")
+            if file.frames == UNKNOWN_FRAMES:  # libsndfile fails at the end of such a file
+                raise ValueError(f"{path} does not tell its length; write it again, to a file")
             yield file
     except soundfile.SoundFileError as error:
         reason = str(error).rpartition(": ")[2] or str(error)

@@ -100,30 +100,27 @@ def write_folder(folder: str | os.PathLike, checkpoint: Checkpoint) -> None:
     _check_json(checkpoint.config)
     document = {"format_version": FORMAT_VERSION, "nemo_config": checkpoint.config}
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
     # Inside an existing folder, which may be a file system of its own; beside a new one.
     parent = folder if folder.is_dir() else folder.parent
-    work = parent / f".{folder.name}.{os.getpid()}.tmp"
-    work.mkdir()
-    try:
+    with work_folder(parent, folder.name) as work:
+        new = work / "new"
+        new.mkdir()
         for name, content in checkpoint.tokenizer_files.items():
-            (work / name).write_bytes(content)
-        save_file(dense_tensors(checkpoint.state_dict), work / WEIGHTS_FILE, {"format": "pt"})
+            (new / name).write_bytes(content)
+        save_file(dense_tensors(checkpoint.state_dict), new / WEIGHTS_FILE, {"format": "pt"})
         text = json.dumps(document, ensure_ascii=False, indent=1)
-        (work / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
-        shutil.copymode(work / CONFIG_FILE, work / WEIGHTS_FILE)  # safetensors makes it 0600
+        (new / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+        shutil.copymode(new / CONFIG_FILE, new / WEIGHTS_FILE)  # safetensors makes it 0600
         names = [*checkpoint.tokenizer_files, WEIGHTS_FILE, CONFIG_FILE]
         for name in names:
-            sync(work / name)
+            sync(new / name)
         if parent == folder:
             for name in names:
-                os.replace(work / name, folder / name)
-            sync(folder)
+                os.replace(new / name, folder / name)
         else:
-            os.rename(work, folder)
+            sync(new)
+            os.rename(new, folder)
         sync(parent)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
 
 
 def _read_folder(folder: Path) -> Checkpoint:
@@ -238,17 +235,16 @@ def dense_tensors(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor
 
 
 @contextmanager
-def atomic_file(path: Path) -> Iterator[Path]:
-    """Gives a temporary name beside path; when the block ends well, the file written under it
-    is synced and renamed to path, otherwise it is removed."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def work_folder(parent: Path, name: str) -> Iterator[Path]:
+    """An empty folder in parent to write `name` in before it is renamed to its place; removed at
+    the end. What a killed run left in it goes first."""
+    work = parent / f".{name}.tmp"
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
     try:
-        yield temporary
-        sync(temporary)
-        os.replace(temporary, path)
-        sync(path.parent)
+        yield work
     finally:
-        temporary.unlink(missing_ok=True)
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def sync(path: Path) -> None:

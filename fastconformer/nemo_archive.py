@@ -21,6 +21,7 @@ import re
 import shutil
 import tarfile
 import tempfile
+import warnings
 import zipfile
 import zlib
 from pathlib import Path, PurePosixPath
@@ -31,16 +32,17 @@ import yaml
 from .checkpoint import (
     Checkpoint,
     artifacts,
-    atomic_file,
     check_files,
     dense_tensors,
     rename_artifacts,
+    sync,
+    work_folder,
 )
 
 CONFIG_MEMBER = "model_config.yaml"
 WEIGHTS_MEMBER = "model_weights.ckpt"
 MAX_CONFIG_BYTES = 64 << 20
-MAX_CONFIG_VALUES = 2_000_000  # aliases and interpolations can grow without bound
+MAX_CONFIG_VALUES = 500_000  # aliases and interpolations can grow without bound
 MAX_STRING_CHARS = 1 << 20
 
 logger = logging.getLogger(__name__)
@@ -89,7 +91,7 @@ def _read_members(tar: tarfile.TarFile, folder: Path) -> Checkpoint:
     wanted = {}
     for key, name in artifacts(config).items():
         wanted[key] = str(PurePosixPath(name))
-        if wanted[key] not in members:
+        if wanted[key] not in members.keys() - {CONFIG_MEMBER, WEIGHTS_MEMBER}:
             raise ValueError(f"{key} names {name}, which the archive does not hold")
     tokenizer = config.get("tokenizer")
     if isinstance(tokenizer, dict) and not any(key.startswith("tokenizer.") for key in wanted):
@@ -129,15 +131,14 @@ def _safe_members(tar: tarfile.TarFile) -> dict[str, tarfile.TarInfo]:
 
 
 def _missing(name: str, members: dict) -> str:
-    stem = name.partition(".")[0]
-    elsewhere = [m for m in members if m.startswith(f"{stem}/") or m.endswith(f"/{name}")]
-    if elsewhere:
+    parts = [m for m in members if m.startswith("model_weights/") or m.endswith(f"/{name}")]
+    if parts and name == WEIGHTS_MEMBER:
         return (
-            f"the weights are sharded or distributed ({elsewhere[0]}), expected one {name}; "
+            f"the weights are sharded or distributed ({parts[0]}), expected one {name}; "
             "save the model on a single device with NeMo first"
         )
     found = ", ".join(list(members)[:5]) or "nothing"
-    return f"no {name} in the archive (it holds {found}); truncated, or not a NeMo model"
+    return f"no {name} at the top of the archive (it holds {found}); truncated, or not NeMo's"
 
 
 def _extract(tar: tarfile.TarFile, member: tarfile.TarInfo, target: Path) -> None:
@@ -167,9 +168,9 @@ def _clean_names(names) -> dict[str, str]:
 def _load_weights(path: Path) -> dict[str, torch.Tensor]:
     try:
         mappable = _is_stored_zip(path)
-        if not mappable:
-            logger.warning("%s is in an old format: it is read into memory", WEIGHTS_MEMBER)
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mappable)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what they hint at is an error below
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=mappable)
     except pickle.UnpicklingError as error:
         names = re.search(r"GLOBAL (\S+)", str(error))
         reason = f"it asks for {names[1]}" if names else "it holds more than that"
@@ -195,6 +196,8 @@ def _load_weights(path: Path) -> dict[str, torch.Tensor]:
         # A stride of zero lets a few bytes claim any size.
         if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
             raise ValueError(f"{WEIGHTS_MEMBER}: tensor {name} is larger than its data")
+    if not mappable:
+        logger.warning("%s is in an old format: it was copied into memory", WEIGHTS_MEMBER)
     return {name: tensor.detach() for name, tensor in state.items()}
 
 
@@ -221,20 +224,19 @@ def write_nemo(path: str | os.PathLike, checkpoint: Checkpoint) -> None:
     members = {name: f"{hashlib.md5(files[name]).hexdigest()}_{name}" for name in files}
     text = dump_config(rename_artifacts(checkpoint.config, lambda _, name: members[name]))
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with (
-        tempfile.TemporaryDirectory(prefix=".nemo-", dir=path.parent) as folder,
-        atomic_file(path) as temporary,
-    ):
+    with work_folder(path.parent, path.name) as work:
         # torch.save puts the file's stem inside the file, so the name is part of the bytes.
-        weights = Path(folder) / WEIGHTS_MEMBER
+        weights, archive = work / WEIGHTS_MEMBER, work / "archive"
         torch.save(dense_tensors(checkpoint.state_dict), weights)
-        with tarfile.open(temporary, "x:") as tar:
+        with tarfile.open(archive, "w:") as tar:
             _add(tar, CONFIG_MEMBER, io.BytesIO(text), len(text))
             for name, content in files.items():
                 _add(tar, members[name], io.BytesIO(content), len(content))
             with weights.open("rb") as file:
                 _add(tar, WEIGHTS_MEMBER, file, weights.stat().st_size)
+        sync(archive)
+        os.replace(archive, path)
+        sync(path.parent)
 
 
 def _add(tar: tarfile.TarFile, name: str, file, size: int) -> None:
@@ -250,7 +252,7 @@ class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
         seen = set()
         for key_node, _ in getattr(node, "value", ()):
             key = (key_node.tag, key_node.value) if isinstance(key_node, yaml.ScalarNode) else None
-            if key in seen and key[0] != "tag:yaml.org,2002:merge":
+            if key in seen and key and key[0] != "tag:yaml.org,2002:merge":
                 raise yaml.constructor.ConstructorError(
                     None, None, f"key {key[1]!r} appears twice", key_node.start_mark
                 )
@@ -264,28 +266,31 @@ class _Dumper(yaml.SafeDumper):
     def ignore_aliases(self, data):
         return True
 
-
-def _set_scalars() -> None:
-    number = re.compile(
-        r"""[-+]?[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?
-        |[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+
-        |\.[0-9_]+(?:[eE][-+][0-9]+)?
-        |[-+]?[0-9][0-9_]*(?::[0-5]?[0-9])+\.[0-9_]*
-        |[-+]?\.(?:inf|Inf|INF)
-        |\.(?:nan|NaN|NAN)""",
-        re.VERBOSE,
-    )
-    number = re.compile(rf"(?:{number.pattern})\Z", re.VERBOSE)
-    kept = {
-        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
-        for first, resolvers in _Loader.yaml_implicit_resolvers.items()
-    }
-    _Loader.yaml_implicit_resolvers = kept
-    for cls in (_Loader, _Dumper):
-        cls.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789."))
+    def represent_text(self, text):
+        # PyYAML's single quotes turn Unicode's other line breaks into blanks.
+        style = '"' if re.search("[\x85\u2028\u2029]", text) else None
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style)
 
 
-_set_scalars()
+_Dumper.add_representer(str, _Dumper.represent_text)
+
+
+# OmegaConf's floats: unlike YAML 1.1's they need no dot or sign in 1e5, and allow no sign in .5
+_FLOAT = re.compile(
+    r"""(?:[-+]?[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?
+    |[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+
+    |\.[0-9_]+(?:[eE][-+][0-9]+)?
+    |[-+]?[0-9][0-9_]*(?::[0-5]?[0-9])+\.[0-9_]*
+    |[-+]?\.(?:inf|Inf|INF)
+    |\.(?:nan|NaN|NAN))\Z""",
+    re.VERBOSE,
+)
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, form) for tag, form in forms if not tag.endswith((":timestamp", ":float"))]
+    for first, forms in _Loader.yaml_implicit_resolvers.items()
+}
+for _class in (_Loader, _Dumper):
+    _class.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
 
 
 def load_config(text: bytes) -> dict:
@@ -311,10 +316,9 @@ def load_config(text: bytes) -> dict:
 
 def dump_config(config: dict) -> bytes:
     """dict of plain values -> YAML that load_config and OmegaConf read as the same values."""
-    text = yaml.dump(
+    return yaml.dump(
         _escape(config), Dumper=_Dumper, allow_unicode=True, sort_keys=False, encoding="utf-8"
     )
-    return text
 
 
 def _escape(value):

@@ -28,16 +28,14 @@ import torch
 import fastconformer
 
 from .audio import load_audio
-from .checkpoint import atomic_file
 from .model import ASRModel, Transcript
 from .timestamps import Span
-
-# --- writers -------------------------------------------------------------------------------------
 
 # Subtitle limits that broadcasters share: two lines of 42 characters, seven seconds.
 LINE_CHARACTERS, CUE_LINES, CUE_SECONDS = 42, 2, 7.0
 PAUSE_SECONDS = 1.5  # a silence this long ends a cue even inside a segment
 SHORTEST_CUE_SECONDS = 0.5  # a word of one frame would flash; held as far as the next cue allows
+LEAST_CUE_SECONDS = 0.002  # whatever the times: players drop a cue that ends where it starts
 
 
 def to_text(transcript: Transcript, name: str | None = None) -> str:
@@ -82,15 +80,13 @@ def to_ctm(transcript: Transcript, name: str, offset_s: float = 0.0) -> str:
 
 
 def to_json(transcript: Transcript, **fields) -> dict:
-    """All fields of the transcript after `fields`, of types that JSON has; spans become objects with
-    text, start and end. A score that is not finite becomes None."""
+    """All fields of the transcript after `fields`, of types that JSON has; spans become objects
+    with text, start and end. A score that is not finite becomes None."""
 
     def spans(items):
         if items is None:
             return None
-        return [
-            {"text": s.text, "start": round(s.start, 6), "end": round(s.end, 6)} for s in items
-        ]
+        return [{"text": s.text, "start": round(s.start, 6), "end": round(s.end, 6)} for s in items]
 
     return fields | {
         "text": transcript.text,
@@ -128,14 +124,13 @@ def cues(transcript: Transcript) -> list[Span]:
     spans = []
     for k, group in enumerate(groups):
         start = group[0].start
-        # at least 1 ms, whatever the times are: a player drops a cue that ends where it starts
         start = max(start, spans[-1].end if spans else 0.0)
         end = max(group[-1].end, start + SHORTEST_CUE_SECONDS)
         if transcript.duration > start:
-            end = min(end, max(transcript.duration, start + 0.001))
+            end = min(end, max(transcript.duration, start + LEAST_CUE_SECONDS))
         if k + 1 < len(groups):
             end = min(end, groups[k + 1][0].start)
-        end = min(max(end, start + 0.001), start + CUE_SECONDS)
+        end = min(max(end, start + LEAST_CUE_SECONDS), start + CUE_SECONDS)
         spans.append(Span("\n".join(_lines(group)), start, end))
     return spans
 
@@ -179,11 +174,10 @@ def _need_times(transcript: Transcript):
         raise ValueError("the transcript has no times; transcribe with timestamps=True")
 
 
-# --- inputs --------------------------------------------------------------------------------------
-
-AUDIO_SUFFIXES = frozenset(
-    ".wav .flac .ogg .oga .opus .mp3 .aif .aiff .aifc .au .snd .caf .w64 .rf64 .sph .nist".split()
-)
+AUDIO_SUFFIXES = frozenset([
+    ".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".aifc", ".au", ".snd",
+    ".caf", ".w64", ".rf64", ".sph", ".nist",
+])  # fmt: skip
 MANIFEST_SUFFIXES = frozenset([".jsonl", ".json"])
 ABSURD_DURATION_S = 7 * 24 * 3600.0
 
@@ -238,13 +232,16 @@ def _manifest_clip(line: bytes, folder: Path) -> Clip:
         value = entry.get(key)
         if value is not None:
             number = isinstance(value, int | float) and not isinstance(value, bool)
-            if not number or not (0 <= value <= ABSURD_DURATION_S) or (value == 0 != key == "offset"):
+            zero_length = key == "duration" and value == 0
+            if not number or not 0 <= value <= ABSURD_DURATION_S or zero_length:
                 raise ValueError(f"{key} is {value!r}, expected seconds, {least}")
         seconds[key] = None if value is None else float(value)
     text = entry.get("text")
     if text is not None and not isinstance(text, str):
         raise ValueError(f"text is {text!r}, expected a string")
-    return Clip(folder / Path(audio).expanduser(), audio, seconds["offset"], seconds["duration"], text)
+    return Clip(
+        folder / Path(audio).expanduser(), audio, seconds["offset"], seconds["duration"], text
+    )
 
 
 def find_clips(inputs: Iterable[str]) -> tuple[list[Clip], list[tuple[str, str]]]:
@@ -268,8 +265,6 @@ def find_clips(inputs: Iterable[str]) -> tuple[list[Clip], list[tuple[str, str]]
             clips.append(Clip(path, name))
     return clips, problems
 
-
-# --- the run -------------------------------------------------------------------------------------
 
 # What one round reads into memory, and what one batch may grow to with its padding.
 ROUND_SECONDS, BATCH_SECONDS = 3600.0, 1200.0
@@ -306,7 +301,9 @@ def transcribe_clips(
 
 def _transcribe_round(model, round_, head, batch_size, timestamps):
     results = {k: (None, reason) for k, (_, _, reason) in enumerate(round_) if reason}
-    order = sorted((k for k in range(len(round_)) if k not in results), key=lambda k: -len(round_[k][1]))
+    order = sorted(
+        (k for k in range(len(round_)) if k not in results), key=lambda k: -len(round_[k][1])
+    )
     while order:
         longest_s = len(round_[order[0]][1]) / model.sample_rate
         size = max(1, min(batch_size, int(BATCH_SECONDS / longest_s)))
@@ -320,7 +317,7 @@ def _transcribe_batch(model, batch, round_, head, timestamps):
     options = {"head": head, "batch_size": len(batch), "timestamps": timestamps}
     try:
         transcripts = model.transcribe([round_[k][1] for k in batch], **options)
-    except RuntimeError as error:  # out of memory, mostly: once more, one by one
+    except (RuntimeError, ValueError) as error:  # out of memory, mostly: then one by one
         if len(batch) == 1:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             return {batch[0]: (None, f"transcription failed: {reason}")}
@@ -330,8 +327,6 @@ def _transcribe_batch(model, batch, round_, head, timestamps):
         return results
     return {k: (transcript, "") for k, transcript in zip(batch, transcripts, strict=True)}
 
-
-# --- the command ---------------------------------------------------------------------------------
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -409,11 +404,14 @@ def run(args) -> int:
     clips, problems = find_clips(args.audio)
     several = len(clips) + len(problems) > 1 or Path(args.audio[0]).is_dir()
     subtitles = args.format in ("srt", "vtt")
-    if subtitles and several and (args.output is None or args.output.is_file()):
+    folder = args.output if subtitles and (several or _is_folder(args.output)) else None
+    if subtitles and several and (folder is None or folder.is_file() or folder.suffix):
         raise UsageError(
-            f"{len(clips)} recordings give {len(clips)} {args.format} files; "
+            f"{len(clips)} recordings give as many {args.format} files; "
             "name a folder for them with -o FOLDER"
         )
+    if args.output and not folder:
+        check_output(args.output)
     for name, reason in problems:
         _report(name, reason)
     failed = len(problems)
@@ -437,24 +435,40 @@ def run(args) -> int:
             pieces.append(to_ctm(transcript, name, clip.offset_s or 0.0))
         elif subtitles:
             text = {"srt": to_srt, "vtt": to_vtt}[args.format](transcript)
-            if several:
-                args.output.mkdir(parents=True, exist_ok=True)
-                write_text(args.output / f"{names.fresh(clip.path.stem)}.{args.format}", text)
+            if folder:
+                folder.mkdir(parents=True, exist_ok=True)
+                write_text(folder / f"{names.fresh(clip.path.stem)}.{args.format}", text)
             else:
                 pieces.append(text)
         else:
             pieces.append(to_text(transcript, clip.audio if several else None))
             if args.output is None:  # a long run shows what it has
                 print(pieces.pop(), end="", flush=True)
+    total = len(clips) + len(problems)
+    if failed and total > 1:
+        print(f"transcribe: {failed} of {total} inputs failed", file=sys.stderr)
+    if failed == total:  # nothing to write: what an earlier run wrote stays
+        return 1
     if args.format == "json":
-        pieces.append(json.dumps(objects, ensure_ascii=False, indent=1, allow_nan=False) + "\n")
+        lines = (json.dumps(item, ensure_ascii=False, allow_nan=False) for item in objects)
+        pieces.append("[\n" + ",\n".join(lines) + "\n]\n")
     if args.output is None:
         print("".join(pieces), end="", flush=True)
-    elif not (subtitles and several) and (pieces or not failed):
+    elif not folder:
         write_text(args.output, "".join(pieces))
-    if failed:
-        print(f"transcribe: {failed} of {len(clips) + len(problems)} inputs failed", file=sys.stderr)
     return 1 if failed else 0
+
+
+def _is_folder(path: Path | None) -> bool:
+    return path is not None and path.is_dir()
+
+
+def check_output(path: Path):
+    """UsageError where a file cannot be written, told before the work and not after it."""
+    if path.is_dir():
+        raise UsageError(f"-o {path} is a folder, expected a file name")
+    if not path.parent.is_dir():
+        raise UsageError(f"-o {path}: there is no folder {path.parent}")
 
 
 class _Names:
@@ -480,8 +494,15 @@ class _Names:
 
 def write_text(path: Path, text: str):
     """Writes a file whole or not at all. Raises OSError."""
-    with atomic_file(Path(path)) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _report(name: str, reason: str):

@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import itertools
 import math
 import os
 import pickle
@@ -51,7 +52,7 @@ def members(config=CONFIG, weights=WEIGHTS, **files) -> dict[str, bytes]:
         f"{HEX}_tokenizer.model": b"pieces",
         "model_config.yaml": config
         if isinstance(config, bytes)
-        else yaml.safe_dump(config).encode(),
+        else yaml.safe_dump(config, sort_keys=False).encode(),
         "model_weights.ckpt": weights if isinstance(weights, bytes) else saved(weights),
     }
     return found | files
@@ -297,6 +298,20 @@ def test_failed_write_leaves_what_was_there(tmp_path):
     assert read_checkpoint(tmp_path / "f").config == {"a": 1}
 
 
+def test_what_a_killed_run_left_is_cleared(tmp_path):
+    good = Checkpoint({"a": 1}, WEIGHTS, {})
+    write_folder(tmp_path / "f", good)
+    for left in (tmp_path / "f" / ".f.tmp", tmp_path / ".new.tmp", tmp_path / ".a.nemo.tmp"):
+        left.mkdir()
+        (left / "model_weights.ckpt").write_bytes(b"half")
+    for folder in ("f", "new", "deep/er"):
+        write_folder(tmp_path / folder, good)
+        assert sorted(os.listdir(tmp_path / folder)) == ["config.json", "model.safetensors"]
+    write_nemo(tmp_path / "a.nemo", good)
+    write_nemo(tmp_path / "deeper" / "still" / "a.nemo", good)
+    assert sorted(os.listdir(tmp_path)) == ["a.nemo", "deep", "deeper", "f", "new"]
+
+
 @pytest.mark.parametrize(
     ("checkpoint", "message"),
     [
@@ -364,8 +379,8 @@ VALUES = st.recursive(
 
 @settings(deadline=None, max_examples=150)
 @given(st.dictionaries(STRINGS.filter(lambda key: key != "model"), VALUES, max_size=4))
-@example({"a": ["${b}", "\\\\${b}", "x\\"], "1e5": "on", "": {"n": "1_0"}})
-def test_config_there_and_back(tmp_path_factory, config):
+@example({"a": ["${b}", "\\\\${b}", "x\\"], "1e5": "on", "": {"n": "1_0"}, "b": "\x85"})
+def test_config_there_and_back(config):
     config = {"target": "x", **config}
     assert load_config(dump_config(config)) == config
     omegaconf = pytest.importorskip("omegaconf").OmegaConf
@@ -447,7 +462,7 @@ def test_bad_configs_are_named(text, message):
 def test_config_cannot_grow_without_bound():
     names = "abcdefghijkl"
     aliases, links, strings = (["a: &a [" + "x, " * 10 + "]"], ["a: [x]"], ["a: xxxxxxxxxx"])
-    for before, name in zip(names, names[1:]):
+    for before, name in itertools.pairwise(names):
         aliases.append(f"{name}: &{name} [" + f"*{before}, " * 10 + "]")
         links.append(f"{name}: [" + f'"${{{before}}}", ' * 10 + "]")
         strings.append(f"{name}: " + f"${{{before}}}" * 10)
@@ -604,8 +619,8 @@ def test_not_a_tar(tmp_path, content):
 def test_missing_parts_are_named(tmp_path):
     refused(tmp_path / "none.nemo", "no such", FileNotFoundError)
     for name, message in (
-        ("model_config.yaml", "no model_config.yaml in the archive"),
-        ("model_weights.ckpt", "no model_weights.ckpt in the archive"),
+        ("model_config.yaml", "no model_config.yaml at the top"),
+        ("model_weights.ckpt", "no model_weights.ckpt at the top"),
         (f"{HEX}_tokenizer.model", f"tokenizer.model_path names {HEX}_tokenizer.model"),
     ):
         files = members()
@@ -613,6 +628,8 @@ def test_missing_parts_are_named(tmp_path):
         refused(archive(tmp_path / "a.nemo", files), message)
     no_tokenizer = members({"target": "x", "tokenizer": {"type": "bpe", "dir": "somewhere"}})
     refused(archive(tmp_path / "a.nemo", no_tokenizer), "tokenizer names no file")
+    weights = members({"tokenizer": {"model_path": "nemo:model_weights.ckpt"}})
+    refused(archive(tmp_path / "a.nemo", weights), "the archive does not hold")
     outside = members({"tokenizer": {"model_path": "nemo:../../etc/passwd"}})
     refused(archive(tmp_path / "a.nemo", outside), "the archive does not hold")
 

@@ -131,7 +131,9 @@ def test_bootstrap_matches_normal_theory_for_equal_lengths():
 def test_bootstrap_is_paired_and_seeded():
     errors, words = np.arange(50) % 7, 5 + np.arange(50) % 4
     assert bootstrap_difference(errors, errors, words) == (0.0, 0.0)
-    assert bootstrap_difference(errors + 1, errors, words) == pytest.approx((1 / 6.5, 1 / 6.5), rel=0.1)
+    assert bootstrap_difference(errors + 1, errors, words) == pytest.approx(
+        (1 / 6.5, 1 / 6.5), rel=0.1
+    )
     shuffled = errors[::-1]
     first = bootstrap_difference(shuffled, errors, words, seed=3)
     assert first == bootstrap_difference(shuffled, errors, words, seed=3)

@@ -1,4 +1,4 @@
-"""The steps that `training.finetune` takes follow NeMo's: losses, learning rates, gradient norms."""
+"""The steps that `training.finetune` takes follow NeMo's: losses, rates, gradient norms."""
 
 import json
 

@@ -142,9 +142,7 @@ def _utterance(entry: dict, manifest: Path, line: int) -> Utterance:
 
 
 def _is_number(value) -> bool:
-    return (
-        isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    )
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def check_for_training(

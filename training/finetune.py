@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from fastconformer import ASRModel
 from fastconformer.augment import spec_augment
-from fastconformer.checkpoint import atomic_file, read_checkpoint
+from fastconformer.checkpoint import read_checkpoint
 from fastconformer.metrics import char_errors, word_errors
 from fastconformer.nemo_archive import write_nemo
 from fastconformer.subsampling import output_length
@@ -75,6 +75,8 @@ class Progress:
     batch: int = 0  # batches of this epoch that are done
     evaluated: int = -1  # step of the last evaluation
     best: tuple[float, float] | None = None  # (WER, CER) of best/
+    best_step: int = 0
+    baseline: tuple[float, float] | None = None  # of the untouched model
     skipped: int = 0  # steps without an update: a loss or gradient was not finite
     seconds: float = 0.0
     losses: list[float] = dataclasses.field(default_factory=list)  # since the last evaluation
@@ -144,6 +146,39 @@ def update(optimizer: torch.optim.Optimizer, lr: float, clip_grad_norm: float | 
     return float(norm)
 
 
+def gradients(
+    model: ASRModel,
+    batches: list[Batch],
+    heads: tuple[str, ...],
+    augment: Callable | None,
+    recipe: Recipe,
+    step: int,
+) -> dict[str, float]:
+    """Forward and backward of one step's batches; their gradients' mean is left in `.grad`.
+
+    Returns:
+        Means over the batches: {"loss": ..., and each head's part}.
+    Raises:
+        ValueError: torch could not (no memory, say); names the clips.
+    """
+    means = Counter()
+    for micro, batch in enumerate(batches):
+        seed_step(recipe.trainer.seed, step, micro)
+        try:
+            total, parts = batch_loss(
+                model, batch, heads, augment, recipe.trainer.precision == "bf16"
+            )
+            (total / len(batches)).backward()
+        except RuntimeError as error:
+            raise ValueError(
+                f"step {step + 1} failed on a batch of {tuple(batch.audio.shape)} samples and "
+                f"{tuple(batch.targets.shape)} tokens: {' '.join(str(error).split())[:200]}"
+            ) from error
+        for key, value in {"loss": total, **parts}.items():
+            means[key] += float(value.detach()) / len(batches)
+    return dict(means)
+
+
 def seed_step(seed: int, step: int, micro: int) -> torch.Generator:
     """Set torch's generators (dither, dropout, omega, SpecAugment) for one batch of one step."""
     return torch.manual_seed(int(np.random.SeedSequence([seed, step, micro]).generate_state(1)[0]))
@@ -195,8 +230,9 @@ def load_data(recipe: Recipe, model: ASRModel, heads, dropped_path: Path):
         if not validation[name]:
             raise ValueError(f"validation set {name}: no usable line in {manifest}; {_why(bad)}")
 
-    with atomic_file(dropped_path) as temporary, open(temporary, "w") as file:
-        file.writelines(_json_line(dataclasses.asdict(item)) for item in dropped)
+    with atomic_file(dropped_path) as temporary:
+        lines = [_json_line(dataclasses.asdict(item)) for item in dropped]
+        temporary.write_text("".join(lines), encoding="utf-8")
     if dropped:
         log.warning("left out %d manifest lines: %s", len(dropped), _why(dropped))
         log.warning("each is listed with its reason in %s", dropped_path)
@@ -208,8 +244,7 @@ def load_data(recipe: Recipe, model: ASRModel, heads, dropped_path: Path):
 
     def on_dropped(item: Dropped):
         log.warning("left out %s, line %d: %s", item.manifest, item.line, item.detail)
-        with open(dropped_path, "a") as file:
-            file.write(_json_line(dataclasses.asdict(item)))
+        append_line(dropped_path, dataclasses.asdict(item))
 
     def store(utterances, max_duration_s=None):
         return AudioStore(
@@ -259,11 +294,15 @@ def batch_order(store: AudioStore, recipe: Recipe, epoch: int) -> list[list[int]
 def predict(model, store, heads, recipe: Recipe, check_stop) -> tuple[list[str], dict]:
     """Greedy texts of a validation set: (references, {head: hypotheses}); model in eval mode."""
     durations = [u.duration_s for u in store.utterances]
-    batch_size = recipe.data.batch_size or 16
-    longest_first = sorted(range(len(durations)), key=lambda i: (-durations[i], i))
-    batches = [
-        longest_first[i : i + batch_size] for i in range(0, len(longest_first), batch_size)
-    ]
+    waiting = sorted(range(len(durations)), key=lambda i: (-durations[i], i))
+    batches = []
+    while waiting:
+        count = recipe.data.batch_size or len(waiting)
+        if recipe.data.batch_duration_s is not None:
+            longest_s = max(durations[waiting[0]], recipe.data.pad_to_s)
+            count = min(count, max(1, int(recipe.data.batch_duration_s / longest_s)))
+        batches.append(waiting[:count])
+        waiting = waiting[count:]
     device = model_device(model)
     bf16 = recipe.trainer.precision == "bf16"
     texts = {}  # line -> (reference, text of each head)
@@ -296,7 +335,7 @@ def evaluate(model, validation: dict[str, AudioStore], heads, recipe, check_stop
         for head in heads:
             all_hypotheses[head] += hypotheses[head]
         all_references += references
-        for i in range(0, len(references), max(1, len(references) // SAMPLES_SHOWN)):
+        for i in range(0, len(references), -(-len(references) // SAMPLES_SHOWN)):
             log.info("  %s  said: %s", name, references[i])
             for head in heads:
                 log.info("  %s  %4s: %s", " " * len(name), head, hypotheses[head][i])
@@ -318,6 +357,28 @@ def _percent(rates: dict[str, float]) -> tuple[float, float]:
 
 
 # --- files --------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Gives a temporary name; what is written there is on disk under `path` when the block ends
+    well, and gone otherwise."""
+    temporary = path.with_name(f".{path.name}.tmp")  # a killed run's is written over
+    try:
+        yield temporary
+        _sync(temporary)
+        os.replace(temporary, path)
+        _sync(path.parent)  # the rename, too
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def checkpoint_paths(folder: Path) -> list[Path]:
@@ -354,7 +415,7 @@ def resume(path: Path, model, optimizer, recipe: Recipe) -> Progress:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         progress = Progress(**state["progress"])
-    except (RuntimeError, KeyError, ValueError, pickle.UnpicklingError, EOFError) as error:
+    except (RuntimeError, KeyError, TypeError, ValueError, pickle.UnpicklingError) as error:
         raise ValueError(
             f"cannot resume from {path}: {' '.join(str(error).split())[:300]}; "
             "remove it to go on from an older one, or choose another output folder"
@@ -440,7 +501,7 @@ def finetune(recipe: Recipe) -> None:
     frozen = freeze(model, recipe.freeze)
     out.mkdir(parents=True, exist_ok=True)
     with atomic_file(out / "recipe.yaml") as temporary:
-        temporary.write_text(recipe_to_yaml(recipe))
+        temporary.write_text(recipe_to_yaml(recipe), encoding="utf-8")
     log.info("recipe, as resolved:\n%s", recipe_to_yaml(recipe))
 
     train, validation = load_data(recipe, model, heads, out / "dropped.jsonl")
@@ -501,7 +562,8 @@ def finetune(recipe: Recipe) -> None:
                     wer_cer = rates["wer"], rates["cer"]
                     if progress.best is None or wer_cer < tuple(progress.best):
                         model.save(out / "best")
-                        progress.best = wer_cer
+                        progress.best, progress.best_step = wer_cer, progress.step
+                    progress.baseline = progress.baseline or wer_cer
                     log.info(
                         "step %d: %s WER %.2f %%, CER %.2f %%; best WER %.2f %%",
                         *(progress.step, heads[0], *_percent(rates), 100 * progress.best[0]),
@@ -513,59 +575,56 @@ def finetune(recipe: Recipe) -> None:
                 # One optimizer step over `accumulate` batches.
                 check_stop()
                 train_mode(model, frozen)
-                optimizer.zero_grad(set_to_none=True)
-                statistics = [b.clone() for b in model.buffers()]
-                lr = lr_at(progress.step)
-                totals, parts, names = [], Counter(), []
-                for micro in range(trainer.accumulate):
+                batches = []
+                while len(batches) < trainer.accumulate:
                     progress.epoch, progress.batch, batch = next(stream)
-                    names += [utterance.name for utterance in batch.utterances]
-                    seed_step(trainer.seed, progress.step, micro)
-                    total, by_head = batch_loss(
-                        model, batch.to(device), heads, augment, trainer.precision == "bf16"
-                    )
-                    (total / trainer.accumulate).backward()
-                    totals.append(float(total.detach()))
-                    for head, value in by_head.items():
-                        parts[head] += float(value.detach()) / trainer.accumulate
-                loss = sum(totals) / trainer.accumulate
-                grad_norm = math.nan
-                if math.isfinite(loss):
+                    batches.append(batch.to(device))
+                names = [utterance.name for batch in batches for utterance in batch.utterances]
+                statistics = [b.clone() for b in model.buffers()]
+                lr, grad_norm = lr_at(progress.step), math.nan
+                optimizer.zero_grad(set_to_none=True)
+                try:
+                    losses = gradients(model, batches, heads, augment, recipe, progress.step)
+                except ValueError:
+                    append_line(out / "failed.jsonl", {"step": progress.step, "utterances": names})
+                    raise
+                if math.isfinite(losses["loss"]):
                     grad_norm = update(optimizer, lr, trainer.clip_grad_norm)
                 progress.step += 1
                 progress.seconds = time.monotonic() - started
 
                 if math.isfinite(grad_norm):
-                    progress.losses.append(loss)
+                    if validation:
+                        progress.losses.append(losses["loss"])
                 else:
                     # The forward pass has already fed BatchNorm's running statistics.
                     for buffer, value in zip(model.buffers(), statistics, strict=True):
                         buffer.copy_(value)
                     progress.skipped += 1
-                    bad = {"step": progress.step, "loss": str(loss), "utterances": names}
+                    bad = {"step": progress.step, "loss": str(losses["loss"]), "utterances": names}
                     append_line(out / "nonfinite.jsonl", bad)
                     log.warning(
                         "step %d skipped: loss %s, gradient norm %s; its clips are in %s",
-                        *(progress.step, loss, grad_norm, out / "nonfinite.jsonl"),
+                        *(progress.step, losses["loss"], grad_norm, out / "nonfinite.jsonl"),
                     )
                     if progress.skipped >= trainer.max_nonfinite_steps:
                         raise ValueError(
                             f"{progress.skipped} steps were not finite; lower optim.lr, or look at "
                             f"the clips in {out / 'nonfinite.jsonl'}"
                         )
-                record = {"step": progress.step, "epoch": progress.epoch, "loss": loss, **parts}
+                record = {"step": progress.step, "epoch": progress.epoch, **losses}
                 record |= {"lr": lr, "grad_norm": grad_norm}
                 record = {k: v if math.isfinite(v) else None for k, v in record.items()}
                 append_line(out / "log.jsonl", record)
-                show(progress.step, loss)
+                show(progress.step, losses["loss"])
                 if progress.step % trainer.log_every_steps == 0 or progress.step == max_steps:
                     log.info(
-                        "step %d/%d  epoch %d  loss %.3f  (%s)  lr %.2e  grad %.2f  %.1f min",
-                        *(progress.step, max_steps, progress.epoch, loss),
-                        ", ".join(f"{head} {value:.3f}" for head, value in parts.items()),
+                        "step %d/%d  epoch %d  %s  lr %.2e  grad %.2f  %.1f min",
+                        *(progress.step, max_steps, progress.epoch),
+                        "  ".join(f"{name} {value:.3f}" for name, value in losses.items()),
                         *(lr, grad_norm, progress.seconds / 60),
                     )
-                    for key in ("loss", *parts, "lr", "grad_norm"):
+                    for key in (*losses, "lr", "grad_norm"):
                         if record[key] is not None:
                             board.add_scalar(f"train/{key}", record[key], progress.step)
                 if progress.step % save_every == 0 or progress.step == max_steps:
@@ -581,6 +640,12 @@ def finetune(recipe: Recipe) -> None:
     model.save(out / "last")
     best = out / "best" if validation else out / "last"
     write_nemo(out / "model.nemo", read_checkpoint(best))
+    if validation:
+        log.info(
+            "%s WER %.2f %%, CER %.2f %% before; WER %.2f %%, CER %.2f %% at the best step, %d",
+            *(heads[0], *(100 * rate for rate in (*progress.baseline, *progress.best))),
+            progress.best_step,
+        )
     log.info("done in %.1f minutes: %s is %s", progress.seconds / 60, out / "model.nemo", best)
 
 
@@ -638,9 +703,22 @@ def progress_bar(max_steps: int, step: int) -> Iterator[Callable[[int, float], N
     from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, TextColumn("{task.fields[loss]}"), console=Console(stderr=True)) as bar:
+    bar = Progress(
+        *columns,
+        TextColumn("{task.fields[loss]}"),
+        console=Console(stderr=True),
+        redirect_stdout=sys.stdout.isatty(),
+    )
+    with bar:
         task = bar.add_task("training", total=max_steps, completed=step, loss="")
         yield lambda step, loss: bar.update(task, completed=step, loss=f"loss {loss:.3f}")
+
+
+class Lines(logging.Handler):
+    """Prints; unlike a StreamHandler it follows sys.stdout, which rich replaces above its bar."""
+
+    def emit(self, record: logging.LogRecord):
+        print(self.format(record), flush=True)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -653,7 +731,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("recipe", help="YAML recipe")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. trainer.seed=7")
     options = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[Lines()], force=True)
     try:
         recipe = load_recipe(options.recipe, options.overrides)
     except (ValueError, FileNotFoundError) as error:
@@ -663,6 +741,9 @@ def main(arguments: list[str] | None = None) -> int:
         finetune(recipe)
     except (ValueError, OSError, Stopped) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:  # the second Ctrl-C, or one before the first step
+        print("error: interrupted; the last checkpoint stands", file=sys.stderr)
         return 1
     return 0
 

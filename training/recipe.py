@@ -315,9 +315,9 @@ def _convert(kind, value, key: str, where: str):
         return value
     if kind is int and isinstance(value, int) and not isinstance(value, bool):
         return value
-    if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
-        if math.isfinite(value):
-            return float(value)
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if kind is float and number and math.isfinite(value):
+        return float(value)
     raise wrong
 
 
@@ -381,6 +381,5 @@ def _check_values(recipe: Recipe, where: str):
         raise ValueError(f"{where}: give schedule.warmup_steps or schedule.warmup_ratio, not both")
     if recipe.schedule.min_lr > recipe.optim.lr:
         raise ValueError(
-            f"{where}: schedule.min_lr {recipe.schedule.min_lr} is above "
-            f"optim.lr {recipe.optim.lr}"
+            f"{where}: schedule.min_lr {recipe.schedule.min_lr} is above optim.lr {recipe.optim.lr}"
         )

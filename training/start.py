@@ -95,6 +95,7 @@ def scratch_config(config: str | dict, tokenizer: str) -> tuple[dict, dict[str, 
     config = config.get("model", config)
     files = tokenizer_files(tokenizer)
     config["tokenizer"] = {
+        "dir": "tokenizer",  # never read, but NeMo's restore_from wants the key
         "type": "bpe",
         "model_path": "nemo:tokenizer.model",
         "vocab_path": "nemo:vocab.txt",
@@ -105,6 +106,13 @@ def scratch_config(config: str | dict, tokenizer: str) -> tuple[dict, dict[str, 
     if "joint" in config:
         config["decoder"]["vocab_size"] = len(pieces)
         config["joint"] |= {"num_classes": len(pieces), "vocabulary": pieces}
+        # NeMo builds the joint from these two, whatever the joint's own section says.
+        widths = config["joint"].get("jointnet", {})
+        defaults = {
+            "enc_hidden": widths.get("encoder_hidden"),
+            "pred_hidden": widths.get("pred_hidden"),
+        }
+        config["model_defaults"] = defaults | (config.get("model_defaults") or {})
     ctc = config.get("aux_ctc", {}).get("decoder") if "joint" in config else config.get("decoder")
     if ctc is not None:
         ctc |= {"num_classes": len(pieces), "vocabulary": pieces}

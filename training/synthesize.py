@@ -38,23 +38,32 @@ SAMPLE_RATE_HZ = 16000
 # `en` is eSpeak's British English.
 ACCENTS = ("en-us", "en-us", "en-us", "en", "en-gb-x-rp", "en-us-nyc", "en-gb-scotland", "en-029")
 # Left out: whispers, effects (Demonic, robots, announcer) and near copies of the voices below.
-TRAIN_VARIANTS = (
-    "m1 m2 m3 m4 m5 m6 m8 f1 f2 f3 f4 Alex Alicia Andrea Denis Diogo Gene Henrique Hugo Jacky Lee "
-    "Marco Mario Michael Mike Reed Storm adam anika antonio aunty belinda benjamin boris caleb "
-    "croak david ed edward grandma grandpa gustave ian john kaukovalta klatt klatt3 klatt4 linda "
-    "marcelo max michel miguel norbert pablo pedro quincy robert sandro shelby steph travis victor"
-).split()
-HELDOUT_VARIANTS = "m7 f5 Annie Andy Nguyen iven klatt2 paul rob zac steph2 mike2".split()
+TRAIN_VARIANTS = [
+    "m1", "m2", "m3", "m4", "m5", "m6", "m8", "f1", "f2", "f3", "f4", "Alex", "Alicia", "Andrea",
+    "Denis", "Diogo", "Gene", "Henrique", "Hugo", "Jacky", "Lee", "Marco", "Mario", "Michael",
+    "Mike", "Reed", "Storm", "adam", "anika", "antonio", "aunty", "belinda", "benjamin", "boris",
+    "caleb", "croak", "david", "ed", "edward", "grandma", "grandpa", "gustave", "ian", "john",
+    "kaukovalta", "klatt", "klatt3", "klatt4", "linda", "marcelo", "max", "michel", "miguel",
+    "norbert", "pablo", "pedro", "quincy", "robert", "sandro", "shelby", "steph", "travis",
+    "victor",
+]  # fmt: skip
+HELDOUT_VARIANTS = [
+    "m7", "f5", "Annie", "Andy", "Nguyen", "iven", "klatt2", "paul", "rob", "zac", "steph2",
+    "mike2",
+]  # fmt: skip
 
-# eSpeak carries state (flutter, phase, the last voice) from clip to clip, and nothing in its interface
+# eSpeak carries state (flutter, phase, the last voice) from clip to clip, and nothing in its API
 # resets it: a fresh process every 32 clips makes a corpus independent of the number of processes.
 CLIPS_PER_PROCESS = 32
 
 HELDOUT_TEXT_SHARE = 20  # one text in twenty is spoken by held-out voices only
 
-DIGITS = "zero one two three four five six seven eight nine".split()
-TEENS = "ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen".split()
-TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+TEENS = [
+    "ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen",
+    "eighteen", "nineteen",
+]  # fmt: skip
+TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
 
 
 @dataclass(frozen=True)
@@ -142,9 +151,6 @@ def _speaker() -> Speaker:
     return Speaker()
 
 
-# --- acoustics: each takes and gives float32 (L,) at 16 kHz --------------------------------------
-
-
 def trim(samples: np.ndarray, threshold=1e-3) -> np.ndarray:
     """Cuts leading and trailing samples below `threshold`; all of a silent clip."""
     loud = np.flatnonzero(np.abs(samples) > threshold)
@@ -198,7 +204,7 @@ def record(rng, samples: np.ndarray) -> np.ndarray:
 
 
 def make_clip(clip: Clip) -> dict | None:
-    """Speaks, records and writes one clip; its manifest entry, or None where eSpeak stays silent."""
+    """Speaks, records and writes one clip; its manifest entry, None where eSpeak stays silent."""
     rng = np.random.default_rng([clip.seed, clip.index, zlib.crc32(clip.text.encode())])
     variant = rng.choice(HELDOUT_VARIANTS if clip.heldout else TRAIN_VARIANTS)
     voice = f"{rng.choice(ACCENTS)}+{variant}"
@@ -230,11 +236,8 @@ def make_clip(clip: Clip) -> dict | None:
     }
 
 
-# --- text ----------------------------------------------------------------------------------------
-
-
 def plain_text(line: str) -> str | None:
-    """Lower case a-z, apostrophes and single spaces; None where a digit stands for unknown words."""
+    """Lower case a-z, apostrophes, single spaces; None where a digit stands for unknown words."""
     if re.search(r"\d", line):
         return None
     line = unicodedata.normalize("NFKD", line.lower().replace("\u2019", "'"))
@@ -315,13 +318,14 @@ def phrase_text(rng, sentences, frequent) -> str:
     return re.sub(r"\{(\w)\}", lambda match: fill[match[1]](), pattern)
 
 
-COLOURS = "red green blue yellow white black".split()
-THINGS = "lamp door window box radio camera heater fan".split()
-ROOMS = "kitchen garden office bedroom garage hall".split()
-MONTHS = (
-    "january february march april may june july august september october november december".split()
-)
-WEEKDAYS = "monday tuesday wednesday thursday friday saturday sunday".split()
+COLOURS = ["red", "green", "blue", "yellow", "white", "black"]
+THINGS = ["lamp", "door", "window", "box", "radio", "camera", "heater", "fan"]
+ROOMS = ["kitchen", "garden", "office", "bedroom", "garage", "hall"]
+MONTHS = [
+    "january", "february", "march", "april", "may", "june", "july", "august", "september",
+    "october", "november", "december",
+]  # fmt: skip
+WEEKDAYS = ["monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday"]
 QUICKSTART = (
     "turn {on} the {colour} {thing} in the {room}", "open the {room} {thing}",
     "turn {on} the {thing} at {number} o'clock", "call number {digits}", "move to the {room}",
@@ -383,9 +387,6 @@ def choose_texts(args) -> list[str]:
             raise ValueError("--phrases takes its words from --sentences, which gave none")
         texts += [phrase_text(rng, mine, frequent) for _ in range(args.phrases)]
     return [texts[i] for i in rng.permutation(len(texts))]
-
-
-# --- the command ---------------------------------------------------------------------------------
 
 
 def synthesize(folder, texts, seed=0, heldout=False, jobs=1, hours=None) -> list[dict]:

@@ -56,8 +56,9 @@ def rnnt_loss(
         clamp: limit of |gradient| of each logit before the gradient of the reduction is multiplied
             in; 0 or less means none.
         reduction: "mean_batch" (mean of the clips), "mean" (mean of loss / target length; an empty
-            target gives inf, as in NeMo), "mean_volume" (sum of losses / sum of target lengths),
-            "sum", or "none" (also None, NeMo's spelling) for the losses per clip.
+            target gives inf and a gradient that is not finite, as in NeMo), "mean_volume" (sum of
+            losses / sum of target lengths), "sum", or "none" (also None, NeMo's spelling) for the
+            losses per clip.
     Returns:
         float32 (float64 for float64 logits), a scalar or (B,). Frames and tokens past a clip's
         lengths have gradient zero, whatever the logits there are.
@@ -131,7 +132,7 @@ def tdt_loss(
     if not 0.0 <= omega <= 1.0:
         raise ValueError(f"omega is {omega}, expected a probability from 0 to 1")
     _check_targets(targets, target_lengths, n_classes, blank)
-    if omega > 0.0 and torch.rand(()).item() < omega:
+    if omega > 0.0 and torch.rand((), dtype=torch.float32, device="cpu").item() < omega:
         durations, sigma = None, 0.0
     return _loss(
         logits, targets, logit_lengths, target_lengths, blank, n_classes, durations, sigma,

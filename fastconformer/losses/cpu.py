@@ -7,11 +7,12 @@ over logits are loops that LLVM vectorises, with an exponential of our own in fl
 would be a call for each number. The lattice is float64, being small beside the logits.
 
 Importing this module needs numba. Kernels compile at their first call, for some seconds, and are
-cached on disk where that is possible. They use as many threads as torch.
+cached on disk where that is possible. They use at most as many threads as torch.
 
 Letters besides the style guide's: R = U+1 rows of a frame, K arcs.
 """
 
+import contextlib
 import math
 import threading
 from typing import NamedTuple
@@ -26,6 +27,9 @@ from torch import Tensor
 
 # Two Python threads inside parallel kernels at once abort the process under numba's own thread pool.
 _one_at_a_time = threading.Lock()
+
+# About 0.1 ms of work; waking a second thread for less costs more than it saves.
+_LOGITS_OF_A_THREAD = 100_000
 
 # Not "nnan" and "ninf": a NaN has to come through to the loss, and -inf is a legal logit.
 _REORDER = {"reassoc", "nsz", "contract"}
@@ -59,8 +63,8 @@ def lattice(
         arcs = [(0, 0, 1), (0, 1, 0)]  # class, frames, tokens
     else:
         n_durations = len(durations)
-        fitting = [(i, d) for i, d in enumerate(durations) if d <= shape[1]]
-        arcs = [(i, d, 1) for i, d in fitting] + [(i, d, 0) for i, d in fitting if d > 0]
+        arcs = [(i, d, 1) for i, d in enumerate(durations)]
+        arcs += [(i, d, 0) for i, d in enumerate(durations) if d > 0]
     targets, logit_lengths, target_lengths = (
         x.contiguous().numpy() for x in (targets, logit_lengths, target_lengths)
     )
@@ -72,13 +76,13 @@ def lattice(
     small = shape if needs_grad else (1, 1, 1)
     blank_occupancy, label_occupancy = np.empty(small), np.empty(small)
     duration_occupancy = np.zeros((*small, max(n_durations, 1)))
-    with _Threads() as n_threads:
+    with _threads(logits.numel()) as n_threads:
         _statistics(
             flat, strides, targets, logit_lengths, target_lengths, blank, n_classes, n_durations,
             sigma, top, total, blank_scores, label_scores, duration_scores, n_threads,
         )  # fmt: skip
         _occupancies(
-            np.array(arcs, np.int64).reshape(-1, 3), blank_scores, label_scores, duration_scores,
+            np.array(arcs, np.int64), blank_scores, label_scores, duration_scores,
             logit_lengths, target_lengths, needs_grad, log_likelihood,
             blank_occupancy, label_occupancy, duration_occupancy, n_threads,
         )  # fmt: skip
@@ -94,7 +98,7 @@ def gradient(logits, state, grad_losses, fastemit_lambda, clamp) -> Tensor:
     flat, strides = _flat(logits)
     # numpy asks the kernel for huge pages and torch does not: 8 ms instead of 36 for 135 MB.
     grad = np.empty(tuple(logits.shape), flat.dtype)
-    with _Threads() as n_threads:
+    with _threads(logits.numel()) as n_threads:
         _gradient(
             flat, strides, *state, grad_losses.contiguous().numpy(), fastemit_lambda, clamp,
             grad, n_threads,
@@ -113,19 +117,21 @@ def _flat(logits) -> tuple[np.ndarray, tuple[int, int, int]]:
     return logits.as_strided((extent,), (1,)).numpy(), logits.stride()[:3]
 
 
-class _Threads:
-    """Exclusive use of numba's pool, with torch's number of threads."""
-
-    def __enter__(self) -> int:
-        _one_at_a_time.acquire()
-        self.before = numba.get_num_threads()
-        n_threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
-        numba.set_num_threads(n_threads)
-        return n_threads
-
-    def __exit__(self, *_):
-        numba.set_num_threads(self.before)
-        _one_at_a_time.release()
+@contextlib.contextmanager
+def _threads(n_logits):
+    """Exclusive use of numba's pool, with at most torch's number of threads; gives their number."""
+    of_torch = torch.get_num_threads()
+    wanted = min(of_torch, numba.config.NUMBA_NUM_THREADS, 1 + n_logits // _LOGITS_OF_A_THREAD)
+    with _one_at_a_time:
+        of_numba = numba.get_num_threads()
+        try:
+            numba.set_num_threads(wanted)
+            yield wanted
+        finally:
+            numba.set_num_threads(of_numba)
+            # Starting its OpenMP pool, numba sets the number of threads for torch's OpenMP as well.
+            if torch.get_num_threads() != of_torch:
+                torch.set_num_threads(of_torch)
 
 
 def _kernel(function):
@@ -156,7 +162,7 @@ _BIAS, _MANTISSA_BITS = np.int32(127), np.int32(23)
 @njit(fastmath={"contract"})
 def _exp_float32(x):
     """exp(x) for x <= 0, within 2e-7 of the value; 0 below -87, NaN for NaN. No calls, no branches."""
-    bounded = _LEAST if x < _LEAST else x
+    bounded = max(x, _LEAST)  # NaN stays NaN, in this order
     exponent = np.int32(bounded * _LOG2_E - _HALF)  # to nearest, as the argument is not positive
     r = bounded - np.float32(exponent) * _LN2_HIGH - np.float32(exponent) * _LN2_LOW
     y = _C4 + r * (_C5 + r * (_C6 + r * _C7))
@@ -177,12 +183,20 @@ def _exp_of_type(x):
     return lambda x: math.exp(x)
 
 
-@njit(fastmath={"nnan", "nsz"})  # what the max of a vector needs; NaN shows in the sum
+@njit
 def _maximum(row):
-    top = row[0]
-    for v in range(1, row.shape[0]):
-        top = row[v] if row[v] > top else top
-    return top
+    """The largest number; a NaN may be passed over, and shows in the sum that follows."""
+    # LLVM keeps the order of comparisons of floats; four chains of them run side by side.
+    n = row.shape[0] // 4
+    a = b = c = d = row[0]
+    for v in range(n):
+        a = max(a, row[v])
+        b = max(b, row[v + n])
+        c = max(c, row[v + 2 * n])
+        d = max(d, row[v + 3 * n])
+    for v in range(4 * n, row.shape[0]):
+        a = max(a, row[v])
+    return max(max(a, b), max(c, d))
 
 
 @njit(fastmath=_REORDER)
@@ -197,7 +211,7 @@ def _sum_exp(row, top):
 def _write_scaled_exp(row, top, weight, limit, scale, out):
     for v in range(row.shape[0]):
         y = weight * _exp(row[v] - top)
-        out[v] = scale * (limit if y > limit else y)
+        out[v] = scale * min(y, limit)
 
 
 @_kernel
@@ -259,7 +273,7 @@ def _occupancies(
                         elif end_t > n_frames or u < n_tokens or arcs[k, 2]:
                             score = -np.inf  # only the last blank lands on T'
                         reach[k] = score
-                        if score > best or score != score:
+                        if score > best or math.isnan(score):
                             best = score
                     sum_exp = 0.0
                     if best != -np.inf:
@@ -302,7 +316,7 @@ def _gradient(
     top, total, duration_scores, blank_occupancy, label_occupancy, duration_occupancy,
     grad_losses, fastemit_lambda, clamp, grad, n_threads,
 ):  # fmt: skip
-    n_clips, n_frames, n_rows, n_outputs = grad.shape
+    n_clips, n_frames, n_rows, _ = grad.shape
     number = grad.dtype.type
     for thread in prange(n_threads):
         for job in range(thread, n_clips * n_frames, n_threads):

@@ -71,11 +71,14 @@ def _losses(
         # FastEmit in the gradient only: token emissions count 1 + lambda times, durations once.
         label = label + fastemit_lambda * (label - label.detach())
         log_likelihood = _log_likelihood(
-            label, log_probs[b, ..., blank], durations[b], label_arcs, blank_arcs, n_frames, n_tokens
-        )
-        # ... and in the reported loss as a factor without gradient, which NeMo rounds to float32.
-        factor = torch.tensor(1.0 + fastemit_lambda, dtype=torch.float32).item()
-        losses.append(-log_likelihood - (factor - 1.0) * log_likelihood.detach())
+            label, log_probs[b, ..., blank], durations[b], label_arcs, blank_arcs,
+            n_frames, n_tokens,
+        )  # fmt: skip
+        loss = -log_likelihood
+        if fastemit_lambda > 0.0:  # and in the reported loss a factor, which NeMo has in float32
+            factor = torch.tensor(1.0 + fastemit_lambda, dtype=torch.float32).item()
+            loss = loss - (factor - 1.0) * log_likelihood.detach()
+        losses.append(loss)
     return torch.stack(losses)
 
 

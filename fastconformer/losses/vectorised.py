@@ -18,6 +18,7 @@ Letters besides the style guide's: K arcs, C nodes. Scores are log-probabilities
 over them are float64, being small beside the logits.
 """
 
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -54,7 +55,7 @@ def lattice(
         (B,) float64, and the state for `gradient`, or None.
     """
     logits = logits.detach()
-    n_clips, n_frames, n_rows, _ = logits.shape
+    _, n_frames, n_rows, _ = logits.shape
     device = logits.device
     row = torch.arange(n_rows, device=device)
     targets = torch.nn.functional.pad(targets, (0, max(0, n_rows - targets.shape[1])))[:, :n_rows]
@@ -70,8 +71,8 @@ def lattice(
         arcs = [(0, 0, True), (0, 1, False)]  # class, frames, with a token
         duration_score = torch.zeros_like(offset)[..., None]
     else:
-        fitting = [(i, d) for i, d in enumerate(durations) if d <= n_frames]
-        arcs = [(i, d, True) for i, d in fitting] + [(i, d, False) for i, d in fitting if d > 0]
+        arcs = [(i, d, True) for i, d in enumerate(durations)]
+        arcs += [(i, d, False) for i, d in enumerate(durations) if d > 0]
         duration_score = logits[..., n_classes:].double().log_softmax(-1)
 
     frames_left = logit_lengths[:, None, None] - torch.arange(n_frames, device=device)[:, None]
@@ -125,10 +126,7 @@ def _sweep(scores, final, steps, needs_grad) -> tuple[Tensor, Tensor | None]:
     rank_or_outside = torch.cat([rank, rank.new_tensor([n_nodes])])
     time, row = time[order], row[order]
     sizes = [min(n, n_frames) - max(0, n - n_rows + 1) + 1 for n in range(n_frames + n_rows)]
-    bounds = [0]
-    for size in sizes:
-        bounds.append(bounds[-1] + size)
-    diagonals = list(zip(bounds[:-1], bounds[1:], strict=True))
+    diagonals = list(itertools.pairwise(itertools.accumulate(sizes, initial=0)))
 
     def neighbours(direction):
         """Index of the node at the other end of each arc, (C, K)."""
@@ -190,7 +188,7 @@ def gradient(logits, state, grad_losses, fastemit_lambda, clamp) -> Tensor:
     tokens.exp_().mul_(weight[..., None].to(wide.dtype))
     tokens[..., state.blank] -= blank.to(wide.dtype)
     index = _index(state.targets, logits.shape[1])
-    tokens.scatter_add_(-1, index, -label[..., None].to(wide.dtype))
+    tokens.scatter_(-1, index, tokens.gather(-1, index) - label[..., None].to(wide.dtype))
     if clamp != torch.inf:
         tokens.clamp_(-clamp, clamp).mul_(scale[..., None].to(wide.dtype))
     if state.duration_occupancy is None:

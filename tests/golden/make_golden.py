@@ -42,7 +42,8 @@ TEXTS = (
     "yes, of course! it is raining.",
     "seven nine two",
 )
-CHARACTERS = [" ", *"abcdefghijklmnopqrstuvwxyz", "'"]
+# The rare ones last: NeMo's TDT character decoding drops the last len(durations) characters from texts
+CHARACTERS = [" ", *"abcdefghiklmnoprstuvwy", *"jqxz'"]
 CORPUS = """please turn off the lights in the kitchen. yes, of course! it is raining. seven nine two
 the quick brown fox jumps over the lazy dog. we should stay at home today, and read a good book.
 my name is Anna and I live near the river. could you call me back at half past four? one two three
@@ -131,7 +132,7 @@ CASES = {
         seconds=(2.6, 1.3, 0.7),
     ),
     "local_g2_separate_tdt": Case(
-        "rel_pos_local_attn [6,4], two global tokens with projections of their own; tied biases asked for "
+        "rel_pos_local_attn [6,6], two global tokens with projections of their own; tied biases asked for "
         "(NeMo unties them here)",
         "tdt",
         encoder=dict(
@@ -169,15 +170,15 @@ CASES = {
         seconds=(2.4, 1.6, 0.7),
     ),
     "hybrid_tdt_nobias_featout": Case(
-        "hybrid TDT-CTC without biases, feat_out 40 of d_model 32, tied biases, batch norm, pad_to 16, FastEmit",
+        "hybrid TDT-CTC without biases, feat_out 40 of d_model 32, tied biases, batch norm, pad_to 16",
         "hybrid_tdt",
         encoder=dict(use_bias=False, feat_out=40, untie_biases=False, xscaling=True),
         preprocessor=dict(pad_to=16, features=128),
-        loss=dict(fastemit_lambda=0.005, clamp=0.5),
+        loss=dict(omega=0.0),
         seconds=(2.4, 1.6, 0.7),
     ),
     "hybrid_tdt_char": Case(
-        "characters; striding x4, limited left context [-1,3], dither and pre-emphasis off, 1-layer",
+        "characters; striding x4, limited left context [-1,3], layer norm, all_features, dither and pre-emphasis off",
         "hybrid_tdt",
         tokenizer="char",
         encoder=dict(
@@ -196,7 +197,6 @@ CASES = {
         decoder=dict(blank_as_pad=False),
         preprocessor=dict(window_size=0.02, log_zero_guard_type="clamp", log_zero_guard_value=1e-5),
         joint=dict(fuse_loss_wer=False),
-        loss=dict(fastemit_lambda=0.01),
     ),
     "dw4_regular_zero_right": Case(
         "dw_striding x4 causal, context [20,0], convolution [8,0], tied biases, unigram pieces",
@@ -212,7 +212,7 @@ CASES = {
         seconds=(1.7, 1.2, 0.7),
     ),
     "chunked_unlimited_left": Case(
-        "chunked_limited [-1,3] with striding x2, group norm, xscaling, 4-way LSTM width, characters",
+        "chunked_limited [-1,3] with striding x2, group norm, xscaling, characters",
         "ctc",
         tokenizer="char",
         encoder=dict(
@@ -702,13 +702,14 @@ def decode(model, head, encoded, encoded_len):
     return [h[0] if isinstance(h, list) else h for h in result]
 
 
+@torch.no_grad()
 def greedy_reference(model, encoded, length):
     """One utterance, (D, T'): token ids, frames, durations and the smallest top-two gap of the path.
 
     Ours, written for this record: it stands beside NeMo's decoders (`independent_greedy_agrees`).
     """
     blank, durations = blank_of(model), durations_of(model)
-    max_symbols = model.cfg.decoding.greedy.get("max_symbols") or 10
+    max_symbols = model.original_decoding["rnnt"].greedy.get("max_symbols") or 10
     ids, frames, steps, margin, t, here = [], [], [], math.inf, 0, 0
     while t < length:
         targets = torch.tensor([ids], dtype=torch.long).reshape(1, len(ids))
@@ -951,6 +952,12 @@ def record(model, out: Path, clips: list[np.ndarray], texts: list[str] | None, a
 
 def record_noise(model, expected, tensors, features, features_len, targets, target_len):
     """The same model in float64 gives the noise floor; tolerances are about ten times it."""
+    alone = []
+    with torch.no_grad():
+        for b, n in enumerate(features_len):
+            one, m = model.encoder(audio_signal=features[b : b + 1, :, : int(n)], length=features_len[b : b + 1])
+            gap = one[0, :, : int(m)].T - tensors["encoded"][b, : int(m)]
+            alone.append(float(gap.abs().max()))
     model.double()  # float32 -> float64 -> float32 changes no weight
     with torch.no_grad():
         encoded, encoded_len = model.encoder(audio_signal=features.double(), length=features_len)
@@ -961,7 +968,8 @@ def record_noise(model, expected, tensors, features, features_len, targets, targ
         if "joint_logits" in tensors:
             stored["joint_logits"] = joint_logits(model, inputs, targets, target_len)[1]
     model.float()
-    floor = {}
+    # Large where NeMo itself mixes the batch's padding in: group and instance norm, global tokens
+    floor = {"unbatched_vs_batched_encoded_maxabs": max(alone)}
     for name, value in stored.items():
         gaps = [
             float((value[b, : int(n)] - tensors[name][b, : int(n)]).abs().max()) for b, n in enumerate(encoded_len)
