@@ -126,13 +126,8 @@ class LocalRelPositionMultiHeadAttention(RelPositionMultiHeadAttention):
         scores = (blocks(q + self.pos_bias_u[:, None]) * scale) @ windows(k).transpose(-1, -2)
         band = blocks((q + self.pos_bias_v[:, None]) * scale @ p.transpose(-1, -2))  # (.., left+right+1)
         # NeMo quirk kept: where left != right it adds the position scores to the outermost columns
-        columns = torch.cat(
-            (
-                F.pad(band[..., : self.left], (0, 2 * w + 1 - self.left))
-                + F.pad(band[..., self.left :], (2 * w - self.right, 0)),
-            ),
-            dim=-1,
-        )
+        before = F.pad(band[..., : self.left], (0, 2 * w + 1 - self.left))
+        columns = before + F.pad(band[..., self.left :], (2 * w - self.right, 0))
         scores = scores + _skew(columns)
         distance = torch.arange(3 * w, device=x.device) - w - torch.arange(w, device=x.device)[:, None]
         key_pad = F.pad(pad_mask, (w, w + extra), value=True).unfold(1, 3 * w, w)  # (B, blocks, 3w)
@@ -156,9 +151,10 @@ class LocalRelPositionMultiHeadAttention(RelPositionMultiHeadAttention):
             out = out + weights[..., :n_global] @ v[:, :, None, index]
         out = out.flatten(2, 3)[:, :, :t]
         if n_global:
-            seen = (gq[:, :, index] * scale @ gk.transpose(-1, -2)).masked_fill(
-                pad_mask[:, None, None], low
-            )
+            # NeMo quirk kept: its reshape mixes the global queries over the batch where G > 1
+            g_query = gq[:, :, index].permute(2, 0, 1, 3).reshape(gq.shape[:2] + (n_global, -1))
+            seen = g_query * scale @ gk.transpose(-1, -2)
+            seen = seen.masked_fill(pad_mask[:, None, None], low)
             seen = F.dropout(seen.softmax(-1), self.dropout, self.training)
             out = out.index_copy(2, index, seen @ gv)
         return self.linear_out(out.transpose(1, 2).flatten(2))

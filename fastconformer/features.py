@@ -49,7 +49,7 @@ def _window(name: str | None, size: int) -> torch.Tensor | None:
         "blackman": torch.blackman_window,
         "bartlett": torch.bartlett_window,
     }.get(name)
-    return make(size, periodic=False) if make else None
+    return make(size, periodic=False, device="cpu") if make else None
 
 
 class FilterbankFeatures(nn.Module):

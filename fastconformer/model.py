@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from .audio import load_audio
 from .checkpoint import Checkpoint, read_checkpoint, write_folder
@@ -295,8 +296,18 @@ def check_state_dict(config: ModelConfig, state_dict: dict[str, torch.Tensor]):
 
 def _skeleton(config: ModelConfig, stft_pad: str = "zeros") -> ASRModel:
     """The model without memory for its weights, and without a tokenizer."""
-    with torch.device("meta"):
+    with torch.device("meta"), _NoInitialisation():
         return ASRModel(config, _NoTokenizer(config.vocab_size), stft_pad=stft_pad)
+
+
+class _NoInitialisation(TorchFunctionMode):
+    """Skips torch.nn.init: on the meta device it does nothing, slowly, and imports half of torch."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
 
 
 @dataclass
