@@ -184,9 +184,9 @@ def write_model(path: Path, tokenizer_archive: Path, n_layers: int, clips, token
     blank, durations = model.blank_id, config.loss.durations
     with torch.no_grad():
         output.bias[blank + 1 :] += torch.tensor([{2: 1.0, 4: 1.5}.get(d, 0.0) for d in durations])
-    start, low, high = float(output.bias[blank]), -10.0, 30.0
+    start, low, high = output.bias[blank].item(), -10.0, 30.0
     rate = 0.0
-    for _ in range(14):  # more blank, fewer tokens
+    for _ in range(22):  # more blank, fewer tokens
         middle = (low + high) / 2
         with torch.no_grad():
             output.bias[blank] = start + middle

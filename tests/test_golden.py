@@ -16,6 +16,10 @@ CASES = [
     "hybrid_rnnt_ctc_bpe",
     "local_attn_g0",
     "local_attn_g1",
+    # recorded by make_golden.py: other subsampling, contexts, norms, characters
+    "stream_chunked_hybrid_rnnt",
+    "striding4_ctc_char",
+    "hybrid_tdt_char",
 ]
 
 
@@ -178,7 +182,9 @@ def test_transcribe(case):
         head = "ctc" if key == "ctc" else model.heads[0]
         texts = case.expected.get("transcribe_plain_batched", {}).get(key)
         if texts:
-            for batch_size in (1, 2, len(clips)):
+            # group and instance norm look at the whole padded clip, in NeMo too
+            invariant = model.config.encoder.conv_norm_type in ("batch_norm", "layer_norm")
+            for batch_size in (1, 2, len(clips)) if invariant else (len(clips),):
                 transcripts = model.transcribe(clips, head=head, batch_size=batch_size)
                 assert [transcript.text for transcript in transcripts] == texts
         timed = case.expected.get("transcribe_timestamps_bs1", {}).get(key)

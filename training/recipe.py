@@ -22,6 +22,7 @@ class ModelRecipe:
     init_from: str | None = None  # .nemo file or converted folder
     config: str | dict | None = None  # from scratch instead: a NeMo-style model config
     tokenizer: str | None = None  # from scratch: a tokenizer folder or .model file
+    dropout: float | None = None  # of all encoder layers; null: the checkpoint's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,7 +150,7 @@ AT_LEAST = {
     "spec_augment.time_width": 0,
 }
 ABOVE_ZERO = ("data.max_duration_s", "data.batch_duration_s", "optim.lr", "optim.eps")
-SHARES = ("loss.ctc_weight", "loss.omega", "schedule.warmup_ratio")
+SHARES = ("model.dropout", "loss.ctc_weight", "loss.omega", "schedule.warmup_ratio")
 
 
 def load_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recipe:

@@ -16,9 +16,11 @@ from torch import nn
 from yaml import YAMLError
 
 from fastconformer import ASRModel, ModelConfig, load_model
+from fastconformer.encoder import ConformerEncoder
 from fastconformer.tokenizer import load_tokenizer
 from training.recipe import FreezeRecipe, LossRecipe, ModelRecipe
 
+ENCODER_DROPOUTS = ("dropout", "dropout_pre_encoder", "dropout_att")  # NeMo's keys
 TOKENIZER_FILES = ("tokenizer.model", "vocab.txt", "tokenizer.vocab")
 
 
@@ -34,8 +36,20 @@ def build_model(recipe: ModelRecipe, loss: LossRecipe, seed: int) -> ASRModel:
         config, files = scratch_config(recipe.config, recipe.tokenizer)
         torch.manual_seed(seed)
         model = ASRModel(ModelConfig.from_nemo(config), load_tokenizer(config, files), files)
-    model.config = ModelConfig.from_nemo(with_loss_options(model.config.nemo, model.heads, loss))
+    config = with_loss_options(model.config.nemo, model.heads, loss)
+    if recipe.dropout is not None:
+        set_encoder_dropout(model.encoder, recipe.dropout)
+        config["encoder"] |= dict.fromkeys(ENCODER_DROPOUTS, recipe.dropout)
+    model.config = ModelConfig.from_nemo(config)
     return model
+
+
+def set_encoder_dropout(encoder: ConformerEncoder, probability: float) -> None:
+    """Of the encoder's input, feed-forwards, attention weights and residual branches."""
+    encoder.dropout_input.p = probability
+    for layer in encoder.layers:
+        layer.dropout.p = layer.feed_forward1.dropout.p = layer.feed_forward2.dropout.p = probability
+        layer.self_attn.dropout = probability
 
 
 def with_loss_options(config: dict, heads: tuple[str, ...], loss: LossRecipe) -> dict:
