@@ -1,4 +1,4 @@
-"""Install. No torch is needed to build; the numbers' exact versions for CI: constraints.txt."""
+"""Installs the packages; building needs no torch. The versions that CI runs: constraints.txt."""
 
 from setuptools import find_packages, setup
 
@@ -10,7 +10,7 @@ TRAIN = [
     "tensorboard>=2.16",
     "rich>=13",
 ]
-SPEAK = ["espeakng-loader>=0.2.4"]
+QUICKSTART = [*TRAIN, "espeakng-loader>=0.2.4"]
 
 setup(
     name="fastconformer",
@@ -18,21 +18,19 @@ setup(
     description="FastConformer and Parakeet speech recognition in plain PyTorch",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=find_packages(
-        include=["fastconformer*", "training*", "converters*", "benchmarks*"]
-    ),
+    packages=find_packages(include=["fastconformer*", "training*", "converters*", "benchmarks*"]),
     install_requires=[
-        "torch>=2.6,<3",  # TODO: lower bound
-        "numpy>=1.26",
+        "torch>=2.6,<3",  # 2.6: nn.utils.get_total_norm, which training.finetune calls
+        "numpy>=1.26,<3",
         "sentencepiece>=0.2",
         "safetensors>=0.4.3",
-        "soundfile>=0.12.1",  # its wheels bring libsndfile 1.2: Ogg Opus and MP3
+        "soundfile>=0.12.1",  # its wheels bring a libsndfile that reads Ogg Opus and MP3
         "soxr>=0.3.7",
         "pyyaml>=6",
     ],
     extras_require={
         "train": TRAIN,
-        "quickstart": TRAIN + SPEAK,
-        "test": [*TRAIN, *SPEAK, "pytest>=8", "hypothesis>=6.100", "ruff>=0.9"],
+        "quickstart": QUICKSTART,
+        "test": [*QUICKSTART, "pytest>=8", "hypothesis>=6.100", "ruff>=0.9"],
     },
 )

@@ -2,13 +2,13 @@
 
     python -m benchmarks.cpu_vs_nemo --nemo-python nemo-venv/bin/python [--audio long.wav]
 
-Both sides load the same archive, which our own `write_nemo` wrote: a hybrid TDT-CTC of
-parakeet-tdt_ctc-110m's sizes (17 layers x 512, 80 mels, 1-layer LSTM of 640, 1024 pieces) with
-random weights. Untrained, its TDT head would emit at random, so two biases of the joint's output
-layer are set: the duration classes' to favour 2 and 4 frames over 0, 1 and 3 as trained Parakeets do,
-and the blank's by bisection until the greedy decoder emits about 4 tokens a second of speech, English's
-rate with 1024 pieces. The decoder then does a real model's work; the texts mean nothing but must be
-equal in float32.
+Both sides load the same archive, which our own `write_nemo` wrote: a hybrid TDT-CTC of parakeet-
+tdt_ctc-110m's sizes (17 layers x 512, 80 mels, 1-layer LSTM of 640, 1024 pieces) with random
+weights. Untrained, its TDT head would emit at random, so two biases of the joint's output layer
+are set: the duration classes' to favour 2 and 4 frames over 0, 1 and 3, as trained Parakeets do,
+and the blank's by bisection until the greedy decoder emits about 4 tokens a second of speech,
+English's rate with 1024 pieces. The decoder then does a real model's work; the texts mean nothing
+but must be equal in float32.
 
 Workers are separate processes with the same number of threads; they take turns (A/B/A/B), so that
 a change of the machine's mood hits both. Wall time covers `transcribe` on sample arrays: features,
@@ -31,11 +31,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RESULTS = REPOSITORY / "benchmarks" / "results"
-SPEECH = REPOSITORY.parent / "shared" / "data" / "longform_en" / "audio" / "newgate_chapter_lj003.ogg"
+SPEECH = (
+    REPOSITORY.parent / "shared" / "data" / "longform_en" / "audio" / "newgate_chapter_lj003.ogg"
+)
 TOKENIZER = REPOSITORY / "tests" / "golden" / "hybrid_tdt_ctc_bpe" / "model.nemo"
 SIDES = ("ours-fp32", "nemo-fp32", "ours-bf16")
 TARGETS = {"fp32_over_nemo": 0.8, "bf16_over_nemo": 0.4, "cold_start_over_nemo": 1 / 3}
@@ -106,7 +109,7 @@ def stages(model, clips, batch_size: int) -> dict:
             times.append(time.perf_counter())
             model.decode_greedy(encoded, frames)
             times.append(time.perf_counter())
-        for stage, start, end in zip(seconds, times, times[1:]):
+        for stage, (start, end) in zip(seconds, pairwise(times), strict=True):
             seconds[stage] += end - start
     return seconds
 
@@ -164,7 +167,9 @@ def parakeet_110m(tokenizer_archive: Path, n_layers: int):
     return config, checkpoint.tokenizer_files
 
 
-def write_model(path: Path, tokenizer_archive: Path, n_layers: int, clips, tokens_per_second: float):
+def write_model(
+    path: Path, tokenizer_archive: Path, n_layers: int, clips, tokens_per_second: float
+):
     """Writes the random model; returns (parameters, tokens per second that its decoder emits)."""
     import torch
 
@@ -179,7 +184,9 @@ def write_model(path: Path, tokenizer_archive: Path, n_layers: int, clips, token
     seconds = sum(len(c) for c in clips) / model.sample_rate
     audio = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(c) for c in clips], batch_first=True)
     with torch.inference_mode():
-        encoded, lengths = model.encode(*model.featurize(audio, torch.tensor([len(c) for c in clips])))
+        encoded, lengths = model.encode(
+            *model.featurize(audio, torch.tensor([len(c) for c in clips]))
+        )
     output = model.joint.joint_net[-1]
     blank, durations = model.blank_id, config.loss.durations
     with torch.no_grad():
@@ -216,11 +223,18 @@ class Worker:
     def __init__(self, side: str, arguments, model: Path, clips: Path, cold: bool = False):
         python = arguments.nemo_python if side == "nemo-fp32" else sys.executable
         command = [python, str(Path(__file__).resolve()), "--worker", side]
-        command += ["--model", str(model), "--clips", str(clips), "--threads", str(arguments.threads)]
+        command += [
+            "--model",
+            str(model),
+            "--clips",
+            str(clips),
+            "--threads",
+            str(arguments.threads),
+        ]
         threads = {k: str(arguments.threads) for k in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
         environment = os.environ | threads | {"PYTHONPATH": str(REPOSITORY)}
         self.side = side
-        self.log = tempfile.TemporaryFile("w+")
+        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - lives as long as the worker
         self.start = time.perf_counter()
         self.process = subprocess.Popen(
             command + (["--cold"] if cold else []),
@@ -270,7 +284,10 @@ def throughput(arguments, model: Path, clips: Path) -> dict:
                     answer = workers[side].ask("transcribe", batch_size)
                     assert answer["texts"] == texts[side], f"{side} is not deterministic"
                     rounds[side].append(round(answer["seconds"], 4))
-                    print(f"batch {batch_size} round {i} {side}: {answer['seconds']:.2f} s", flush=True)
+                    print(
+                        f"batch {batch_size} round {i} {side}: {answer['seconds']:.2f} s",
+                        flush=True,
+                    )
             found[batch_size] = {
                 "seconds": rounds,
                 "texts": texts,
@@ -300,7 +317,9 @@ def cold_starts(arguments, model: Path, clips: Path) -> dict:
             found[side]["seconds"].append(round(seconds, 3))
             found[side]["peak_mib"].append(round(answer["peak_mib"], 1))
             found[side]["load_mib"].append(round(answer["load_mib"], 1))
-            print(f"cold start {i} {side}: {seconds:.2f} s, {answer['peak_mib']:.0f} MiB", flush=True)
+            print(
+                f"cold start {i} {side}: {seconds:.2f} s, {answer['peak_mib']:.0f} MiB", flush=True
+            )
     return found
 
 
@@ -308,7 +327,9 @@ def machine() -> dict:
     name = platform.processor()
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
+        name = next(
+            (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name
+        )
     flags = ""
     with contextlib.suppress(OSError):
         flags = Path("/proc/cpuinfo").read_text()
@@ -330,7 +351,11 @@ def versions(nemo_python: str) -> dict:
         raise SystemExit(f"{nemo_python} cannot import nemo:\n{done.stderr[-1000:]}")
     _, nemo, nemo_torch = line[-1].split()
     commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=REPOSITORY, capture_output=True, text=True, check=False
+        ["git", "describe", "--always", "--dirty"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     return {
         "python": platform.python_version(),
@@ -347,11 +372,12 @@ def summarise(rounds: dict, audio_s: float) -> dict:
     medians = {side: statistics.median(values) for side, values in seconds.items()}
 
     def ratio(side):  # of neighbours in time, so that drift cancels
-        return statistics.median(a / b for a, b in zip(seconds[side], seconds["nemo-fp32"]))
+        pairs = zip(seconds[side], seconds["nemo-fp32"], strict=True)
+        return statistics.median(ours / nemo for ours, nemo in pairs)
 
     texts = rounds["texts"]
-    same = [a == b for a, b in zip(texts["ours-fp32"], texts["nemo-fp32"])]
-    near = [a == b for a, b in zip(texts["ours-bf16"], texts["ours-fp32"])]
+    same = [a == b for a, b in zip(texts["ours-fp32"], texts["nemo-fp32"], strict=True)]
+    near = [a == b for a, b in zip(texts["ours-bf16"], texts["ours-fp32"], strict=True)]
     return {
         "median_s": {k: round(v, 3) for k, v in medians.items()},
         "rtfx": {k: round(audio_s / v, 1) for k, v in medians.items()},
@@ -359,7 +385,9 @@ def summarise(rounds: dict, audio_s: float) -> dict:
         "bf16_over_nemo": round(ratio("ours-bf16"), 3),
         "texts_equal_fp32": f"{sum(same)}/{len(same)}",
         "texts_bf16_equal_ours_fp32": f"{sum(near)}/{len(near)}",
-        "stages_s": {s: {k: round(x, 3) for k, x in v.items()} for s, v in rounds["stages"].items()},
+        "stages_s": {
+            s: {k: round(x, 3) for k, x in v.items()} for s, v in rounds["stages"].items()
+        },
         "seconds": seconds,
     }
 
@@ -371,8 +399,12 @@ def main() -> int:
         epilog="example: python -m benchmarks.cpu_vs_nemo --nemo-python nemo-venv/bin/python",
     )
     parser.add_argument("--nemo-python", help="Python of an environment that has NeMo")
-    parser.add_argument("--audio", type=Path, default=SPEECH, help="long recording that clips are cut from")
-    parser.add_argument("--tokenizer", type=Path, default=TOKENIZER, help="hybrid TDT archive with 1024 pieces")
+    parser.add_argument(
+        "--audio", type=Path, default=SPEECH, help="long recording that clips are cut from"
+    )
+    parser.add_argument(
+        "--tokenizer", type=Path, default=TOKENIZER, help="hybrid TDT archive with 1024 pieces"
+    )
     parser.add_argument("--clip-count", type=int, default=16)
     parser.add_argument("--shortest", type=float, default=10.0, metavar="SECONDS")
     parser.add_argument("--longest", type=float, default=20.0, metavar="SECONDS")
@@ -411,7 +443,9 @@ def main() -> int:
             model, arguments.tokenizer, arguments.layers, clips[:8], arguments.tokens_per_second
         )
         checkpoint_mib = model.stat().st_size / 2**20
-        print(f"{parameters / 1e6:.1f} M parameters, {rate:.1f} tokens/s, {audio_s:.0f} s of speech")
+        print(
+            f"{parameters / 1e6:.1f} M parameters, {rate:.1f} tokens/s, {audio_s:.0f} s of speech"
+        )
         by_batch = throughput(arguments, model, clips_path)
         cold = cold_starts(arguments, model, clips_path)
     result |= {
@@ -423,14 +457,22 @@ def main() -> int:
         "threads": arguments.threads,
         "batch": {str(b): summarise(rounds, audio_s) for b, rounds in by_batch.items()},
         "cold_start": {
-            side: {k: statistics.median(v) for k, v in values.items()} | {"all_seconds": values["seconds"]}
+            side: {k: statistics.median(v) for k, v in values.items()}
+            | {"all_seconds": values["seconds"]}
             for side, values in cold.items()
         },
     }
     starts = result["cold_start"]
-    result["cold_start_over_nemo"] = round(starts["ours-fp32"]["seconds"] / starts["nemo-fp32"]["seconds"], 3)
+    result["cold_start_over_nemo"] = round(
+        starts["ours-fp32"]["seconds"] / starts["nemo-fp32"]["seconds"], 3
+    )
     result["load_over_checkpoint"] = round(starts["ours-fp32"]["load_mib"] / checkpoint_mib, 3)
-    met = {f"batch_{b}_{k}": r[k] <= TARGETS[k] for b, r in result["batch"].items() for k in TARGETS if k in r}
+    met = {
+        f"batch_{b}_{k}": r[k] <= TARGETS[k]
+        for b, r in result["batch"].items()
+        for k in TARGETS
+        if k in r
+    }
     met["cold_start_over_nemo"] = result["cold_start_over_nemo"] <= TARGETS["cold_start_over_nemo"]
     result["targets"] = TARGETS
     result["targets_met"] = met
@@ -440,9 +482,14 @@ def main() -> int:
     partial.write_text(text + "\n")
     partial.replace(arguments.out)
     print(json.dumps(result))
-    unequal = [b for b, r in result["batch"].items() if len(set(r["texts_equal_fp32"].split("/"))) > 1]
+    unequal = [
+        b for b, r in result["batch"].items() if len(set(r["texts_equal_fp32"].split("/"))) > 1
+    ]
     if unequal:
-        print(f"cpu_vs_nemo: fp32 texts differ from NeMo's at batch {', '.join(unequal)}", file=sys.stderr)
+        print(
+            f"cpu_vs_nemo: fp32 texts differ from NeMo's at batch {', '.join(unequal)}",
+            file=sys.stderr,
+        )
     return 1 if unequal else 0
 
 

@@ -1,11 +1,17 @@
 """A converted folder to a NeMo archive that NeMo's restore_from takes."""
 
 import argparse
+import gzip
 import os
+import shutil
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from converters import check, run
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -25,16 +31,22 @@ def main(argv: list[str] | None = None) -> int:
         metavar="model.nemo",
         help="archive to write (default: the folder's name with .nemo)",
     )
+    parser.add_argument(
+        "--half",
+        action="store_true",
+        help="under half the size: weights of 2 or more dimensions rounded to float16, which NeMo "
+        "and load_model make float32 again, and the archive gzipped",
+    )
     args = parser.parse_args(argv)
     folder = args.folder
     if folder.name in ("", ".."):  # "." has a name only as an absolute path
         folder = Path(os.path.abspath(folder))
     archive = args.output or folder.with_name(f"{folder.name}.nemo")
-    return run("st2nemo", lambda: convert(args.folder, archive))
+    return run("st2nemo", lambda: convert(args.folder, archive, args.half))
 
 
-def convert(folder: Path, archive: Path) -> None:
-    """Reads, checks, writes; a bad folder writes nothing."""
+def convert(folder: Path, archive: Path, half: bool = False) -> None:
+    """Reads, checks, writes; a bad folder writes nothing. `half`: see `halved`."""
     from fastconformer.checkpoint import read_checkpoint
     from fastconformer.nemo_archive import write_nemo
 
@@ -45,9 +57,56 @@ def convert(folder: Path, archive: Path) -> None:
         summary = check(checkpoint)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
+    if half:
+        try:
+            checkpoint.state_dict = halved(checkpoint.state_dict)
+        except ValueError as error:
+            raise ValueError(f"{folder}: {error}") from error
     write_nemo(archive, checkpoint)
+    if half:
+        compress(archive)
     print(summary)
     print(f"wrote {archive}")
+
+
+def halved(state_dict: "dict[str, Tensor]") -> "dict[str, Tensor]":
+    """float32 tensors of 2 or more dimensions as float16; all else as it is.
+
+    Vectors stay: they take no room, and BatchNorm's variances and the norms' scales span more than
+    float16 does. So does the front end, which is not learned. Both NeMo's load_state_dict and
+    load_model copy into float32, so computing does not change, only the weights' rounding.
+
+    Raises:
+        ValueError: a weight is above float16's range.
+    """
+    import torch
+
+    smaller = {}
+    for name, tensor in state_dict.items():
+        if tensor.dtype == torch.float32 and tensor.dim() > 1 and "preprocessor." not in name:
+            tensor = tensor.half()
+            if not tensor.isfinite().all():
+                raise ValueError(f"tensor {name} is beyond float16's range; write without --half")
+        smaller[name] = tensor
+    return smaller
+
+
+def compress(archive: Path) -> None:
+    """gzips a file in place, whole or not at all; its bytes depend on the content alone. NeMo's
+    restore_from reads an archive in either form."""
+    from fastconformer.checkpoint import sync, work_folder
+
+    with work_folder(archive.parent, archive.name) as work:
+        smaller = work / "archive"
+        with (
+            archive.open("rb") as source,
+            smaller.open("wb") as target,
+            gzip.GzipFile("", "wb", compresslevel=9, fileobj=target, mtime=0) as zipped,
+        ):
+            shutil.copyfileobj(source, zipped, 1 << 20)
+        sync(smaller)
+        os.replace(smaller, archive)
+        sync(archive.parent)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from .linear import Linear
+
 
 def position_encoding(positions: torch.Tensor, d_model: int) -> torch.Tensor:
     """Sines and cosines of `positions` (P,), interleaved: (P, D) float32."""
@@ -41,11 +43,11 @@ class RelPositionMultiHeadAttention(nn.Module):
     ):
         super().__init__()
         self.n_heads, self.d_head, self.dropout = n_heads, d_model // n_heads, dropout
-        self.linear_q = nn.Linear(d_model, d_model, bias=use_bias)
-        self.linear_k = nn.Linear(d_model, d_model, bias=use_bias)
-        self.linear_v = nn.Linear(d_model, d_model, bias=use_bias)
-        self.linear_out = nn.Linear(d_model, d_model, bias=use_bias)
-        self.linear_pos = nn.Linear(d_model, d_model, bias=False)
+        self.linear_q = Linear(d_model, d_model, bias=use_bias)
+        self.linear_k = Linear(d_model, d_model, bias=use_bias)
+        self.linear_v = Linear(d_model, d_model, bias=use_bias)
+        self.linear_out = Linear(d_model, d_model, bias=use_bias)
+        self.linear_pos = Linear(d_model, d_model, bias=False)
         # one pair per layer, or the encoder's own pair tied across layers
         if pos_bias_u is None:
             pos_bias_u = nn.Parameter(torch.zeros(n_heads, self.d_head))
@@ -101,9 +103,9 @@ class LocalRelPositionMultiHeadAttention(RelPositionMultiHeadAttention):
         self.global_tokens, self.global_spacing = global_tokens, global_tokens_spacing
         self.separate = global_attn_separate
         if global_attn_separate:
-            self.global_q = nn.Linear(d_model, d_model, bias=use_bias)
-            self.global_k = nn.Linear(d_model, d_model, bias=use_bias)
-            self.global_v = nn.Linear(d_model, d_model, bias=use_bias)
+            self.global_q = Linear(d_model, d_model, bias=use_bias)
+            self.global_k = Linear(d_model, d_model, bias=use_bias)
+            self.global_v = Linear(d_model, d_model, bias=use_bias)
 
     def forward(self, x: torch.Tensor, pos_emb: torch.Tensor, pad_mask: torch.Tensor) -> torch.Tensor:
         """x (B, T, D), pos_emb (left+right+1, D), pad_mask (B, T) True on padding -> (B, T, D)."""

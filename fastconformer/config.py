@@ -28,7 +28,8 @@ def _parse(cls, section: str, data: dict, ignored: tuple = (), off: dict | None 
         elif key in off:
             if value is not None and value not in off[key]:
                 raise ValueError(
-                    f"{section}.{key} is {value!r}, which is not supported; expected one of {off[key]}"
+                    f"{section}.{key} is {value!r}, which is not supported; "
+                    f"expected one of {off[key]}"
                 )
         elif key != "_target_" and key not in ignored:
             raise ValueError(f"{section}.{key} is not a known option (its value is {value!r})")
@@ -73,7 +74,8 @@ class PreprocessorConfig:
     def __post_init__(self):
         _require(
             self.log_zero_guard_type in ("add", "clamp"),
-            f"preprocessor.log_zero_guard_type is {self.log_zero_guard_type!r}, expected add or clamp",
+            f"preprocessor.log_zero_guard_type is {self.log_zero_guard_type!r}, "
+            "expected add or clamp",
         )
         guard = self.log_zero_guard_value
         _require(
@@ -81,14 +83,19 @@ class PreprocessorConfig:
             f"preprocessor.log_zero_guard_value is {guard!r}, expected a number, tiny or eps",
         )
         _require(
-            isinstance(self.pad_to, int), f"preprocessor.pad_to is {self.pad_to!r}, expected an integer"
+            isinstance(self.pad_to, int),
+            f"preprocessor.pad_to is {self.pad_to!r}, expected an integer",
         )
-        _require(self.mel_norm in ("slaney", None), f"preprocessor.mel_norm {self.mel_norm!r} unknown")
+        _require(
+            self.mel_norm in ("slaney", None), f"preprocessor.mel_norm {self.mel_norm!r} unknown"
+        )
         _require(
             self.window in ("hann", "hamming", "blackman", "bartlett", "none", None),
             f"preprocessor.window is {self.window!r}, expected hann, hamming, blackman or bartlett",
         )
-        _require(self.window_samples > 0 and self.hop_samples > 0, "preprocessor: empty window or hop")
+        _require(
+            self.window_samples > 0 and self.hop_samples > 0, "preprocessor: empty window or hop"
+        )
         _require(
             self.window_samples <= self.fft_size,
             f"preprocessor: window of {self.window_samples} samples exceeds n_fft {self.fft_size}",
@@ -191,7 +198,8 @@ class EncoderConfig:
             if self.att_context_style == "chunked_limited" and left > 0 and right >= 0:
                 _require(
                     left % (right + 1) == 0,
-                    f"encoder.att_context_size [{left}, {right}]: left must be a multiple of right + 1",
+                    f"encoder.att_context_size [{left}, {right}]: "
+                    "left must be a multiple of right + 1",
                 )
         if self.self_attention_model == "rel_pos_local_attn":
             _require(
@@ -318,11 +326,16 @@ class ModelConfig:
         class_name = str(cfg.get("target", "")).rsplit(".", 1)[-1]
         has_joint, has_aux = "joint" in cfg, "aux_ctc" in cfg
         if not class_name:  # archives of the first NeMo versions do not name their class
-            class_name = HYBRID_CLASSES[1] if has_aux else (TRANSDUCER_CLASSES if has_joint else CTC_CLASSES)[1]
+            class_name = (
+                HYBRID_CLASSES[1]
+                if has_aux
+                else (TRANSDUCER_CLASSES if has_joint else CTC_CLASSES)[1]
+            )
         known = CTC_CLASSES + TRANSDUCER_CLASSES + HYBRID_CLASSES
         _require(
             class_name in known,
-            f"target: model class {class_name!r} is not supported; supported are {', '.join(known)}",
+            f"target: model class {class_name!r} is not supported; "
+            f"supported are {', '.join(known)}",
         )
         for section in ("preprocessor", "encoder", "decoder"):
             _require(isinstance(cfg.get(section), dict), f"the config has no section {section!r}")
@@ -331,7 +344,14 @@ class ModelConfig:
             PreprocessorConfig,
             "preprocessor",
             cfg["preprocessor"],
-            ignored=("max_duration", "rng", "nb_max_freq", "stft_conv", "stft_exact_pad", "use_grads"),
+            ignored=(
+                "max_duration",
+                "rng",
+                "nb_max_freq",
+                "stft_conv",
+                "stft_exact_pad",
+                "use_grads",
+            ),
             off={"nb_augmentation_prob": (0, 0.0), "use_torchaudio": (False,)},
         )
         _require(
@@ -360,7 +380,8 @@ class ModelConfig:
         )
         _require(
             encoder.feat_in == preprocessor.n_features,
-            f"encoder.feat_in is {encoder.feat_in} but the preprocessor gives {preprocessor.n_features}",
+            f"encoder.feat_in is {encoder.feat_in} but the preprocessor gives "
+            f"{preprocessor.n_features}",
         )
 
         decoder = joint = ctc = None
@@ -371,8 +392,12 @@ class ModelConfig:
             joint = _joint(cfg["joint"], encoder.d_out, cfg["decoder"])
             decoder = _prediction(cfg["decoder"], joint.vocab_size)
             if class_name in HYBRID_CLASSES:
-                _require(isinstance(cfg.get("aux_ctc"), dict), "the config has no section 'aux_ctc'")
-                ctc = _ctc_head("aux_ctc.decoder", cfg["aux_ctc"].get("decoder") or {}, encoder.d_out)
+                _require(
+                    isinstance(cfg.get("aux_ctc"), dict), "the config has no section 'aux_ctc'"
+                )
+                ctc = _ctc_head(
+                    "aux_ctc.decoder", cfg["aux_ctc"].get("decoder") or {}, encoder.d_out
+                )
                 _require(
                     ctc.vocab_size == joint.vocab_size,
                     f"aux_ctc has {ctc.vocab_size} tokens, the joint {joint.vocab_size}",
@@ -406,7 +431,9 @@ def _ctc_head(section: str, data: dict, d_encoder: int) -> CTCConfig:
     _require(data.get("add_blank", True), f"{section}.add_blank: false is not supported")
     known = ("_target_", "feat_in", "num_classes", "vocabulary", "init_mode", "add_blank")
     for key in data:
-        _require(key in known, f"{section}.{key} is not a known option (its value is {data[key]!r})")
+        _require(
+            key in known, f"{section}.{key} is not a known option (its value is {data[key]!r})"
+        )
     return CTCConfig(
         vocab_size=_count(section, data.get("num_classes"), data.get("vocabulary")),
         d_in=data.get("feat_in") or d_encoder,
@@ -421,10 +448,19 @@ def _joint(data: dict, d_encoder: int, decoder: dict) -> JointConfig:
             key in known or (key == "masking_prob" and (value or 0) <= 0),
             f"joint.jointnet.{key} is {value!r}, which is not supported",
         )
-    ignored = (
-        "_target_ log_softmax preserve_memory fuse_loss_wer fused_batch_size experimental_fuse_loss_wer "
-        "num_classes vocabulary jointnet num_extra_outputs experimental_pipeline"
-    ).split()
+    ignored = [
+        "_target_",
+        "log_softmax",
+        "preserve_memory",
+        "fuse_loss_wer",
+        "fused_batch_size",
+        "experimental_fuse_loss_wer",
+        "num_classes",
+        "vocabulary",
+        "jointnet",
+        "num_extra_outputs",
+        "experimental_pipeline",
+    ]
     for key in data:
         _require(key in ignored, f"joint.{key} is not a known option (its value is {data[key]!r})")
     _require(
@@ -451,23 +487,33 @@ def _prediction(data: dict, vocab_size: int) -> PredictionConfig:
         f"decoder._target_ {data.get('_target_')!r} is not supported, only RNNTDecoder is",
     )
     off = {"rnn_hidden_size": (-1, 0), "normalization_mode": ()}
-    known = "pred_hidden pred_rnn_layers dropout t_max forget_gate_bias weights_init_scale hidden_hidden_bias_scale"
+    known = (
+        "pred_hidden",
+        "pred_rnn_layers",
+        "dropout",
+        "t_max",
+        "forget_gate_bias",
+        "weights_init_scale",
+        "hidden_hidden_bias_scale",
+    )
     for key, value in net.items():
         _require(
-            key in known.split() or (key in off and (value is None or value in off[key])),
+            key in known or (key in off and (value is None or value in off[key])),
             f"decoder.prednet.{key} is {value!r}, which is not supported",
         )
     known = "_target_ prednet vocab_size blank_as_pad normalization_mode random_state_sampling"
     for key in data:
         _require(
-            key in known.split(), f"decoder.{key} is not a known option (its value is {data[key]!r})"
+            key in known.split(),
+            f"decoder.{key} is not a known option (its value is {data[key]!r})",
         )
     _require(
         data.get("normalization_mode") is None,
         f"decoder.normalization_mode {data.get('normalization_mode')!r} is not supported",
     )
     _require(
-        not data.get("random_state_sampling"), "decoder.random_state_sampling: true is not supported"
+        not data.get("random_state_sampling"),
+        "decoder.random_state_sampling: true is not supported",
     )
     size = data.get("vocab_size")
     _require(

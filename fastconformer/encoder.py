@@ -15,6 +15,7 @@ from .attention import (
     position_encoding,
 )
 from .config import EncoderConfig
+from .linear import Linear, linear
 from .subsampling import ConvSubsampling
 
 
@@ -23,12 +24,13 @@ class FeedForward(nn.Module):
 
     def __init__(self, d_model: int, d_ff: int, dropout: float, use_bias: bool):
         super().__init__()
-        self.linear1 = nn.Linear(d_model, d_ff, bias=use_bias)
+        self.linear1 = Linear(d_model, d_ff, bias=use_bias)
         self.dropout = nn.Dropout(dropout)
-        self.linear2 = nn.Linear(d_ff, d_model, bias=use_bias)
+        self.linear2 = Linear(d_ff, d_model, bias=use_bias)
 
     def forward(self, x):
-        return self.linear2(self.dropout(F.silu(self.linear1(x))))
+        hidden = linear(x, self.linear1.weight, self.linear1.bias, silu=True)
+        return self.linear2(self.dropout(hidden))
 
 
 class Convolution(nn.Module):
@@ -54,7 +56,7 @@ class Convolution(nn.Module):
 
     def forward(self, x: torch.Tensor, pad_mask: torch.Tensor) -> torch.Tensor:
         # width-1 convolutions as matrix products: no transposes, faster kernels
-        x = F.linear(x, self.pointwise_conv1.weight[..., 0], self.pointwise_conv1.bias)
+        x = linear(x, self.pointwise_conv1.weight[..., 0], self.pointwise_conv1.bias)
         x = F.glu(x, dim=-1).masked_fill(pad_mask[..., None], 0.0)
         x = F.pad(x.transpose(1, 2), self.context)  # (B, D, T)
         norm, conv = self.batch_norm, self.depthwise_conv
@@ -69,7 +71,7 @@ class Convolution(nn.Module):
             x = norm(conv(x).transpose(1, 2))
         else:
             x = norm(conv(x)).transpose(1, 2)
-        return F.linear(F.silu(x), self.pointwise_conv2.weight[..., 0], self.pointwise_conv2.bias)
+        return linear(F.silu(x), self.pointwise_conv2.weight[..., 0], self.pointwise_conv2.bias)
 
 
 class ConformerLayer(nn.Module):
@@ -137,7 +139,7 @@ class ConformerEncoder(nn.Module):
             # tied biases: one pair, shared by (and saved with) every layer
             biases = nn.Parameter(torch.zeros(shape)), nn.Parameter(torch.zeros(shape))
         self.layers = nn.ModuleList(ConformerLayer(config, *biases) for _ in range(config.n_layers))
-        self.out_proj = nn.Linear(d, config.d_out) if config.d_out != d else None
+        self.out_proj = Linear(d, config.d_out) if config.d_out != d else None
         self.dropout_input = nn.Dropout(
             config.dropout_pre_encoder
             if config.self_attention_model == "rel_pos"

@@ -285,6 +285,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     )
     parser.add_argument("manifest", type=Path, metavar="MANIFEST", help="JSON lines with text")
     add_model_arguments(parser)
+    parser.add_argument("--lang", help="only lines of this `lang` (or without one)")
     parser.add_argument(
         "--normalizer",
         choices=sorted(NORMALIZERS),
@@ -311,7 +312,7 @@ def main(argv=None) -> int:
 def run(args) -> int:
     if args.output:
         check_output(args.output)
-    clips, problems = read_manifest(args.manifest)
+    clips, problems = read_manifest(args.manifest, args.lang)
     old = read_results(args.against) if args.against else None
     if old:  # what the manifest lacks, no transcription will bring
         here = _by_key(clips, lambda clip: (clip.audio, clip.offset_s))

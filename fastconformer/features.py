@@ -1,4 +1,4 @@
-"""Samples -> log-mel features. Source: NeMo's AudioToMelSpectrogramPreprocessor / FilterbankFeatures.
+"""Samples -> log-mel features. Source: NeMo's AudioToMelSpectrogramPreprocessor.
 
 Input (B, L) float32 and lengths (B,); output (B, M, T) float32 and lengths (B,). Always float32,
 whatever the precision of the model.
@@ -25,7 +25,11 @@ def mel_filterbank(
     log_start_mel = log_start_hz / hz_per_mel
 
     def to_mel(hz):
-        return hz / hz_per_mel if hz < log_start_hz else log_start_mel + np.log(hz / log_start_hz) / log_step
+        return (
+            hz / hz_per_mel
+            if hz < log_start_hz
+            else log_start_mel + np.log(hz / log_start_hz) / log_step
+        )
 
     mels = np.linspace(to_mel(low_hz), to_mel(high_hz), n_mels + 2)
     edges = np.where(
@@ -63,7 +67,12 @@ class FilterbankFeatures(nn.Module):
         self.register_buffer("window", _window(config.window, config.window_samples))
         high_hz = config.highfreq or config.sample_rate / 2
         filters = mel_filterbank(
-            config.sample_rate, config.fft_size, config.features, config.lowfreq, high_hz, config.mel_norm
+            config.sample_rate,
+            config.fft_size,
+            config.features,
+            config.lowfreq,
+            high_hz,
+            config.mel_norm,
         )
         self.register_buffer("fb", torch.from_numpy(filters)[None])
 
@@ -125,8 +134,8 @@ class FilterbankFeatures(nn.Module):
             return nn.functional.pad(x, (pad, pad))
         if bool((audio_lengths <= pad).any()):
             raise ValueError(
-                f"stft_pad='reflect' needs more than {pad} samples, got {int(audio_lengths.min())}; "
-                "pad the clip with silence"
+                f"stft_pad='reflect' needs more than {pad} samples, got "
+                f"{int(audio_lengths.min())}; pad the clip with silence"
             )
         # Each clip is mirrored at its own end, so that a clip alone equals the clip in a batch.
         # NeMo before 2.5 mirrored the padded batch: equal for the longest clip only.

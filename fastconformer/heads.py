@@ -1,6 +1,7 @@
-"""Output heads: CTC, prediction network and joint. Source: NeMo's ConvASRDecoder, RNNTDecoder, RNNTJoint.
+"""Output heads: CTC, prediction network and joint.
 
-All return logits or states; losses and decoders are functions elsewhere.
+Source: NeMo's ConvASRDecoder, RNNTDecoder and RNNTJoint. All return logits or states; losses and
+decoders are functions elsewhere.
 """
 
 import torch
@@ -8,12 +9,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from .config import CTCConfig, JointConfig, PredictionConfig
+from .linear import Linear, linear
 
 _ACTIVATIONS = {"relu": nn.ReLU, "sigmoid": nn.Sigmoid, "tanh": nn.Tanh}
 
 
 class CTCHead(nn.Module):
-    """One linear layer to V + 1 classes, blank last; stored as a width-1 convolution, as NeMo does."""
+    """One linear layer to V + 1 classes, blank last; a convolution of width 1, as in NeMo."""
 
     def __init__(self, config: CTCConfig):
         super().__init__()
@@ -22,7 +24,7 @@ class CTCHead(nn.Module):
     def forward(self, encoded: torch.Tensor) -> torch.Tensor:
         """(B, T', D) -> logits (B, T', V+1)."""
         layer = self.decoder_layers[0]
-        return F.linear(encoded, layer.weight[..., 0], layer.bias)
+        return linear(encoded, layer.weight[..., 0], layer.bias)
 
 
 class LSTM(nn.Module):
@@ -88,8 +90,8 @@ class Joint(nn.Module):
 
     def __init__(self, config: JointConfig):
         super().__init__()
-        self.pred = nn.Linear(config.pred_hidden, config.joint_hidden)
-        self.enc = nn.Linear(config.encoder_hidden, config.joint_hidden)
+        self.pred = Linear(config.pred_hidden, config.joint_hidden)
+        self.enc = Linear(config.encoder_hidden, config.joint_hidden)
         n_out = config.vocab_size + 1 + config.n_durations
         # NeMo has no Dropout module where dropout is 0, which moves the output layer's index
         dropout = [nn.Dropout(config.dropout)] if config.dropout else []

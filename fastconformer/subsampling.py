@@ -1,4 +1,4 @@
-"""Features (B, M, T) -> (B, T', D): strided 3x3 convolutions. Source: NeMo's ConvSubsampling (2.5+).
+"""Features (B, M, T) -> (B, T', D): strided convolutions. Source: NeMo's ConvSubsampling (2.5+).
 
 Every stage halves time and frequency; frames beyond a clip's length are zeroed before every
 convolution, so that padding never reaches valid frames.
@@ -6,6 +6,8 @@ convolution, so that padding never reaches valid frames.
 
 import torch
 from torch import nn
+
+from .linear import Linear
 
 
 def output_length(length, factor: int, causal: bool):
@@ -17,7 +19,7 @@ def output_length(length, factor: int, causal: bool):
 
 
 class StridedConv2d(nn.Conv2d):
-    """3x3, stride 2. Causal: two frames (and bins) of padding before, one after (NeMo's CausalConv2D)."""
+    """3x3, stride 2. Causal: two frames (and bins) of padding before, one after, as in NeMo."""
 
     def __init__(self, c_in: int, c_out: int, causal: bool, groups: int = 1):
         super().__init__(c_in, c_out, 3, stride=2, padding=0 if causal else 1, groups=groups)
@@ -43,7 +45,7 @@ class ConvSubsampling(nn.Module):
                 layers.append(StridedConv2d(channels, channels, causal))
             layers.append(nn.ReLU())
         self.conv = nn.Sequential(*layers)
-        self.out = nn.Linear(channels * output_length(feat_in, factor, causal), d_model)
+        self.out = Linear(channels * output_length(feat_in, factor, causal), d_model)
         self.causal = causal
 
     def forward(self, features: torch.Tensor, lengths: torch.Tensor):

@@ -1,5 +1,9 @@
-"""Encoder frames -> token, word and segment times. Source: NeMo's timestamp_utils and decoding classes."""
+"""Encoder frames -> token, word and segment times.
 
+Source: NeMo's timestamp_utils and decoding classes.
+"""
+
+import itertools
 from dataclasses import dataclass
 
 from .decoding import Hypothesis
@@ -32,7 +36,7 @@ def token_spans(hypothesis: Hypothesis, head: str, tokenizer: Tokenizer) -> list
         starts, ends = [max(0, frames[0] - 1), *frames[:-1]] if frames else [], frames
     texts = (tokenizer.join([piece]) for piece in tokenizer.ids_to_pieces(hypothesis.tokens))
     spans = [Span(*fields) for fields in zip(texts, starts, ends)]
-    for before, span in zip(spans, spans[1:]):
+    for before, span in itertools.pairwise(spans):
         if span.text[:1] and span.text[0] in tokenizer.punctuation:
             if head == "tdt":
                 span.start = span.end = before.end
@@ -88,8 +92,8 @@ def _next_text(tokens: list[Span]) -> list[str | None]:
 def segment_spans(
     words: list[Span], separators: tuple[str, ...], gap_frames: int | None = None
 ) -> list[Span]:
-    """Joins words to segments that end at a separator, or where a pause of `gap_frames` is given and
-    reached."""
+    """Joins words to segments that end at a separator, or where a pause of `gap_frames` is given
+    and reached."""
     segments, built = [], []
 
     def close():
@@ -98,7 +102,8 @@ def segment_spans(
 
     for word in words:
         if gap_frames and built:
-            # NeMo quirk kept: with a gap, separators close a segment only right after another closed
+            # NeMo quirk kept: with a gap, separators close a segment only right after another
+            # closed
             if word.start - built[-1].end >= gap_frames:
                 close()
             built.append(word)
@@ -112,8 +117,9 @@ def segment_spans(
 
 
 def in_seconds(spans: list[Span], frame_s: float, shift_s: float, duration_s: float) -> list[Span]:
-    """Frames to seconds. `shift_s` is silence put in front of a short clip: it is taken off, and the
-    times are kept inside the clip. Without it they are NeMo's, whose last TDT token may end later."""
+    """Frames to seconds. `shift_s` is silence put in front of a short clip: it is taken off, and
+    the times are kept inside the clip. Without it they are NeMo's, whose last TDT token may end
+    later."""
 
     def at(frame):
         seconds = frame * frame_s

@@ -54,7 +54,7 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 class CharTokenizer(Tokenizer):
-    """One token a character; characters outside the vocabulary are dropped, as NeMo's parser does."""
+    """One token a character; characters outside the vocabulary are dropped, as in NeMo."""
 
     kind = "char"
 

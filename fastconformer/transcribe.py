@@ -191,14 +191,17 @@ class Clip:
     offset_s: float | None = None  # None: the whole file
     duration_s: float | None = None  # as declared
     text: str | None = None
+    lang: str | None = None
 
 
-def read_manifest(path: str | os.PathLike) -> tuple[list[Clip], list[tuple[str, str]]]:
+def read_manifest(
+    path: str | os.PathLike, lang: str | None = None
+) -> tuple[list[Clip], list[tuple[str, str]]]:
     """Clips of a NeMo manifest (JSON lines), and (place, reason) of each line that is no clip.
 
-    `audio_filepath` is relative to the manifest's folder or absolute; `offset`, `duration` and
-    `text` may be absent. A line with an offset means the section [offset, offset + duration), one
-    without it the whole file. Raises FileNotFoundError or ValueError if there is nothing to read.
+    `audio_filepath` is relative to the manifest's folder or absolute; `offset`, `duration`, `text`
+    and `lang` may be absent. With `lang`, lines of another language are passed over. A line with an
+    offset means the section [offset, offset + duration), one without it the whole file. Raises FileNotFoundError or ValueError if there is nothing to read.
     """
     path = Path(path)
     if not path.is_file():
@@ -209,7 +212,9 @@ def read_manifest(path: str | os.PathLike) -> tuple[list[Clip], list[tuple[str, 
             if not line.strip():
                 continue
             try:
-                clips.append(_manifest_clip(line, path.parent))
+                clip = _manifest_clip(line, path.parent)
+                if lang is None or clip.lang in (None, lang):
+                    clips.append(clip)
             except ValueError as error:
                 problems.append((f"{path}:{number}", str(error)))
     if not clips and not problems:
@@ -239,9 +244,8 @@ def _manifest_clip(line: bytes, folder: Path) -> Clip:
     text = entry.get("text")
     if text is not None and not isinstance(text, str):
         raise ValueError(f"text is {text!r}, expected a string")
-    return Clip(
-        folder / Path(audio).expanduser(), audio, seconds["offset"], seconds["duration"], text
-    )
+    path, lang = folder / Path(audio).expanduser(), entry.get("lang")
+    return Clip(path, audio, seconds["offset"], seconds["duration"], text, lang)
 
 
 def find_clips(inputs: Iterable[str]) -> tuple[list[Clip], list[tuple[str, str]]]:

@@ -13,7 +13,7 @@ SHARED = TESTS.parent.parent / "shared"
 
 
 def golden(case: str) -> Path:
-    """Folder of a golden case: the copy in tests/golden, else ../shared/golden; skips without it."""
+    """Folder of a golden case: in tests/golden, else in ../shared/golden; skips without it."""
     for folder in (TESTS / "golden" / case, SHARED / "golden" / case):
         if folder.is_dir():
             return folder

@@ -29,7 +29,9 @@ def compute(path: str) -> dict:
     rng = np.random.default_rng(1)
     lengths = torch.tensor([int(1.7 * rate), int(0.9 * rate)])
     envelope = 0.1 + 0.1 * np.sin(np.arange(int(lengths.max())) / rate * 20)
-    audio = torch.from_numpy((rng.standard_normal((2, int(lengths.max()))) * envelope).astype(np.float32))
+    audio = torch.from_numpy(
+        (rng.standard_normal((2, int(lengths.max()))) * envelope).astype(np.float32)
+    )
     audio[1, int(lengths[1]) :] = 0
     with torch.no_grad():
         features, feature_lengths = model.preprocessor(input_signal=audio, length=lengths)
@@ -47,7 +49,7 @@ def compute(path: str) -> dict:
     if hasattr(model, "tokenizer"):
         found["tokens"] = model.tokenizer.text_to_ids("please turn off the lights, Anna")
         found["pieces"] = model.tokenizer.vocab
-    clips = [row[:length].numpy() for row, length in zip(audio, lengths.tolist())]
+    clips = [row[:length].numpy() for row, length in zip(audio, lengths.tolist(), strict=True)]
     hypotheses = model.transcribe(clips, batch_size=2, verbose=False)
     hypotheses = hypotheses[0] if isinstance(hypotheses, tuple) else hypotheses
     found["texts"] = [getattr(h, "text", h) for h in hypotheses]
@@ -68,7 +70,9 @@ def compare(original: str, ours: str) -> list[str]:
         return [f"NeMo does not restore it: {type(error).__name__}: {error}"]
     differences = [f"{name} only in one" for name in first.keys() ^ second.keys()]
     return differences + [
-        f"{name} differs" for name in first.keys() & second.keys() if not equal(first[name], second[name])
+        f"{name} differs"
+        for name in first.keys() & second.keys()
+        if not equal(first[name], second[name])
     ]
 
 
@@ -79,7 +83,9 @@ def main():
     torch.set_num_threads(1)
     paths = sys.argv[1:]
     for original, ours in zip(paths[::2], paths[1::2], strict=True):
-        print(json.dumps({"original": original, "differences": compare(original, ours)}), flush=True)
+        print(
+            json.dumps({"original": original, "differences": compare(original, ours)}), flush=True
+        )
 
 
 if __name__ == "__main__":

@@ -490,11 +490,13 @@ TEXT = st.lists(st.sampled_from(PIECES), min_size=1, max_size=3).map("".join)
 
 
 @settings(deadline=None, max_examples=300)
-@given(a=TEXT | st.just(1e-5), k=st.sampled_from(["x", "y", "z.w"]), x=TEXT, y=TEXT, w=TEXT, l=TEXT)
-def test_interpolations_agree_with_omegaconf(a, k, x, y, w, l):
+@given(
+    a=TEXT | st.just(1e-5), k=st.sampled_from(["x", "y", "z.w"]), x=TEXT, y=TEXT, w=TEXT, last=TEXT
+)
+def test_interpolations_agree_with_omegaconf(a, k, x, y, w, last):
     omegaconf = pytest.importorskip("omegaconf")
     b = {"x": x, "y": y, "z": {"w": w}, "q": "${.z}"}
-    config = {"a": a, "k": k, "b": b, "l": [l, 3]}
+    config = {"a": a, "k": k, "b": b, "l": [last, 3]}
     text = yaml.safe_dump(config)
     try:
         loaded = omegaconf.OmegaConf.create(text)

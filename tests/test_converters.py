@@ -15,6 +15,7 @@ from conftest import golden
 
 import converters.nemo2st
 import converters.st2nemo
+from fastconformer import load_model
 from fastconformer.checkpoint import read_checkpoint, write_folder
 from fastconformer.nemo_archive import read_nemo, write_nemo
 
@@ -198,3 +199,36 @@ def test_members_that_are_not_kept_are_listed(model, tmp_path, capsys):
     extra = rewritten(model, tmp_path / "x.nemo", lambda m: m.update({"./notes.txt": b"x"}))
     assert converters.nemo2st.main([str(extra)]) == 0
     assert "not kept, the config does not name them: notes.txt" in capsys.readouterr().out
+
+
+def test_half_halves_the_archive_and_keeps_the_text(tmp_path, capsys):
+    """Every matrix is the float16 rounding of the original, everything else is bit-equal, and
+    what is loaded is float32 again."""
+    model, small = golden("hybrid_tdt_ctc_bpe") / "model.nemo", tmp_path / "small.nemo"
+    folder = tmp_path / "folder"
+    assert converters.nemo2st.main([str(model), "-o", str(folder)]) == 0
+    assert converters.st2nemo.main([str(folder), "-o", str(small), "--half"]) == 0
+    assert converters.st2nemo.main([str(folder), "-o", str(tmp_path / "full.nemo")]) == 0
+    before, after = read_nemo(model), read_nemo(small)
+    assert before.config == after.config and before.tokenizer_files == after.tokenizer_files
+    loaded = load_model(small).state_dict()
+    for name, tensor in before.state_dict.items():
+        matrix = tensor.dim() > 1 and not name.startswith("preprocessor.")
+        assert after.state_dict[name].dtype == (torch.float16 if matrix else tensor.dtype), name
+        expected = tensor.half().to(tensor.dtype) if matrix else tensor
+        assert torch.equal(loaded[name], expected) and loaded[name].dtype == tensor.dtype, name
+    first = small.read_bytes()
+    assert len(first) < 0.6 * (tmp_path / "full.nemo").stat().st_size
+    assert converters.st2nemo.main([str(folder), "-o", str(small), "--half"]) == 0
+    assert small.read_bytes() == first
+
+
+def test_half_refuses_what_float16_cannot_hold(model, tmp_path, capsys):
+    checkpoint = read_checkpoint(model)
+    name = next(k for k, t in checkpoint.state_dict.items() if k.endswith("linear1.weight"))
+    checkpoint.state_dict[name][0, 0] = 1e5
+    write_folder(tmp_path / "folder", checkpoint)
+    arguments = [str(tmp_path / "folder"), "-o", str(tmp_path / "out.nemo"), "--half"]
+    assert converters.st2nemo.main(arguments) == 1
+    assert f"tensor {name} is beyond float16's range" in capsys.readouterr().err
+    assert not (tmp_path / "out.nemo").exists()

@@ -207,3 +207,15 @@ def test_a_section_and_another_rate(folder):
     kept, _ = usable(folder, [entry(offset=0.25, duration=0.5), entry(duration=1.0)])
     store = AudioStore(kept, RATE, cache_gb=1.0)
     assert [len(store.read(i)) for i in (0, 1)] == [8000, 16000]
+
+
+def test_only_lines_of_one_language(tmp_path):
+    soundfile.write(tmp_path / "a.wav", np.zeros(16000, dtype=np.float32), 16000)
+    lines = [{"audio_filepath": "a.wav", "duration": 1.0, "text": t} for t in ("one", "un", "any")]
+    lines[0]["lang"], lines[1]["lang"] = "en", "fr"
+    manifest = tmp_path / "manifest.jsonl"
+    manifest.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    kept, dropped = read_manifest(manifest, "en")
+    assert [u.text for u in kept] == ["one", "any"]
+    assert [(d.line, d.reason) for d in dropped] == [(2, "other_language")]
+    assert len(read_manifest(manifest)[0]) == 3

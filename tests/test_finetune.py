@@ -310,7 +310,7 @@ def test_bad_clips_are_listed_and_the_run_goes_on(corpus, capsys):
 
 
 def test_no_usable_clip_is_one_clear_line(corpus, capsys):
-    recipe, run = corpus
+    recipe, _ = corpus
     (recipe.parent / "train.jsonl").write_text("{broken\n" * 3)
     assert main([str(recipe)]) == 1
     error = capsys.readouterr().err
@@ -338,7 +338,7 @@ def test_errors_are_one_line_and_have_their_exit_code(corpus, capsys, option, co
 
 
 def test_never_resuming_does_not_touch_a_run(corpus, capsys):
-    recipe, run = corpus
+    recipe, _ = corpus
     assert main([str(recipe)]) == 0
     assert main([str(recipe), "resume=never"]) == 1
     assert "already holds a run" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""RNNT and TDT losses: NeMo's numbers, brute force over all alignments, and what users may do wrong.
+"""RNNT and TDT losses: NeMo's numbers, brute force over alignments, and what users may do wrong.
 
 Every test runs on CPU tensors with both implementations, numba and vectorised PyTorch.
 """
@@ -19,7 +19,7 @@ from fastconformer import losses
 from fastconformer.losses import reference, rnnt_loss, tdt_loss, vectorised
 
 numba = pytest.importorskip("numba", reason="numba is not installed")
-from fastconformer.losses import cpu  # needs numba
+from fastconformer.losses import cpu  # noqa: E402, it needs numba
 
 FLOATS = [torch.float64, torch.float32]
 
@@ -191,7 +191,8 @@ def problems(draw):
     n_classes = draw(st.integers(3, 20))
     tensors = make(
         n_frames, n_tokens, n_classes + len(durations), seed=draw(st.integers(0, 1000)),
-        scale=draw(st.sampled_from([0.1, 2.0, 50.0])), n_tokens_max=max(n_tokens) + draw(st.integers(0, 1)),
+        scale=draw(st.sampled_from([0.1, 2.0, 50.0])),
+        n_tokens_max=max(n_tokens) + draw(st.integers(0, 1)),
     )  # fmt: skip
     options = {
         "fastemit_lambda": draw(st.sampled_from([0.0, 0.3])),
@@ -351,7 +352,7 @@ def test_without_gradient():
 
 
 def test_no_alignment_gives_infinity_and_no_gradient():
-    """Only even frames can be reached; the clip with 5 frames has no alignment, its neighbour has."""
+    """Only even frames can be reached; the clip of 5 frames has no alignment, its neighbour has."""
     logits, *inputs = make((5, 6), (1, 1), 5 + 2)
     options = {"durations": (2, 4), "blank": 4, "sigma": 0.05, "reduction": "none"}
     value, grad = loss_and_grad(tdt_loss, logits, *inputs, **options, fastemit_lambda=0.1)
@@ -565,8 +566,9 @@ import fastconformer.losses as losses
 assert "numba" not in sys.modules
 sys.modules["numba"] = None
 logits = torch.zeros(1, 2, 2, 3)
+lengths = torch.tensor([2]), torch.tensor([1])
 for _ in range(3):
-    print(losses.rnnt_loss(logits, torch.tensor([[0]]), torch.tensor([2]), torch.tensor([1]), 2).item())
+    print(losses.rnnt_loss(logits, torch.tensor([[0]]), *lengths, 2).item())
 """
     result = run_python(program)
     assert result.returncode == 0, result.stderr

@@ -25,9 +25,9 @@ CASES = [
     "hybrid_rnnt_ctc_bpe",
     "local_attn_g0",
     "local_attn_g1",
+    "stream_chunked_hybrid_rnnt",
     "striding4_ctc_char",
-    "striding8_rnnt_char",
-    "hybrid_char_chunked_16_3",
+    "hybrid_tdt_char",
 ]
 
 

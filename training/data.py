@@ -72,10 +72,12 @@ class UnusableLine(ValueError):
     """One manifest line cannot be used: (reason, detail)."""
 
 
-def read_manifest(path: str | Path) -> tuple[list[Utterance], list[Dropped]]:
+def read_manifest(
+    path: str | Path, lang: str | None = None
+) -> tuple[list[Utterance], list[Dropped]]:
     """Read a NeMo manifest: JSON lines with `audio_filepath`, `duration`, `text`, maybe `offset`.
 
-    `audio_filepath` is absolute or relative to the manifest's folder. Every bad line is in the
+    With `lang`, lines of another `lang` are left out. `audio_filepath` is absolute or relative to the manifest's folder. Every bad line is in the
     second list, with its reason; blank lines are ignored.
 
     Raises:
@@ -93,6 +95,8 @@ def read_manifest(path: str | Path) -> tuple[list[Utterance], list[Dropped]]:
             try:
                 entry = _parse_line(line)
                 name = str(entry.get("audio_filepath", ""))
+                if lang and entry.get("lang", lang) != lang:
+                    raise UnusableLine("other_language", f"lang is {entry['lang']!r}")
                 utterances.append(_utterance(entry, path, number))
             except UnusableLine as error:
                 dropped.append(Dropped(str(path), number, *error.args, audio_filepath=name))

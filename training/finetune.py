@@ -212,7 +212,7 @@ def load_data(recipe: Recipe, model: ASRModel, heads, dropped_path: Path):
 
     train, n_train_lines = [], 0
     for manifest in data.train:
-        found, bad = read_manifest(manifest)
+        found, bad = read_manifest(manifest, data.lang)
         usable, unusable = check_for_training(
             found,
             model.tokenizer,
@@ -225,7 +225,7 @@ def load_data(recipe: Recipe, model: ASRModel, heads, dropped_path: Path):
         train += usable
     validation = {}
     for name, manifest in data.validation.items():
-        validation[name], bad = read_manifest(manifest)
+        validation[name], bad = read_manifest(manifest, data.lang)
         dropped += bad
         if not validation[name]:
             raise ValueError(f"validation set {name}: no usable line in {manifest}; {_why(bad)}")

@@ -29,6 +29,7 @@ class ModelRecipe:
 class DataRecipe:
     train: tuple[str, ...] = ()  # NeMo manifests; one that is listed twice is seen twice
     validation: dict[str, str] = dataclasses.field(default_factory=dict)  # name -> manifest
+    lang: str | None = None  # only lines of this `lang` (or without one); null: all
     min_duration_s: float = 0.1
     max_duration_s: float = 40.0
     pad_to_s: float = 1.0  # silence on both sides of shorter clips, as `transcribe` adds; 0: none

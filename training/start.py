@@ -48,7 +48,9 @@ def set_encoder_dropout(encoder: ConformerEncoder, probability: float) -> None:
     """Of the encoder's input, feed-forwards, attention weights and residual branches."""
     encoder.dropout_input.p = probability
     for layer in encoder.layers:
-        layer.dropout.p = layer.feed_forward1.dropout.p = layer.feed_forward2.dropout.p = probability
+        layer.dropout.p = layer.feed_forward1.dropout.p = layer.feed_forward2.dropout.p = (
+            probability
+        )
         layer.self_attn.dropout = probability
 
 

@@ -105,9 +105,9 @@ def tdt_loss(
             but one must be positive.
         blank: index of blank among the first V+1 logits: the last of them (V, as NeMo has it) or 0.
         sigma: subtracted from token and blank log-probabilities (logit under-normalisation).
-        omega: probability that the whole batch gets the plain RNNT loss on its token logits, without
-            sigma and with zero duration gradients. The coin is one draw from torch's default CPU
-            generator in each call; there is no draw when omega is 0.
+        omega: probability that the whole batch gets the plain RNNT loss on its token logits,
+            without sigma and with zero duration gradients. The coin is one draw from torch's
+            default CPU generator in each call; there is no draw when omega is 0.
         fastemit_lambda: as in `rnnt_loss`; duration gradients are without it, as in NeMo.
         clamp: as in `rnnt_loss`; duration gradients are not limited, as in NeMo.
         reduction: as in `rnnt_loss`.
@@ -123,9 +123,10 @@ def tdt_loss(
     # With blank in the middle a list of durations that is too short could not be told from tokens.
     if n_classes < 1 or blank not in (0, n_classes - 1):
         raise ValueError(
-            f"logits have {n_outputs} outputs and there are {len(durations)} durations, which leaves "
-            f"{n_classes} for tokens and blank, but blank is {blank}; expected V tokens, blank, then "
-            f"one output for each duration, with blank the last of the first V+1 (or index 0)"
+            f"logits have {n_outputs} outputs and there are {len(durations)} durations, which "
+            f"leaves {n_classes} for tokens and blank, but blank is {blank}; expected V tokens, "
+            "blank, then one output for each duration, with blank the last of the first V+1 "
+            "(or index 0)"
         )
     if not math.isfinite(sigma):
         raise ValueError(f"sigma is {sigma}, expected a finite number")
@@ -245,8 +246,8 @@ def _check_targets(targets, target_lengths, n_classes, blank):
     if bad.any():
         clip, place = bad.nonzero()[0].tolist()
         raise ValueError(
-            f"targets[{clip}, {place}] is {targets[clip, place].item()}, expected a token from 0 to "
-            f"{n_classes - 1} other than the blank {blank}"
+            f"targets[{clip}, {place}] is {targets[clip, place].item()}, expected a token from 0 "
+            f"to {n_classes - 1} other than the blank {blank}"
         )
 
 

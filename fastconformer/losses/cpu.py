@@ -2,9 +2,9 @@
 
 Three passes, which compute what vectorised.py says: statistics of each row of logits (read once);
 the lattice of each clip, backwards for beta and the probability of each arc at its node, forwards
-for the occupancies; and the gradient of each row (logits read and gradient written once). The passes
-over logits are loops that LLVM vectorises, with an exponential of our own in float32, as libm's
-would be a call for each number. The lattice is float64, being small beside the logits.
+for the occupancies; and the gradient of each row (logits read and gradient written once). The
+passes over logits are loops that LLVM vectorises, with an exponential of our own in float32, as
+libm's would be a call for each number. The lattice is float64, being small beside the logits.
 
 Importing this module needs numba. Kernels compile at their first call, for some seconds, and are
 cached on disk where that is possible. They use at most as many threads as torch.
@@ -25,7 +25,7 @@ from numba import njit, prange, types
 from numba.extending import intrinsic, overload
 from torch import Tensor
 
-# Two Python threads inside parallel kernels at once abort the process under numba's own thread pool.
+# Two Python threads inside parallel kernels at once abort the process under numba's own pool.
 _one_at_a_time = threading.Lock()
 
 # About 0.1 ms of work; waking a second thread for less costs more than it saves.
@@ -161,7 +161,7 @@ _BIAS, _MANTISSA_BITS = np.int32(127), np.int32(23)
 
 @njit(fastmath={"contract"})
 def _exp_float32(x):
-    """exp(x) for x <= 0, within 2e-7 of the value; 0 below -87, NaN for NaN. No calls, no branches."""
+    """exp(x) for x <= 0, within 2e-7 of it; 0 below -87, NaN for NaN. No calls, no branches."""
     bounded = max(x, _LEAST)  # NaN stays NaN, in this order
     exponent = np.int32(bounded * _LOG2_E - _HALF)  # to nearest, as the argument is not positive
     r = bounded - np.float32(exponent) * _LN2_HIGH - np.float32(exponent) * _LN2_LOW

@@ -1,8 +1,8 @@
 """The transducer lattice in plain PyTorch, for any device, with the analytic gradient.
 
 Nodes (t, u) are sorted by anti-diagonal t + u; each step takes one diagonal, vectorised over its
-nodes, the clips and the arcs. An arc is a class of duration with or without a token; RNNT has two, a
-token of 0 frames and a blank of 1. Backwards, as log-probabilities:
+nodes, the clips and the arcs. An arc is a class of duration with or without a token; RNNT has two,
+a token of 0 frames and a blank of 1. Backwards, as log-probabilities:
 
     beta(node) = logsumexp over arcs of  score(arc) + beta(end of arc),    beta(T, U) = 0
 
@@ -172,7 +172,8 @@ def gradient(logits, state, grad_losses, fastemit_lambda, clamp) -> Tensor:
         clamp: as in `tdt_loss`, but inf for none.
     Returns:
         (B, T', U+1, V+1+N) of the logits' type:
-        softmax_v (blank + (1 + lambda) label) - [v is blank] blank - [v is label] (1 + lambda) label
+        softmax_v (blank + (1 + lambda) label) - [v is blank] blank
+        - [v is label] (1 + lambda) label
         with the occupancies of the node's arcs, and softmax_i (blank + label) - duration_i.
     """
     wide = _at_least_float32(logits.detach())

@@ -5,7 +5,7 @@ imported, so what it writes cannot echo our own mistakes:
 
     python make_golden.py OUT --list                                 names of the built-in cases
     python make_golden.py OUT --case NAME [--case NAME ...]          builds and records OUT/NAME
-    python make_golden.py OUT --nemo model.nemo --audio a.wav ...    records an existing model in OUT
+    python make_golden.py OUT --nemo model.nemo --audio a.wav ...    records an existing model
 
 A case folder holds model.nemo (written by NeMo's `save_to`, and restored from there before anything
 is recorded), golden.safetensors, expected.json and state_dict_keys.json, with the names and shapes
@@ -13,8 +13,8 @@ that the golden data's README gives. Everything is float32 on CPU in eval mode.
 
 A built-in case is a `Case` below: options of the encoder, decoder, joint and preprocessor over one
 tiny default. Its weights are random but non-degenerate (norms, BatchNorm statistics and every bias
-moved away from their initial values); the heads are then fitted for some hundred steps to the case's
-texts, so that greedy decoding emits tokens, blanks and several durations with clear margins.
+moved away from their initial values); the heads are then fitted for some hundred steps to the
+case's texts, so that greedy decoding emits tokens, blanks and several durations with clear margins.
 """
 
 import argparse
@@ -42,7 +42,7 @@ TEXTS = (
     "yes, of course! it is raining.",
     "seven nine two",
 )
-# The rare ones last: NeMo's TDT character decoding drops the last len(durations) characters from texts
+# Rare ones last: NeMo's texts of TDT character models lack the last len(durations) characters
 CHARACTERS = [" ", *"abcdefghiklmnoprstuvwy", *"jqxz'"]
 CORPUS = """please turn off the lights in the kitchen. yes, of course! it is raining. seven nine two
 the quick brown fox jumps over the lazy dog. we should stay at home today, and read a good book.
@@ -50,14 +50,15 @@ my name is Anna and I live near the river. could you call me back at half past f
 four five six seven eight nine zero. bring the signed report, the budget table, and three copies.
 if the train is late, please send a message to the front desk. questions can wait until next week!
 it was a bright cold day in April, and the clocks were striking thirteen. who goes there? not I.
-she sells sea shells by the sea shore. peter piper picked a peck of pickled peppers. open the door."""
+she sells sea shells by the sea shore. peter piper picked a peck of pickled peppers. open the door."""  # noqa: E501 - a line is a sentence for the tokenizer
 
 
 @dataclass
 class Case:
     """Options of a built-in case over the tiny defaults of `model_config`.
 
-    kind: ctc, rnnt, tdt, hybrid_rnnt or hybrid_tdt. tokenizer: char, or SentencePiece's bpe/unigram.
+    kind: ctc, rnnt, tdt, hybrid_rnnt or hybrid_tdt. tokenizer: char, or SentencePiece's bpe or
+    unigram.
     seconds: length of each utterance; the texts are TEXTS, in order.
     """
 
@@ -78,204 +79,214 @@ class Case:
 
 CASES = {
     "stream_chunked_hybrid_rnnt": Case(
-        "cache-aware streaming style: causal dw_striding x8, list of chunked_limited contexts, layer norm, "
-        "causal convolution",
+        "cache-aware streaming style: causal dw_striding x8, list of chunked_limited contexts, "
+        "layer norm, causal convolution",
         "hybrid_rnnt",
-        encoder=dict(
-            causal_downsampling=True,
-            att_context_size=[[28, 6], [70, 13], [70, 0]],
-            att_context_style="chunked_limited",
-            conv_norm_type="layer_norm",
-            conv_context_size="causal",
-        ),
-        preprocessor=dict(normalize="NA"),
+        encoder={
+            "causal_downsampling": True,
+            "att_context_size": [[28, 6], [70, 13], [70, 0]],
+            "att_context_style": "chunked_limited",
+            "conv_norm_type": "layer_norm",
+            "conv_context_size": "causal",
+        },
+        preprocessor={"normalize": "NA"},
         seconds=(2.4, 1.6, 0.7),
     ),
     "striding4_ctc_char": Case(
         "characters; striding x4, xscaling, tied position biases, group norm, kernel 31, ff x2",
         "ctc",
         tokenizer="char",
-        encoder=dict(
-            subsampling="striding",
-            subsampling_factor=4,
-            xscaling=True,
-            untie_biases=False,
-            conv_norm_type="group_norm4",
-            conv_kernel_size=31,
-            ff_expansion_factor=2,
-        ),
-        top=dict(ctc_reduction="mean_volume"),
+        encoder={
+            "subsampling": "striding",
+            "subsampling_factor": 4,
+            "xscaling": True,
+            "untie_biases": False,
+            "conv_norm_type": "group_norm4",
+            "conv_kernel_size": 31,
+            "ff_expansion_factor": 2,
+        },
+        top={"ctc_reduction": "mean_volume"},
     ),
     "dw2_tdt_nobias": Case(
         "dw_striding x2, no biases, durations 0 1 2 4 8, sigmoid joint, no dropout (joint_net.1)",
         "tdt",
-        encoder=dict(subsampling_factor=2, use_bias=False, conv_context_size=[6, 2]),
-        joint=dict(activation="sigmoid", dropout=0.0),
+        encoder={"subsampling_factor": 2, "use_bias": False, "conv_context_size": [6, 2]},
+        joint={"activation": "sigmoid", "dropout": 0.0},
         durations=(0, 1, 2, 4, 8),
-        loss=dict(sigma=0.05, omega=0.0),
+        loss={"sigma": 0.05, "omega": 0.0},
         seconds=(1.4, 1.1, 0.6),
     ),
     "striding8_rnnt_char": Case(
-        "characters; striding x8 causal, limited context [8,4] with full attention, 2-layer LSTM, tanh joint",
+        "characters; causal striding x8, limited context [8,4], 2-layer LSTM, tanh joint",
         "rnnt",
         tokenizer="char",
-        encoder=dict(
-            subsampling="striding",
-            causal_downsampling=True,
-            att_context_size=[8, 4],
-            conv_context_size=[8, 0],
-            xscaling=True,
-        ),
-        decoder=dict(pred_rnn_layers=2),
-        joint=dict(activation="tanh"),
-        top=dict(rnnt_reduction="mean_volume"),
+        encoder={
+            "subsampling": "striding",
+            "causal_downsampling": True,
+            "att_context_size": [8, 4],
+            "conv_context_size": [8, 0],
+            "xscaling": True,
+        },
+        decoder={"pred_rnn_layers": 2},
+        joint={"activation": "tanh"},
+        top={"rnnt_reduction": "mean_volume"},
         seconds=(2.6, 1.3, 0.7),
     ),
     "local_g2_separate_tdt": Case(
-        "rel_pos_local_attn [6,6], two global tokens with projections of their own; tied biases asked for "
-        "(NeMo unties them here)",
+        "rel_pos_local_attn [6,6], two global tokens with projections of their own; tied biases "
+        "asked for (NeMo unties them here)",
         "tdt",
-        encoder=dict(
-            subsampling_factor=4,
-            self_attention_model="rel_pos_local_attn",
-            att_context_size=[6, 6],
-            global_tokens=2,
-            global_attn_separate=True,
-            untie_biases=False,
-            xscaling=True,
-        ),
-        decoder=dict(pred_rnn_layers=2),
+        encoder={
+            "subsampling_factor": 4,
+            "self_attention_model": "rel_pos_local_attn",
+            "att_context_size": [6, 6],
+            "global_tokens": 2,
+            "global_attn_separate": True,
+            "untie_biases": False,
+            "xscaling": True,
+        },
+        decoder={"pred_rnn_layers": 2},
     ),
     "hybrid_char_chunked_16_3": Case(
-        "characters; dw_striding x4, chunked_limited [16,3], causal subsampling and convolution, no biases",
+        "characters; causal dw_striding x4 and convolution, chunked_limited [16,3], no biases",
         "hybrid_rnnt",
         tokenizer="char",
-        encoder=dict(
-            subsampling_factor=4,
-            causal_downsampling=True,
-            att_context_size=[16, 3],
-            att_context_style="chunked_limited",
-            conv_context_size="causal",
-            use_bias=False,
-        ),
+        encoder={
+            "subsampling_factor": 4,
+            "causal_downsampling": True,
+            "att_context_size": [16, 3],
+            "att_context_style": "chunked_limited",
+            "conv_context_size": "causal",
+            "use_bias": False,
+        },
         seconds=(1.7, 1.2, 0.7),
     ),
     "ctc_8khz_featout": Case(
-        "8 kHz, 64 mels, unigram pieces with lower-casing, feat_out 24 of d_model 32, instance norm",
+        "8 kHz, 64 mels, lower-casing unigram pieces, feat_out 24 of d_model 32, instance norm",
         "ctc",
         tokenizer="unigram",
         normalization="nmt_nfkc_cf",
-        encoder=dict(feat_out=24, conv_norm_type="instance_norm", d_model=32),
-        preprocessor=dict(sample_rate=8000, n_fft=256, features=64),
+        encoder={"feat_out": 24, "conv_norm_type": "instance_norm", "d_model": 32},
+        preprocessor={"sample_rate": 8000, "n_fft": 256, "features": 64},
         seconds=(2.4, 1.6, 0.7),
     ),
     "hybrid_tdt_nobias_featout": Case(
-        "hybrid TDT-CTC without biases, feat_out 40 of d_model 32, tied biases, batch norm, pad_to 16",
+        "hybrid TDT-CTC, no biases, feat_out 40 of d_model 32, tied position biases, pad_to 16",
         "hybrid_tdt",
-        encoder=dict(use_bias=False, feat_out=40, untie_biases=False, xscaling=True),
-        preprocessor=dict(pad_to=16, features=128),
-        loss=dict(omega=0.0),
+        encoder={"use_bias": False, "feat_out": 40, "untie_biases": False, "xscaling": True},
+        preprocessor={"pad_to": 16, "features": 128},
+        loss={"omega": 0.0},
         seconds=(2.4, 1.6, 0.7),
     ),
     "hybrid_tdt_char": Case(
-        "characters; striding x4, limited left context [-1,3], layer norm, all_features, dither and pre-emphasis off",
+        "characters; striding x4, context [-1,3], layer norm, all_features, no pre-emphasis",
         "hybrid_tdt",
         tokenizer="char",
-        encoder=dict(
-            subsampling="striding",
-            subsampling_factor=4,
-            att_context_size=[-1, 3],
-            conv_norm_type="layer_norm",
-        ),
-        preprocessor=dict(dither=0.0, preemph=None, normalize="all_features"),
+        encoder={
+            "subsampling": "striding",
+            "subsampling_factor": 4,
+            "att_context_size": [-1, 3],
+            "conv_norm_type": "layer_norm",
+        },
+        preprocessor={"dither": 0.0, "preemph": None, "normalize": "all_features"},
         seconds=(1.6, 1.2, 0.7),
     ),
     "rnnt_no_blank_pad": Case(
-        "blank_as_pad false, list of regular contexts [[10,5],[5,2]], log_zero_guard clamp, window 20 ms",
+        "blank_as_pad false, list of contexts [[10,5],[5,2]], log_zero_guard clamp, window 20 ms",
         "rnnt",
-        encoder=dict(att_context_size=[[10, 5], [5, 2]], stochastic_depth_drop_prob=0.1),
-        decoder=dict(blank_as_pad=False),
-        preprocessor=dict(window_size=0.02, log_zero_guard_type="clamp", log_zero_guard_value=1e-5),
-        joint=dict(fuse_loss_wer=False),
+        encoder={"att_context_size": [[10, 5], [5, 2]], "stochastic_depth_drop_prob": 0.1},
+        decoder={"blank_as_pad": False},
+        preprocessor={
+            "window_size": 0.02,
+            "log_zero_guard_type": "clamp",
+            "log_zero_guard_value": 1e-5,
+        },
+        joint={"fuse_loss_wer": False},
     ),
     "dw4_regular_zero_right": Case(
         "dw_striding x4 causal, context [20,0], convolution [8,0], tied biases, unigram pieces",
         "hybrid_rnnt",
         tokenizer="unigram",
-        encoder=dict(
-            subsampling_factor=4,
-            causal_downsampling=True,
-            att_context_size=[20, 0],
-            conv_context_size=[8, 0],
-            untie_biases=False,
-        ),
+        encoder={
+            "subsampling_factor": 4,
+            "causal_downsampling": True,
+            "att_context_size": [20, 0],
+            "conv_context_size": [8, 0],
+            "untie_biases": False,
+        },
         seconds=(1.7, 1.2, 0.7),
     ),
     "chunked_unlimited_left": Case(
         "chunked_limited [-1,3] with striding x2, group norm, xscaling, characters",
         "ctc",
         tokenizer="char",
-        encoder=dict(
-            subsampling="striding",
-            subsampling_factor=2,
-            att_context_size=[-1, 3],
-            att_context_style="chunked_limited",
-            conv_norm_type="group_norm8",
-            xscaling=True,
-        ),
+        encoder={
+            "subsampling": "striding",
+            "subsampling_factor": 2,
+            "att_context_size": [-1, 3],
+            "att_context_style": "chunked_limited",
+            "conv_norm_type": "group_norm8",
+            "xscaling": True,
+        },
         seconds=(1.4, 1.1, 0.6),
     ),
     "local_g1_spacing2": Case(
-        "rel_pos_local_attn with different sides [7,3], one global token, spacing 2, layer norm, no biases",
+        "rel_pos_local_attn with sides [7,3], one global token, spacing 2, layer norm, no biases",
         "hybrid_tdt",
-        encoder=dict(
-            self_attention_model="rel_pos_local_attn",
-            att_context_size=[7, 3],
-            global_tokens=1,
-            global_tokens_spacing=2,
-            conv_norm_type="layer_norm",
-            use_bias=False,
-        ),
+        encoder={
+            "self_attention_model": "rel_pos_local_attn",
+            "att_context_size": [7, 3],
+            "global_tokens": 1,
+            "global_tokens_spacing": 2,
+            "conv_norm_type": "layer_norm",
+            "use_bias": False,
+        },
         seconds=(2.6, 1.6, 0.7),
     ),
     "local_asymmetric": Case(
         "rel_pos_local_attn with different sides [7,3], no global token, striding x4, xscaling",
         "ctc",
-        encoder=dict(
-            subsampling="striding",
-            subsampling_factor=4,
-            self_attention_model="rel_pos_local_attn",
-            att_context_size=[7, 3],
-            xscaling=True,
-        ),
+        encoder={
+            "subsampling": "striding",
+            "subsampling_factor": 4,
+            "self_attention_model": "rel_pos_local_attn",
+            "att_context_size": [7, 3],
+            "xscaling": True,
+        },
     ),
     "heads8_dim40": Case(
-        "head width 5, ff x3, kernel 5, conv channels as d_model, frame splicing 2, hamming window, 3 layers",
+        "head width 5, ff x3, kernel 5, conv channels as d_model, frame splicing 2, hamming window",
         "tdt",
-        encoder=dict(
-            d_model=40,
-            n_heads=8,
-            ff_expansion_factor=3,
-            conv_kernel_size=5,
-            subsampling_conv_channels=-1,
-            n_layers=3,
-            feat_in=80,
-        ),
-        preprocessor=dict(features=40, frame_splicing=2, window="hamming", n_fft=1024, mag_power=1.0),
-        decoder=dict(pred_hidden=24),
-        joint=dict(joint_hidden=36, activation="tanh"),
+        encoder={
+            "d_model": 40,
+            "n_heads": 8,
+            "ff_expansion_factor": 3,
+            "conv_kernel_size": 5,
+            "subsampling_conv_channels": -1,
+            "n_layers": 3,
+            "feat_in": 80,
+        },
+        preprocessor={
+            "features": 40,
+            "frame_splicing": 2,
+            "window": "hamming",
+            "n_fft": 1024,
+            "mag_power": 1.0,
+        },
+        decoder={"pred_hidden": 24},
+        joint={"joint_hidden": 36, "activation": "tanh"},
         seconds=(2.6, 1.8, 0.7),
     ),
     "reduction_striding": Case(
         "striding reduction by 2 after the first layer (few checkpoints use it)",
         "ctc",
-        encoder=dict(
-            subsampling="striding",
-            subsampling_factor=4,
-            reduction="striding",
-            reduction_position=0,
-            reduction_factor=2,
-        ),
+        encoder={
+            "subsampling": "striding",
+            "subsampling_factor": 4,
+            "reduction": "striding",
+            "reduction_position": 0,
+            "reduction_factor": 2,
+        },
     ),
 }
 
@@ -332,122 +343,134 @@ def train_tokenizer(folder: Path, model_type: str, normalization: str):
 def model_config(case: Case, tokenizer_folder: Path) -> dict:
     """NeMo's model config of a tiny model."""
     asr = "nemo.collections.asr.modules."
-    preprocessor = dict(
-        _target_=asr + "AudioToMelSpectrogramPreprocessor",
-        sample_rate=16000,
-        normalize="per_feature",
-        window_size=0.025,
-        window_stride=0.01,
-        window="hann",
-        features=80,
-        n_fft=512,
-        log=True,
-        frame_splicing=1,
-        dither=1e-5,
-        pad_to=0,
-        pad_value=0.0,
-    )
+    preprocessor = {
+        "_target_": asr + "AudioToMelSpectrogramPreprocessor",
+        "sample_rate": 16000,
+        "normalize": "per_feature",
+        "window_size": 0.025,
+        "window_stride": 0.01,
+        "window": "hann",
+        "features": 80,
+        "n_fft": 512,
+        "log": True,
+        "frame_splicing": 1,
+        "dither": 1e-5,
+        "pad_to": 0,
+        "pad_value": 0.0,
+    }
     preprocessor |= case.preprocessor
-    encoder = dict(
-        _target_=asr + "ConformerEncoder",
-        feat_in=preprocessor["features"],
-        feat_out=-1,
-        n_layers=2,
-        d_model=32,
-        use_bias=True,
-        subsampling="dw_striding",
-        subsampling_factor=8,
-        subsampling_conv_channels=16,
-        causal_downsampling=False,
-        reduction=None,
-        reduction_position=None,
-        reduction_factor=1,
-        ff_expansion_factor=4,
-        self_attention_model="rel_pos",
-        n_heads=4,
-        att_context_size=[-1, -1],
-        att_context_style="regular",
-        xscaling=False,
-        untie_biases=True,
-        pos_emb_max_len=5000,
-        conv_kernel_size=9,
-        conv_norm_type="batch_norm",
-        conv_context_size=None,
-        dropout=0.1,
-        dropout_pre_encoder=0.1,
-        dropout_emb=0.0,
-        dropout_att=0.1,
-    )
+    encoder = {
+        "_target_": asr + "ConformerEncoder",
+        "feat_in": preprocessor["features"],
+        "feat_out": -1,
+        "n_layers": 2,
+        "d_model": 32,
+        "use_bias": True,
+        "subsampling": "dw_striding",
+        "subsampling_factor": 8,
+        "subsampling_conv_channels": 16,
+        "causal_downsampling": False,
+        "reduction": None,
+        "reduction_position": None,
+        "reduction_factor": 1,
+        "ff_expansion_factor": 4,
+        "self_attention_model": "rel_pos",
+        "n_heads": 4,
+        "att_context_size": [-1, -1],
+        "att_context_style": "regular",
+        "xscaling": False,
+        "untie_biases": True,
+        "pos_emb_max_len": 5000,
+        "conv_kernel_size": 9,
+        "conv_norm_type": "batch_norm",
+        "conv_context_size": None,
+        "dropout": 0.1,
+        "dropout_pre_encoder": 0.1,
+        "dropout_emb": 0.0,
+        "dropout_att": 0.1,
+    }
     encoder |= case.encoder
     d_encoder = encoder["feat_out"] if encoder["feat_out"] > 0 else encoder["d_model"]
     characters = case.tokenizer == "char"
     vocabulary = CHARACTERS if characters else []
-    ctc_head = dict(
-        _target_=asr + "ConvASRDecoder",
-        feat_in=d_encoder,
-        num_classes=len(vocabulary) or -1,
-        vocabulary=list(vocabulary),
-    )
-    config = dict(
-        sample_rate=preprocessor["sample_rate"],
-        log_prediction=False,
-        skip_nan_grad=False,
-        train_ds=None,
-        validation_ds=None,
-        test_ds=None,
-        preprocessor=preprocessor,
-        spec_augment=dict(
-            _target_=asr + "SpectrogramAugmentation", freq_masks=2, time_masks=10, freq_width=27, time_width=0.05
-        ),
-        encoder=encoder,
-        optim=dict(name="adamw", lr=1e-3),
-    )
+    ctc_head = {
+        "_target_": asr + "ConvASRDecoder",
+        "feat_in": d_encoder,
+        "num_classes": len(vocabulary) or -1,
+        "vocabulary": list(vocabulary),
+    }
+    config = {
+        "sample_rate": preprocessor["sample_rate"],
+        "log_prediction": False,
+        "skip_nan_grad": False,
+        "train_ds": None,
+        "validation_ds": None,
+        "test_ds": None,
+        "preprocessor": preprocessor,
+        "spec_augment": {
+            "_target_": asr + "SpectrogramAugmentation",
+            "freq_masks": 2,
+            "time_masks": 10,
+            "freq_width": 27,
+            "time_width": 0.05,
+        },
+        "encoder": encoder,
+        "optim": {"name": "adamw", "lr": 1e-3},
+    }
     if characters:
         config["labels"] = list(vocabulary)
     else:
-        config["tokenizer"] = dict(dir=str(tokenizer_folder), type="bpe")
+        config["tokenizer"] = {"dir": str(tokenizer_folder), "type": "bpe"}
     config |= case.top
     if case.kind == "ctc":
-        return config | dict(decoder=ctc_head, decoding=dict(strategy="greedy_batch"))
+        return config | {"decoder": ctc_head, "decoding": {"strategy": "greedy_batch"}}
 
-    net = dict(pred_hidden=28, pred_rnn_layers=1, t_max=None, dropout=0.2)
-    options = dict(normalization_mode=None, random_state_sampling=False, blank_as_pad=True)
+    net = {"pred_hidden": 28, "pred_rnn_layers": 1, "t_max": None, "dropout": 0.2}
+    options = {"normalization_mode": None, "random_state_sampling": False, "blank_as_pad": True}
     for key, value in case.decoder.items():
         (options if key in options else net)[key] = value
-    joint = dict(log_softmax=None, preserve_memory=False, fuse_loss_wer=True, fused_batch_size=2)
-    joint_net = dict(joint_hidden=32, activation="relu", dropout=0.2)
+    joint = {
+        "log_softmax": None,
+        "preserve_memory": False,
+        "fuse_loss_wer": True,
+        "fused_batch_size": 2,
+    }
+    joint_net = {"joint_hidden": 32, "activation": "relu", "dropout": 0.2}
     for key, value in case.joint.items():
         (joint if key in joint else joint_net)[key] = value
     tdt = case.kind.endswith("tdt")
-    loss = dict(fastemit_lambda=0.0, clamp=-1.0) | case.loss
+    loss = {"fastemit_lambda": 0.0, "clamp": -1.0} | case.loss
     if tdt:
         joint["num_extra_outputs"] = len(case.durations)
-        loss = dict(durations=list(case.durations), sigma=0.02, omega=0.1) | loss
-    config |= dict(
-        compute_eval_loss=False,
-        model_defaults=dict(
-            enc_hidden=d_encoder, pred_hidden=net["pred_hidden"], joint_hidden=joint_net["joint_hidden"]
-        ),
-        decoder=dict(_target_=asr + "RNNTDecoder", **options, prednet=net),
-        joint=dict(_target_=asr + "RNNTJoint", **joint, jointnet=joint_net),
-        decoding=dict(strategy="greedy_batch", greedy=dict(max_symbols=10)),
-        loss={"loss_name": "tdt", "tdt_kwargs": loss}
+        loss = {"durations": list(case.durations), "sigma": 0.02, "omega": 0.1} | loss
+    config |= {
+        "compute_eval_loss": False,
+        "model_defaults": {
+            "enc_hidden": d_encoder,
+            "pred_hidden": net["pred_hidden"],
+            "joint_hidden": joint_net["joint_hidden"],
+        },
+        "decoder": dict(_target_=asr + "RNNTDecoder", **options, prednet=net),
+        "joint": dict(_target_=asr + "RNNTJoint", **joint, jointnet=joint_net),
+        "decoding": {"strategy": "greedy_batch", "greedy": {"max_symbols": 10}},
+        "loss": {"loss_name": "tdt", "tdt_kwargs": loss}
         if tdt
         else {"loss_name": "default", "warprnnt_numba_kwargs": loss},
-    )
+    }
     if tdt:
-        config["model_defaults"] |= dict(
-            tdt_durations=list(case.durations), num_tdt_durations=len(case.durations)
-        )
-        config["decoding"] |= dict(model_type="tdt", durations=list(case.durations))
+        config["model_defaults"] |= {
+            "tdt_durations": list(case.durations),
+            "num_tdt_durations": len(case.durations),
+        }
+        config["decoding"] |= {"model_type": "tdt", "durations": list(case.durations)}
     if case.kind.startswith("hybrid"):
-        config["aux_ctc"] = dict(
-            ctc_loss_weight=0.3,
-            use_cer=False,
-            ctc_reduction="mean_batch",
-            decoder=ctc_head,
-            decoding=dict(strategy="greedy_batch"),
-        )
+        config["aux_ctc"] = {
+            "ctc_loss_weight": 0.3,
+            "use_cer": False,
+            "ctc_reduction": "mean_batch",
+            "decoder": ctc_head,
+            "decoding": {"strategy": "greedy_batch"},
+        }
     return config
 
 
@@ -504,7 +527,12 @@ def fit_heads(model, encoded, encoded_len, targets, durations, steps=400):
         if ctc_head is not None:
             log_probs = ctc_head(encoder_output=encoded)
             loss = loss + torch.nn.functional.ctc_loss(
-                log_probs.transpose(0, 1), padded, encoded_len, target_len, blank, zero_infinity=True
+                log_probs.transpose(0, 1),
+                padded,
+                encoded_len,
+                target_len,
+                blank,
+                zero_infinity=True,
             )
         if hasattr(model, "joint"):
             logits = joint_logits(model, encoded, padded, target_len)[1]
@@ -519,7 +547,9 @@ def fit_heads(model, encoded, encoded_len, targets, durations, steps=400):
 def path_loss(logits, tokens, n_frames, blank, durations):
     """Mean cross entropy of one alignment path; logits (T', U+1, V+1+D)."""
     # Pairs share a frame and gaps follow, so that durations 0 and >1 and runs of blanks all occur
-    frames = [min(n_frames - 1, (i - i % 2) * n_frames // max(1, len(tokens))) for i in range(len(tokens))]
+    frames = [
+        min(n_frames - 1, (i - i % 2) * n_frames // max(1, len(tokens))) for i in range(len(tokens))
+    ]
     rows, columns, labels, steps = [], [], [], []
     t = u = 0
     while t < n_frames:
@@ -560,9 +590,12 @@ def durations_of(model) -> list[int]:
 
 
 def joint_logits(model, encoded, targets, target_len):
-    """(prediction output (B, U+1, H), raw logits (B, T', U+1, V+1+D)); encoded (B, D, T') as NeMo's."""
+    """(prediction output (B, U+1, H), raw logits (B, T', U+1, V+1+D)); encoded (B, D, T')."""
     output = model.decoder(targets=targets, target_length=target_len)[0]  # (B, H, U+1)
-    before, model.joint.log_softmax = model.joint.log_softmax, False  # NeMo normalises on CPU otherwise
+    before, model.joint.log_softmax = (
+        model.joint.log_softmax,
+        False,
+    )  # NeMo normalises on CPU otherwise
     try:
         logits = model.joint.joint(encoded.transpose(1, 2), output.transpose(1, 2))
     finally:
@@ -584,10 +617,10 @@ def float64_on_cpu():
 
 
 def transducer_losses(logits, targets, encoded_len, target_len, blank, durations, sigma):
-    """{name: (B,)} in float64: the model's own loss and, for TDT, plain RNNT on the token logits."""
+    """{name: (B,)} in float64: the model's loss and, for TDT, plain RNNT on the token logits."""
     from nemo.collections.asr.losses.rnnt_pytorch import RNNTLossPytorch, TDTLossPytorch
 
-    arguments = dict(labels=targets, act_lens=encoded_len, label_lens=target_len)
+    arguments = {"labels": targets, "act_lens": encoded_len, "label_lens": target_len}
     rnnt = RNNTLossPytorch(blank=blank, reduction="none")
     with float64_on_cpu():
         tokens = logits[..., : blank + 1].double()
@@ -653,7 +686,9 @@ def plain(value):
 
 def timed(hyp) -> dict:
     offsets = dict(hyp.timestamp if hasattr(hyp, "timestamp") else hyp.timestep)
-    entry = {"text": hyp.text} | {k: offsets.get(k) for k in ("char", "word", "segment", "timestep")}
+    entry = {"text": hyp.text} | {
+        k: offsets.get(k) for k in ("char", "word", "segment", "timestep")
+    }
     durations = getattr(hyp, "token_duration", None)
     if durations is not None and len(durations):
         entry["durations"] = durations
@@ -669,7 +704,7 @@ def attempt(function):
 
 
 def set_decoding(model, head: str, **overrides):
-    """Rebuilds NeMo's decoding with dotted `overrides` of the archive's config; head rnnt or ctc."""
+    """Rebuilds NeMo's decoding with dotted `overrides` of the archive's; head rnnt or ctc."""
     from omegaconf import OmegaConf, open_dict
 
     hybrid = hasattr(model, "ctc_decoder")
@@ -695,7 +730,9 @@ def decode(model, head, encoded, encoded_len):
     else:
         decoding = model.ctc_decoding if hasattr(model, "ctc_decoding") else model.decoding
         result = decoding.ctc_decoder_predictions_tensor(
-            ctc_of(model)(encoder_output=encoded), decoder_lengths=encoded_len, return_hypotheses=True
+            ctc_of(model)(encoder_output=encoded),
+            decoder_lengths=encoded_len,
+            return_hypotheses=True,
         )
     if isinstance(result, tuple):  # NeMo before 2.3 also gives all hypotheses
         result = result[0]
@@ -704,7 +741,7 @@ def decode(model, head, encoded, encoded_len):
 
 @torch.no_grad()
 def greedy_reference(model, encoded, length):
-    """One utterance, (D, T'): token ids, frames, durations and the smallest top-two gap of the path.
+    """One utterance, (D, T'): ids, frames, durations and the smallest top-two gap of the path.
 
     Ours, written for this record: it stands beside NeMo's decoders (`independent_greedy_agrees`).
     """
@@ -713,7 +750,9 @@ def greedy_reference(model, encoded, length):
     ids, frames, steps, margin, t, here = [], [], [], math.inf, 0, 0
     while t < length:
         targets = torch.tensor([ids], dtype=torch.long).reshape(1, len(ids))
-        logits = joint_logits(model, encoded[None, :, t : t + 1], targets, torch.tensor([len(ids)]))[1]
+        logits = joint_logits(
+            model, encoded[None, :, t : t + 1], targets, torch.tensor([len(ids)])
+        )[1]
         logits = logits[0, 0, -1]
         parts = [logits[: blank + 1]] + ([logits[blank + 1 :]] if durations else [])
         for part in parts:
@@ -758,14 +797,16 @@ def record_transducer(model, case_out, tensors, encoded, encoded_len, targets, t
 
     decoding = {}
     strategies = {
-        "greedy": dict(strategy="greedy"),
-        "greedy_batch": dict(strategy="greedy_batch"),
+        "greedy": {"strategy": "greedy"},
+        "greedy_batch": {"strategy": "greedy_batch"},
         "greedy_batch_max_symbols_2": {"strategy": "greedy_batch", "greedy.max_symbols": 2},
     }
     if durations:
-        strategies["greedy_batch_bs1_with_durations"] = dict(
-            strategy="greedy_batch", tdt_include_token_duration=True, batch_size=1
-        )
+        strategies["greedy_batch_bs1_with_durations"] = {
+            "strategy": "greedy_batch",
+            "tdt_include_token_duration": True,
+            "batch_size": 1,
+        }
     for name, overrides in strategies.items():
         strategy = overrides.pop("strategy")
         one_by_one = overrides.get("batch_size") == 1
@@ -779,7 +820,8 @@ def record_transducer(model, case_out, tensors, encoded, encoded_len, targets, t
             return {"hyps": [hypothesis(h) for h in hyps]}
 
         decoding[name] = {"strategy": strategy, "overrides": overrides} | attempt(run)
-    references = [greedy_reference(model, e, int(n)) for e, n in zip(encoded, encoded_len)]
+    pairs = zip(encoded, encoded_len.tolist(), strict=True)
+    references = [greedy_reference(model, clip, length) for clip, length in pairs]
     hyps = decoding["greedy_batch"].get("hyps")
     case_out["transducer"] = {
         "blank_id": blank,
@@ -787,15 +829,18 @@ def record_transducer(model, case_out, tensors, encoded, encoded_len, targets, t
         "durations": durations,
         "loss_kwargs": options,
         "joint_output_order": "[V tokens, blank, durations]",
-        "loss_impl": f"{'TDT' if durations else 'RNNT'}LossPytorch (float64, on the float32 logits); "
-        "omega and FastEmit NOT applied",
+        "loss_impl": ("TDT" if durations else "RNNT")
+        + "LossPytorch (float64, on the float32 logits); omega and FastEmit NOT applied",
         "loss_reductions": reductions(main.detach(), target_len),
         "grad_of": "mean_batch of the per-utterance loss above (FastEmit 0, clamp off)",
         "decoding": decoding,
         "max_symbols": model.original_decoding["rnnt"].greedy.get("max_symbols"),
         "argmax_min_margin": min(r[3] for r in references),
         "independent_greedy_agrees": hyps
-        and [h["ids"] == r[0] and h["timestamp"] == r[1] for h, r in zip(hyps, references)],
+        and [
+            hyp["ids"] == ids and hyp["timestamp"] == frames
+            for hyp, (ids, frames, *_) in zip(hyps, references, strict=True)
+        ],
         "greedy_durations": [r[2] for r in references] if durations else None,
     }
 
@@ -804,7 +849,13 @@ def record_ctc(model, case_out, tensors, encoded, encoded_len, targets, target_l
     blank = blank_of(model)
     log_probs = ctc_of(model)(encoder_output=encoded)
     losses = torch.nn.functional.ctc_loss(
-        log_probs.transpose(0, 1), targets, encoded_len, target_len, blank, reduction="none", zero_infinity=True
+        log_probs.transpose(0, 1),
+        targets,
+        encoded_len,
+        target_len,
+        blank,
+        reduction="none",
+        zero_infinity=True,
     )
     tensors |= {"ctc_log_probs": log_probs.detach(), "ctc_loss": losses.detach()}
     decoding = {}
@@ -820,7 +871,7 @@ def record_ctc(model, case_out, tensors, encoded, encoded_len, targets, target_l
             best = log_probs[b, : int(encoded_len[b])].argmax(-1).tolist()
             starts = [t for t, i in enumerate(best) if i != blank and (t == 0 or best[t - 1] != i)]
             hyp["ids"], hyp["timestamp"] = [best[t] for t in starts], starts
-    valid = torch.cat([p[: int(n)] for p, n in zip(log_probs, encoded_len)]).detach()
+    valid = torch.cat([p[: int(n)] for p, n in zip(log_probs, encoded_len, strict=True)]).detach()
     top = valid.topk(2).values
     case_out["ctc"] = {
         "blank_id": blank,
@@ -842,7 +893,9 @@ def record_transcripts(model, expected, clips, encoded, encoded_len, heads):
             n = encoded_len[b : b + 1]
             return timed(decode(model, head, encoded[b : b + 1, :, : int(n)], n)[0])
 
-        durations = {"tdt_include_token_duration": True} if head == "rnnt" and durations_of(model) else {}
+        durations = (
+            {"tdt_include_token_duration": True} if head == "rnnt" and durations_of(model) else {}
+        )
         set_decoding(model, head, compute_timestamps=True, **durations)
         expected[names[0]][head] = [attempt(lambda b=b: from_encoded(b)) for b in range(len(clips))]
 
@@ -850,21 +903,28 @@ def record_transcripts(model, expected, clips, encoded, encoded_len, heads):
             set_decoding(model, head)
             chosen = clips if batch is None else clips[batch : batch + 1]
             hyps = model.transcribe(
-                [c.copy() for c in chosen], batch_size=len(chosen), verbose=False, return_hypotheses=True, **kwargs
+                [c.copy() for c in chosen],
+                batch_size=len(chosen),
+                verbose=False,
+                return_hypotheses=True,
+                **kwargs,
             )
             model.eval()  # NeMo leaves its modules in train mode
             hyps = hyps[0] if isinstance(hyps, tuple) else hyps
             return [h[0] if isinstance(h, list) else h for h in hyps]
 
         expected[names[1]][head] = [
-            attempt(lambda b=b: timed(transcribe(batch=b, timestamps=True)[0])) for b in range(len(clips))
+            attempt(lambda b=b: timed(transcribe(batch=b, timestamps=True)[0]))
+            for b in range(len(clips))
         ]
         expected[names[2]][head] = attempt(lambda: [timed(h) for h in transcribe(timestamps=True)])
         expected[names[3]][head] = attempt(lambda: [h.text for h in transcribe()])
         set_decoding(model, head)
 
 
-def record(model, out: Path, clips: list[np.ndarray], texts: list[str] | None, about: str, seed: int):
+def record(
+    model, out: Path, clips: list[np.ndarray], texts: list[str] | None, about: str, seed: int
+):
     """Writes golden.safetensors, expected.json and state_dict_keys.json of `model` into `out`."""
     import nemo
     from omegaconf import OmegaConf
@@ -882,7 +942,9 @@ def record(model, out: Path, clips: list[np.ndarray], texts: list[str] | None, a
     audio = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(c) for c in clips], batch_first=True)
     seen = {}
     hooks = [
-        model.encoder.pre_encode.register_forward_hook(lambda m, a, o: seen.update(subsampled=o[0])),
+        model.encoder.pre_encode.register_forward_hook(
+            lambda m, a, o: seen.update(subsampled=o[0])
+        ),
         model.encoder.layers[0].register_forward_hook(lambda m, a, o: seen.update(layer0_out=o)),
     ]
     with torch.no_grad():
@@ -895,7 +957,7 @@ def record(model, out: Path, clips: list[np.ndarray], texts: list[str] | None, a
     generator = torch.Generator().manual_seed(seed)
     n_tokens = [max(1, min(6 - b % 3, int(n) // 2)) for b, n in enumerate(encoded_len)]
     if texts:
-        rows = [tokenize(model, t)[:n] for t, n in zip(texts, n_tokens)]
+        rows = [tokenize(model, t)[:n] for t, n in zip(texts, n_tokens, strict=True)]
     else:
         rows = [torch.randint(blank, (n,), generator=generator).tolist() for n in n_tokens]
     target_len = torch.tensor([len(r) for r in rows])
@@ -944,7 +1006,9 @@ def record(model, out: Path, clips: list[np.ndarray], texts: list[str] | None, a
     tensors = {k: v.detach().contiguous().clone() for k, v in tensors.items()}
     save_file(tensors, out / "golden.safetensors")
     (out / "golden.safetensors").chmod(0o644)
-    (out / "expected.json").write_text(json.dumps(plain(expected), indent=1, ensure_ascii=False) + "\n")
+    (out / "expected.json").write_text(
+        json.dumps(plain(expected), indent=1, ensure_ascii=False) + "\n"
+    )
     keys = {k: list(v.shape) for k, v in model.state_dict().items()}
     (out / "state_dict_keys.json").write_text(json.dumps(keys, indent=1) + "\n")
     return expected
@@ -955,7 +1019,9 @@ def record_noise(model, expected, tensors, features, features_len, targets, targ
     alone = []
     with torch.no_grad():
         for b, n in enumerate(features_len):
-            one, m = model.encoder(audio_signal=features[b : b + 1, :, : int(n)], length=features_len[b : b + 1])
+            one, m = model.encoder(
+                audio_signal=features[b : b + 1, :, : int(n)], length=features_len[b : b + 1]
+            )
             gap = one[0, :, : int(m)].T - tensors["encoded"][b, : int(m)]
             alone.append(float(gap.abs().max()))
     model.double()  # float32 -> float64 -> float32 changes no weight
@@ -972,7 +1038,8 @@ def record_noise(model, expected, tensors, features, features_len, targets, targ
     floor = {"unbatched_vs_batched_encoded_maxabs": max(alone)}
     for name, value in stored.items():
         gaps = [
-            float((value[b, : int(n)] - tensors[name][b, : int(n)]).abs().max()) for b, n in enumerate(encoded_len)
+            float((value[b, : int(n)] - tensors[name][b, : int(n)]).abs().max())
+            for b, n in enumerate(encoded_len)
         ]
         floor[f"{name}_maxabs"] = max(gaps)
     expected["noise_floor_f32_vs_f64"] = floor
@@ -1001,16 +1068,20 @@ def make_case(name: str, out: Path):
     if case.tokenizer == "char":
         texts = ["".join(c for c in t if c in CHARACTERS) for t in texts]
     rate = case.preprocessor.get("sample_rate", 16000)
-    clips = [speak(t, s, rate, case.seed + i) for i, (t, s) in enumerate(zip(texts, case.seconds))]
+    spoken = enumerate(zip(texts, case.seconds, strict=True), start=case.seed)
+    clips = [speak(text, seconds, rate, seed) for seed, (text, seconds) in spoken]
     with tempfile.TemporaryDirectory() as scratch:
         model = build(case, Path(scratch))
         audio_len = torch.tensor([len(c) for c in clips])
-        audio = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(c) for c in clips], batch_first=True)
+        audio = torch.nn.utils.rnn.pad_sequence(
+            [torch.from_numpy(c) for c in clips], batch_first=True
+        )
         with torch.no_grad():
             features, features_len = model.preprocessor(input_signal=audio, length=audio_len)
             encoded, encoded_len = model.encoder(audio_signal=features, length=features_len)
         # A short clip has fewer frames than its text has tokens: fit what fits
-        targets = [tokenize(model, t)[: max(2, int(n * 0.8))] for t, n in zip(texts, encoded_len)]
+        room = [max(2, int(n * 0.8)) for n in encoded_len.tolist()]
+        targets = [tokenize(model, text)[:n] for text, n in zip(texts, room, strict=True)]
         fit_heads(model, encoded, encoded_len, targets, durations_of(model))
         model.save_to(str(folder / "model.nemo"))
     model = type(model).restore_from(str(folder / "model.nemo"), map_location="cpu")
@@ -1022,7 +1093,9 @@ def read_audio(path: Path, sample_rate_hz: int) -> np.ndarray:
 
     audio, rate = soundfile.read(path, dtype="float32", always_2d=True)
     if rate != sample_rate_hz:
-        raise SystemExit(f"{path} has {rate} Hz, the model expects {sample_rate_hz}; resample it first")
+        raise SystemExit(
+            f"{path} has {rate} Hz, the model expects {sample_rate_hz}; resample it first"
+        )
     return (np.round(audio.mean(axis=1) * 32767) / 32768).astype(np.float32)
 
 
@@ -1032,7 +1105,9 @@ def main():
         epilog="example: python make_golden.py cases --case striding4_ctc_char",
     )
     parser.add_argument("out", type=Path, help="folder for the case(s)")
-    parser.add_argument("--case", action="append", default=[], choices=[*CASES, "all"], help="built-in case")
+    parser.add_argument(
+        "--case", action="append", default=[], choices=[*CASES, "all"], help="built-in case"
+    )
     parser.add_argument("--list", action="store_true", help="print the built-in cases")
     parser.add_argument("--nemo", type=Path, help="existing archive to record")
     parser.add_argument("--audio", type=Path, nargs="+", default=[], help="clips for --nemo")
@@ -1040,7 +1115,9 @@ def main():
     if arguments.list:
         print("\n".join(f"{name}: {case.about}" for name, case in CASES.items()))
         return
-    if bool(arguments.case) == bool(arguments.nemo) or bool(arguments.nemo) != bool(arguments.audio):
+    if bool(arguments.case) == bool(arguments.nemo) or bool(arguments.nemo) != bool(
+        arguments.audio
+    ):
         parser.error("give --case NAME, or --nemo FILE with --audio FILES, or --list")
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     from nemo.utils import logging as nemo_logging
@@ -1051,7 +1128,9 @@ def main():
 
         model = ASRModel.restore_from(str(arguments.nemo), map_location="cpu")
         arguments.out.mkdir(parents=True, exist_ok=True)
-        clips = [read_audio(path, int(model.cfg.preprocessor.sample_rate)) for path in arguments.audio]
+        clips = [
+            read_audio(path, int(model.cfg.preprocessor.sample_rate)) for path in arguments.audio
+        ]
         record(model, arguments.out, clips, None, f"recorded from {arguments.nemo.name}", seed=1)
         (arguments.out / "model.nemo").write_bytes(arguments.nemo.read_bytes())
         return

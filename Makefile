@@ -1,0 +1,50 @@
+# Every target makes its virtual environment first, if it is not there: Python 3.10 or newer, make
+# and a network for packages are all it needs. `make PYTHON=python3.12 test` takes another Python.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+RUN := runs/quickstart
+BASE := models/base_tiny.nemo
+
+# The CPU's share in the quickstart. More threads than this do not help a model so small.
+quickstart: export OMP_NUM_THREADS = 2
+
+.PHONY: quickstart test test-all bench lint clean
+
+# An empty file in the environment marks what is installed in it.
+$(VENV)/.%-installed: setup.py pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[$*]"
+	touch $@
+
+# Run again, it goes on where it was stopped; `rm -r runs/quickstart` starts it anew.
+quickstart: $(VENV)/.quickstart-installed
+	@echo "--- 1. Speak a corpus: sentences over a small vocabulary; others, in other voices, to test"
+	$(BIN)/python -m training.synthesize $(RUN)/train --vocabulary quickstart --count 1600 --seed 1 --jobs 2
+	$(BIN)/python -m training.synthesize $(RUN)/test --vocabulary quickstart --count 60 --seed 2 --voices heldout --jobs 2
+	@echo "--- 2. Error rates of the base model, before"
+	$(BIN)/python -m fastconformer.evaluate $(RUN)/test/manifest.jsonl --model $(BASE) -o $(RUN)/before.json
+	@echo "--- 3. Fine-tune it"
+	$(BIN)/python -m training.finetune recipes/quickstart.yaml
+	@echo "--- 4. Error rates after, beside those before"
+	$(BIN)/python -m fastconformer.evaluate $(RUN)/test/manifest.jsonl --model $(RUN)/model/model.nemo -o $(RUN)/after.json --against $(RUN)/before.json
+	@echo "--- 5. Transcribe a file, with the times of words: name, channel, start, duration (s), word"
+	$(BIN)/python -m fastconformer.transcribe $(RUN)/test/audio/000000.flac --model $(RUN)/model/model.nemo --format ctm
+	@echo "--- Done. The fine-tuned model, for NeMo too: $(RUN)/model/model.nemo"
+
+test: $(VENV)/.test-installed
+	$(BIN)/python -m pytest
+
+test-all: $(VENV)/.test-installed
+	$(BIN)/python -m pytest -m "not network"
+
+bench: $(VENV)/.test-installed
+	$(BIN)/python -m benchmarks.cpu_vs_nemo $(BENCH)
+
+lint: $(VENV)/.test-installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,194 @@
+"""What README, docs, Makefile and recipes promise: commands, snippets, links, keys, quickstart."""
+
+import dataclasses
+import json
+import os
+import re
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import soundfile
+import yaml
+from conftest import golden, load_case
+
+from fastconformer import ModelConfig, load_model
+from training.recipe import Recipe, load_recipe
+from training.start import scratch_config
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "Makefile"]
+MODELS = sorted(ROOT.glob("recipes/*_model.yaml"))
+RECIPES = [path for path in sorted(ROOT.glob("recipes/*.yaml")) if path not in MODELS]
+BASE = ROOT / "models" / "base_tiny.nemo"
+
+
+def commands() -> list[tuple[str, str, list[str]]]:
+    """(page, module, arguments) of every `python -m ...` that stands on a line of its own."""
+    found = []
+    for page in PAGES:
+        for line in page.read_text(encoding="utf-8").splitlines():
+            match = re.match(r"(?:    |\t)(?:\$\(BIN\)/)?python -m (\S+) ?(.*)", line)
+            if match and match[1] not in ("pip", "pytest"):
+                arguments = re.sub(r"\$\((\w+)\)", r"\1", match[2])  # make's variables
+                found.append((page.name, match[1], shlex.split(arguments)))
+    return found
+
+
+@pytest.fixture(scope="module")
+def help_of():
+    """module -> what `python -m module --help` prints."""
+    texts = {}
+
+    def run(module: str) -> str:
+        if module not in texts:
+            command = [sys.executable, "-m", module, "--help"]
+            done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=ROOT)
+            assert done.returncode == 0, f"{module} --help: {done.stderr}"
+            texts[module] = done.stdout
+        return texts[module]
+
+    return run
+
+
+def test_commands_and_their_options_exist(help_of):
+    seen = commands()
+    assert len(seen) > 20
+    for page, module, arguments in seen:
+        known = set(re.findall(r"(?<![\w-])--?[a-z][a-z-]*", help_of(module)))
+        for argument in arguments:
+            if argument.startswith("-"):
+                assert argument in known, f"{page}: {module} has no {argument}"
+            elif module == "training.finetune" and "=" in argument:
+                load_recipe(ROOT / "recipes" / "finetune.yaml", [argument])
+            elif argument.startswith("recipes/"):
+                assert (ROOT / argument).is_file(), f"{page}: there is no {argument}"
+
+
+def test_modules_in_text_exist():
+    names = set()
+    for page in PAGES:
+        names |= set(re.findall(r"python -m ([a-z_.0-9]+)", page.read_text(encoding="utf-8")))
+    for name in names - {"pip", "pytest", "venv"}:
+        path = ROOT / name.replace(".", "/")
+        assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), name
+
+
+def test_make_targets_exist():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for page in PAGES[:-1]:
+        for target in re.findall(r"make ([a-z-]+)(?=[`\n ]*)", _code(page)):
+            assert re.search(rf"^{target}:", makefile, re.M), f"{page.name}: make {target}"
+
+
+def _code(page: Path) -> str:
+    """The indented lines and the `inline` code of a page."""
+    text = page.read_text(encoding="utf-8")
+    return "\n".join([*re.findall(r"^    (.*)$", text, re.M), *re.findall(r"`([^`\n]+)`", text)])
+
+
+def test_links_lead_somewhere():
+    for page in PAGES[:-1]:
+        for link in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / link).exists(), f"{page.name} links to {link}"
+
+
+def test_python_snippets_run(tmp_path, monkeypatch, capsys):
+    """With the base, a recording, and nothing else in the folder."""
+    case = load_case("hybrid_tdt_ctc_bpe")
+    (tmp_path / "models").mkdir()
+    model = BASE if BASE.is_file() else golden("hybrid_tdt_ctc_bpe") / "model.nemo"
+    shutil.copy(model, tmp_path / "models" / "base_tiny.nemo")
+    samples = case.tensors["audio"][0, : int(case.tensors["audio_len"][0])]
+    soundfile.write(tmp_path / "hello.wav", samples.numpy(), 16000, subtype="PCM_16")
+    monkeypatch.chdir(tmp_path)
+    n_snippets = 0
+    for page in PAGES[:-1]:
+        for snippet in re.findall(r"```python\n(.*?)```", page.read_text(), re.S):
+            (tmp_path / "snippet.py").write_text(snippet)
+            runpy.run_path(str(tmp_path / "snippet.py"))
+            n_snippets += 1
+    assert n_snippets
+    text, *words = capsys.readouterr().out.splitlines()
+    assert len(words) == len(text.split()) > 0
+    assert all(re.fullmatch(r"\d+\.\d\d-\d+\.\d\d s  \S+", word) for word in words)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
+def test_recipes_load(path):
+    recipe = load_recipe(path)
+    assert recipe.output.startswith("runs/")
+
+
+def test_scratch_models_are_models(tmp_path):
+    files = load_model(golden("hybrid_tdt_ctc_bpe") / "model.nemo").tokenizer_files
+    (tmp_path / "tokenizer.model").write_bytes(files["tokenizer.model"])
+    assert MODELS
+    for path in MODELS:
+        config, _ = scratch_config(str(path), str(tmp_path))
+        assert ModelConfig.from_nemo(config).heads == ("tdt", "ctc")
+
+
+def test_the_key_table_is_the_recipe():
+    """docs/finetuning.md names every key, in the recipe's order, with its default."""
+    page = (ROOT / "docs" / "finetuning.md").read_text(encoding="utf-8")
+    section = page.split("## Every key")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| `([a-z_.]+)` \| (.*?) ?\|", section, re.M)
+    expected = {}
+
+    def walk(tree: dict, prefix: str):
+        for key, value in tree.items():
+            if isinstance(value, dict) and value:
+                walk(value, f"{prefix}{key}.")
+            else:
+                expected[prefix + key] = list(value) if isinstance(value, tuple) else value
+
+    walk(dataclasses.asdict(Recipe()), "")
+    assert [key for key, _ in rows] == list(expected)
+    for key, default in rows:
+        if default not in ("", "checkpoint's"):
+            found = yaml.safe_load(default.strip("`"))
+            found = float(found) if isinstance(expected[key], float) else found  # 1e-08
+            assert found == expected[key], key
+        else:
+            assert expected[key] in (None, ""), key
+
+
+def test_the_base_is_small_and_loads():
+    assert BASE.is_file(), "models/base_tiny.nemo is missing: docs/base-checkpoint.md makes it"
+    assert BASE.stat().st_size <= 8_000_000
+    model = load_model(BASE)
+    assert model.heads == ("tdt", "ctc") and model.tokenizer.vocab_size == 128
+
+
+@pytest.mark.slow
+def test_quickstart(tmp_path):
+    """`make quickstart` from end to end, with 40 steps; the environment is this one."""
+    if not BASE.is_file():
+        pytest.skip("models/base_tiny.nemo is not here")
+    for name in ("Makefile", "setup.py", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "models").symlink_to(ROOT / "models")
+    (tmp_path / "recipes").mkdir()
+    recipe = (ROOT / "recipes" / "quickstart.yaml").read_text()
+    recipe, n_changed = re.subn(r"max_steps: \d+", "max_steps: 40", recipe)
+    assert n_changed == 1
+    (tmp_path / "recipes" / "quickstart.yaml").write_text(recipe)
+    (tmp_path / ".venv").mkdir()
+    (tmp_path / ".venv" / ".quickstart-installed").touch()  # newer than what it depends on
+    command = ["make", "quickstart", f"BIN={Path(sys.executable).parent}"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        command, check=False, capture_output=True, text=True, cwd=tmp_path, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    run = tmp_path / "runs" / "quickstart"
+    comparison = json.loads((run / "after.json").read_text())["comparison"]
+    assert comparison["wer_after"] < comparison["wer_before"]
+    assert re.search(r"WER basic: [\d.]+ % before, [\d.]+ % after", done.stdout)
+    assert re.search(r"^000000 1 \d+\.\d+ \d+\.\d+ [a-z']+$", done.stdout, re.M)
+    assert load_model(run / "model" / "model.nemo").heads == ("tdt", "ctc")
