@@ -58,8 +58,8 @@ class RelPositionMultiHeadAttention(nn.Module):
         return x.unflatten(-1, (self.n_heads, self.d_head)).transpose(1, 2)  # (B, H, T, K)
 
     def forward(self, x: torch.Tensor, pos_emb: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-        """x (B, T, D), pos_emb (2T-1, D) for distances T-1 ... -(T-1); `hidden` (B, 1, 1 or T, T) is
-        True where a key may not be seen. Returns (B, T, D)."""
+        """x (B, T, D), pos_emb (2T-1, D) for distances T-1 ... -(T-1); `hidden` (B, 1, 1 or T, T)
+        is True where a key may not be seen. Returns (B, T, D)."""
         q, k, v = (self._heads(f(x)) for f in (self.linear_q, self.linear_k, self.linear_v))
         p = self._heads(self.linear_pos(pos_emb)[None])  # (1, H, 2T-1, K)
         scale = self.d_head**-0.5
@@ -107,7 +107,9 @@ class LocalRelPositionMultiHeadAttention(RelPositionMultiHeadAttention):
             self.global_k = Linear(d_model, d_model, bias=use_bias)
             self.global_v = Linear(d_model, d_model, bias=use_bias)
 
-    def forward(self, x: torch.Tensor, pos_emb: torch.Tensor, pad_mask: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, pos_emb: torch.Tensor, pad_mask: torch.Tensor
+    ) -> torch.Tensor:
         """x (B, T, D), pos_emb (left+right+1, D), pad_mask (B, T) True on padding -> (B, T, D)."""
         t, w = x.shape[1], max(self.left, self.right)
         q, k, v = (self._heads(f(x)) for f in (self.linear_q, self.linear_k, self.linear_v))
@@ -126,12 +128,16 @@ class LocalRelPositionMultiHeadAttention(RelPositionMultiHeadAttention):
             return F.pad(y, (0, 0, w, w + extra)).unfold(2, 3 * w, w).transpose(-1, -2)
 
         scores = (blocks(q + self.pos_bias_u[:, None]) * scale) @ windows(k).transpose(-1, -2)
-        band = blocks((q + self.pos_bias_v[:, None]) * scale @ p.transpose(-1, -2))  # (.., left+right+1)
+        band = blocks(
+            (q + self.pos_bias_v[:, None]) * scale @ p.transpose(-1, -2)
+        )  # (.., left+right+1)
         # NeMo quirk kept: where left != right it adds the position scores to the outermost columns
         before = F.pad(band[..., : self.left], (0, 2 * w + 1 - self.left))
         columns = before + F.pad(band[..., self.left :], (2 * w - self.right, 0))
         scores = scores + _skew(columns)
-        distance = torch.arange(3 * w, device=x.device) - w - torch.arange(w, device=x.device)[:, None]
+        distance = (
+            torch.arange(3 * w, device=x.device) - w - torch.arange(w, device=x.device)[:, None]
+        )
         key_pad = F.pad(pad_mask, (w, w + extra), value=True).unfold(1, 3 * w, w)  # (B, blocks, 3w)
         hidden = key_pad[:, None, :, None] | (distance < -self.left) | (distance > self.right)
         scores = scores.masked_fill(hidden, low)
@@ -142,7 +148,9 @@ class LocalRelPositionMultiHeadAttention(RelPositionMultiHeadAttention):
             n_global = len(index)
             gq, gk, gv = q, k, v
             if self.separate:
-                gq, gk, gv = (self._heads(f(x)) for f in (self.global_q, self.global_k, self.global_v))
+                gq, gk, gv = (
+                    self._heads(f(x)) for f in (self.global_q, self.global_k, self.global_v)
+                )
             to_global = blocks(gq * scale @ gk[:, :, index].transpose(-1, -2))
             scores = torch.cat((to_global, scores), dim=-1)
         query_pad = F.pad(pad_mask, (0, extra), value=True).unflatten(1, (n_blocks, w))
@@ -154,7 +162,7 @@ class LocalRelPositionMultiHeadAttention(RelPositionMultiHeadAttention):
         out = out.flatten(2, 3)[:, :, :t]
         if n_global:
             # NeMo quirk kept: its reshape mixes the global queries over the batch where G > 1
-            g_query = gq[:, :, index].permute(2, 0, 1, 3).reshape(gq.shape[:2] + (n_global, -1))
+            g_query = gq[:, :, index].permute(2, 0, 1, 3).reshape(*gq.shape[:2], n_global, -1)
             seen = g_query * scale @ gk.transpose(-1, -2)
             seen = seen.masked_fill(pad_mask[:, None, None], low)
             seen = F.dropout(seen.softmax(-1), self.dropout, self.training)

@@ -39,7 +39,9 @@ class Convolution(nn.Module):
     The norm is called `batch_norm` whatever its kind, as in NeMo's checkpoints.
     """
 
-    def __init__(self, d_model: int, kernel: int, context: tuple[int, int], norm: str, use_bias: bool):
+    def __init__(
+        self, d_model: int, kernel: int, context: tuple[int, int], norm: str, use_bias: bool
+    ):
         super().__init__()
         self.context = context
         self.pointwise_conv1 = nn.Conv1d(d_model, 2 * d_model, 1, bias=use_bias)
@@ -179,7 +181,9 @@ class ConformerEncoder(nn.Module):
         positions = torch.arange(first, last - 1, -1, device=x.device)
         pos_emb = self.dropout_emb(position_encoding(positions, config.d_model).to(x.dtype))
         pad_mask = torch.arange(t, device=x.device) >= lengths[:, None]  # (B, T)
-        att_mask = pad_mask if local else pad_mask[:, None, None] | self._hidden(t, left, right, x.device)
+        att_mask = (
+            pad_mask if local else pad_mask[:, None, None] | self._hidden(t, left, right, x.device)
+        )
         return self.dropout_input(x), pos_emb, att_mask, pad_mask
 
     def _context(self) -> tuple[int, int]:

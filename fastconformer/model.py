@@ -91,7 +91,7 @@ class ASRModel(nn.Module):
         return self.preprocessor(audio, audio_lengths)
 
     def encode(self, features: torch.Tensor, lengths: torch.Tensor):
-        """features (B, M, T), lengths (B,) -> encoded (B, T', D) in the model's precision, lengths."""
+        """features (B, M, T), lengths (B,) -> encoded (B, T', D) in the model's dtype, lengths."""
         return self.encoder(features.to(self.encoder.pre_encode.out.weight.dtype), lengths)
 
     def ctc_log_probs(self, encoded: torch.Tensor) -> torch.Tensor:
@@ -107,7 +107,9 @@ class ASRModel(nn.Module):
         """
         self._check_head(self.heads[0] if self.config.joint else "rnnt or tdt")
         if target_lengths is not None:
-            beyond = torch.arange(targets.shape[1], device=targets.device) >= target_lengths[:, None]
+            beyond = (
+                torch.arange(targets.shape[1], device=targets.device) >= target_lengths[:, None]
+            )
             targets = targets.masked_fill(beyond, 0)
         return self.joint(encoded, self.decoder(targets))
 
@@ -135,7 +137,9 @@ class ASRModel(nn.Module):
                     zero_infinity=True,  # as NeMo: a text longer than the frames trains nothing
                 )
             else:
-                losses[head] = self._transducer_loss(encoded, encoded_lengths, targets, target_lengths)
+                losses[head] = self._transducer_loss(
+                    encoded, encoded_lengths, targets, target_lengths
+                )
         return losses
 
     def _transducer_loss(self, encoded, encoded_lengths, targets, target_lengths):
@@ -146,10 +150,14 @@ class ASRModel(nn.Module):
         options = dict(fastemit_lambda=loss.fastemit_lambda, clamp=loss.clamp, reduction="none")
         if loss.durations:
             options |= dict(
-                durations=loss.durations, sigma=loss.sigma, omega=loss.omega if self.training else 0.0
+                durations=loss.durations,
+                sigma=loss.sigma,
+                omega=loss.omega if self.training else 0.0,
             )
         function = tdt_loss if loss.durations else rnnt_loss
-        return function(logits, targets, encoded_lengths, target_lengths, blank=self.blank_id, **options)
+        return function(
+            logits, targets, encoded_lengths, target_lengths, blank=self.blank_id, **options
+        )
 
     def decode_greedy(
         self, encoded: torch.Tensor, lengths: torch.Tensor, head: str | None = None
@@ -208,7 +216,9 @@ class ASRModel(nn.Module):
                 audio, lengths, shifts = self._collate([clips[i] for i in batch], min_duration_s)
                 features, lengths = self.featurize(audio.to(device), lengths.to(device))
                 encoded, lengths = self.encode(features, lengths)
-                for i, shift, hypothesis in zip(batch, shifts, self.decode_greedy(encoded, lengths, head)):
+                for i, shift, hypothesis in zip(
+                    batch, shifts, self.decode_greedy(encoded, lengths, head)
+                ):
                     seconds = len(clips[i]) / self.sample_rate
                     transcripts[i] = self.transcript(hypothesis, head, seconds, timestamps, shift)
         finally:
@@ -248,9 +258,13 @@ class ASRModel(nn.Module):
     def _samples(self, item) -> np.ndarray:
         if isinstance(item, (str, os.PathLike)):
             return load_audio(item, self.sample_rate)
-        samples = item.detach().cpu().numpy() if isinstance(item, torch.Tensor) else np.asarray(item)
+        samples = (
+            item.detach().cpu().numpy() if isinstance(item, torch.Tensor) else np.asarray(item)
+        )
         if samples.ndim != 1 or samples.size == 0:
-            raise ValueError(f"an audio array has shape {samples.shape}, expected (samples,), not empty")
+            raise ValueError(
+                f"an audio array has shape {samples.shape}, expected (samples,), not empty"
+            )
         if samples.dtype == np.int16:
             return samples.astype(np.float32) / 32768.0
         if not np.issubdtype(samples.dtype, np.floating):
@@ -301,7 +315,7 @@ def _skeleton(config: ModelConfig, stft_pad: str = "zeros") -> ASRModel:
 
 
 class _NoInitialisation(TorchFunctionMode):
-    """Skips torch.nn.init: on the meta device it does nothing, slowly, and imports half of torch."""
+    """Skips torch.nn.init: on the meta device it does nothing, but imports half of torch."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -327,7 +341,9 @@ def _check_tensors(model: nn.Module, state_dict: dict[str, torch.Tensor]):
     ]
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise ValueError("the checkpoint does not fit its config: " + "; ".join(problems[:5]) + more)
+        raise ValueError(
+            "the checkpoint does not fit its config: " + "; ".join(problems[:5]) + more
+        )
 
 
 def load_model(
@@ -369,5 +385,8 @@ def load_model(
 def _cast(model: ASRModel, dtype: torch.dtype):
     """Parameters and statistics to `dtype`; the front end stays in float32."""
     model.preprocessor.float()
-    for child in (model.encoder, *(m for name, m in model.named_children() if name != "preprocessor")):
+    for child in (
+        model.encoder,
+        *(m for name, m in model.named_children() if name != "preprocessor"),
+    ):
         child.to(dtype)

@@ -201,7 +201,8 @@ def read_manifest(
 
     `audio_filepath` is relative to the manifest's folder or absolute; `offset`, `duration`, `text`
     and `lang` may be absent. With `lang`, lines of another language are passed over. A line with an
-    offset means the section [offset, offset + duration), one without it the whole file. Raises FileNotFoundError or ValueError if there is nothing to read.
+    offset means the section [offset, offset + duration), one without it the whole file. Raises
+    FileNotFoundError or ValueError if there is nothing to read.
     """
     path = Path(path)
     if not path.is_file():

@@ -9,6 +9,7 @@ Letters of shapes: B clips, L samples, U target tokens.
 
 import collections
 import dataclasses
+import itertools
 import json
 import math
 import threading
@@ -77,8 +78,9 @@ def read_manifest(
 ) -> tuple[list[Utterance], list[Dropped]]:
     """Read a NeMo manifest: JSON lines with `audio_filepath`, `duration`, `text`, maybe `offset`.
 
-    With `lang`, lines of another `lang` are left out. `audio_filepath` is absolute or relative to the manifest's folder. Every bad line is in the
-    second list, with its reason; blank lines are ignored.
+    With `lang`, lines of another `lang` are left out. `audio_filepath` is absolute or relative to
+    the manifest's folder. Every bad line is in the second list, with its reason; blank lines are
+    ignored.
 
     Raises:
         FileNotFoundError: there is no such manifest.
@@ -199,7 +201,7 @@ def _tokens_of(utterance, tokenizer, min_duration_s, max_duration_s, encoder_fra
     if unknown:
         raise UnusableLine("unknown_characters", f"the tokenizer cannot write {unknown!r}")
     if encoder_frames is not None:
-        repeats = sum(a == b for a, b in zip(tokens, tokens[1:], strict=False))
+        repeats = sum(a == b for a, b in itertools.pairwise(tokens))
         n_frames = encoder_frames(seconds)
         if len(tokens) + repeats > n_frames:
             raise UnusableLine(
