@@ -94,7 +94,7 @@ def halved(state_dict: "dict[str, Tensor]") -> "dict[str, Tensor]":
 def compress(archive: Path) -> None:
     """gzips a file in place, whole or not at all; its bytes depend on the content alone. NeMo's
     restore_from reads an archive in either form."""
-    from fastconformer.checkpoint import sync, work_folder
+    from fastconformer.files import sync, work_folder
 
     with work_folder(archive.parent, archive.name) as work:
         smaller = work / "archive"

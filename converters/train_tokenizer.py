@@ -11,6 +11,8 @@ from pathlib import Path
 
 import sentencepiece
 
+from fastconformer.files import atomic_file
+
 
 def train_tokenizer(texts: list[str], vocab_size: int, kind: str = "bpe") -> bytes:
     """The serialised SentencePiece model.
@@ -89,7 +91,8 @@ def main(argv: list[str] | None = None) -> int:
         files = tokenizer_files(train_tokenizer(texts, args.size, args.type))
         args.output.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
-            (args.output / name).write_bytes(content)
+            with atomic_file(args.output / name) as temporary:
+                temporary.write_bytes(content)
     except (ValueError, OSError) as error:
         print(f"train_tokenizer: {error}", file=sys.stderr)
         return 1

@@ -12,14 +12,15 @@ JSON has no word for infinity; `config.json` spells it `Infinity`, as Python's j
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+
+from .files import sync, work_folder
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -232,25 +233,3 @@ def dense_tensors(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor
         seen.add(tensor.untyped_storage().data_ptr())
         dense[name] = tensor
     return dense
-
-
-@contextmanager
-def work_folder(parent: Path, name: str) -> Iterator[Path]:
-    """An empty folder in parent to write `name` in before it is renamed to its place; removed at
-    the end. What a killed run left in it goes first."""
-    work = parent / f".{name}.tmp"
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    try:
-        yield work
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-
-
-def sync(path: Path) -> None:
-    """fsync of a file or folder."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

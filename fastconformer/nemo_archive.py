@@ -35,9 +35,8 @@ from .checkpoint import (
     check_files,
     dense_tensors,
     rename_artifacts,
-    sync,
-    work_folder,
 )
+from .files import sync, work_folder
 
 CONFIG_MEMBER = "model_config.yaml"
 WEIGHTS_MEMBER = "model_weights.ckpt"

@@ -28,6 +28,7 @@ import torch
 import fastconformer
 
 from .audio import load_audio
+from .files import atomic_file
 from .model import ASRModel, Transcript
 from .timestamps import Span
 
@@ -499,15 +500,8 @@ class _Names:
 
 def write_text(path: Path, text: str):
     """Writes a file whole or not at all. Raises OSError."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def _report(name: str, reason: str):

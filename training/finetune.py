@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from fastconformer import ASRModel
 from fastconformer.augment import spec_augment
 from fastconformer.checkpoint import read_checkpoint
+from fastconformer.files import atomic_file
 from fastconformer.metrics import char_errors, word_errors
 from fastconformer.nemo_archive import write_nemo
 from fastconformer.subsampling import output_length
@@ -357,28 +358,6 @@ def _percent(rates: dict[str, float]) -> tuple[float, float]:
 
 
 # --- files --------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def atomic_file(path: Path) -> Iterator[Path]:
-    """Gives a temporary name; what is written there is on disk under `path` when the block ends
-    well, and gone otherwise."""
-    temporary = path.with_name(f".{path.name}.tmp")  # a killed run's is written over
-    try:
-        yield temporary
-        _sync(temporary)
-        os.replace(temporary, path)
-        _sync(path.parent)  # the rename, too
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def checkpoint_paths(folder: Path) -> list[Path]:
