@@ -64,7 +64,8 @@ def test_commands_and_their_options_exist(help_of):
             if argument.startswith("-"):
                 assert argument in known, f"{page}: {module} has no {argument}"
             elif module == "training.finetune" and "=" in argument:
-                load_recipe(ROOT / "recipes" / "finetune.yaml", [argument])
+                named = [a for a in arguments if a.startswith("recipes/")]
+                load_recipe(ROOT / (named[0] if named else "recipes/finetune.yaml"), [argument])
             elif argument.startswith("recipes/"):
                 assert (ROOT / argument).is_file(), f"{page}: there is no {argument}"
 
