@@ -12,6 +12,7 @@ from pathlib import Path
 import sentencepiece
 
 from fastconformer.files import atomic_file
+from fastconformer.tokenizer import sentencepiece_files
 
 
 def train_tokenizer(texts: list[str], vocab_size: int, kind: str = "bpe") -> bytes:
@@ -45,21 +46,6 @@ def train_tokenizer(texts: list[str], vocab_size: int, kind: str = "bpe") -> byt
     return model.getvalue()
 
 
-def tokenizer_files(model: bytes) -> dict[str, bytes]:
-    """The files NeMo keeps beside a SentencePiece model, by name."""
-    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-    pieces = [processor.id_to_piece(i) for i in range(processor.get_piece_size())]
-    scores = "".join(f"{p}\t{processor.get_score(i):g}\n" for i, p in enumerate(pieces))
-    # NeMo's vocab.txt: the normal pieces, as WordPiece writes them
-    words = (p[1:] if p.startswith("▁") else f"##{p}" for p in pieces if not p.startswith("<"))
-    words = "".join(f"{word}\n" for word in words if word)
-    return {
-        "tokenizer.model": model,
-        "tokenizer.vocab": scores.encode(),
-        "vocab.txt": words.encode(),
-    }
-
-
 def read_texts(path: Path) -> list[str]:
     """`text` of every line of a .json/.jsonl manifest, or the lines of a text file."""
     lines = path.read_text(encoding="utf-8").splitlines()
@@ -88,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         texts = [text for path in args.inputs for text in read_texts(path)]
-        files = tokenizer_files(train_tokenizer(texts, args.size, args.type))
+        files = sentencepiece_files(train_tokenizer(texts, args.size, args.type))
         args.output.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
             with atomic_file(args.output / name) as temporary:

@@ -72,6 +72,21 @@ class CharTokenizer(Tokenizer):
         return False
 
 
+def sentencepiece_files(model: bytes) -> dict[str, bytes]:
+    """The three files that a NeMo archive keeps of a SentencePiece model, by name: the model, its
+    pieces with scores, and a BERT-like list ("##" where no word starts; without the first piece,
+    <unk>). ValueError: not a SentencePiece model."""
+    tokenizer = SentencePieceTokenizer(model)
+    pieces, score = tokenizer.pieces, tokenizer.processor.get_score
+    scores = [f"{piece}\t{score(i):g}\n" for i, piece in enumerate(pieces)]
+    words = [(p[1:] or p) if p.startswith("▁") else f"##{p}" for p in pieces[1:]]
+    return {
+        "tokenizer.model": model,
+        "tokenizer.vocab": "".join(scores).encode(),
+        "vocab.txt": "".join(f"{word}\n" for word in words).encode(),
+    }
+
+
 def load_tokenizer(config: dict, files: dict[str, bytes]) -> Tokenizer:
     """The tokenizer that NeMo's config names, its files given by name.
 

@@ -8,7 +8,6 @@ import copy
 import difflib
 from pathlib import Path
 
-import sentencepiece
 import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -17,11 +16,10 @@ from yaml import YAMLError
 
 from fastconformer import ASRModel, ModelConfig, load_model
 from fastconformer.encoder import ConformerEncoder
-from fastconformer.tokenizer import load_tokenizer
+from fastconformer.tokenizer import load_tokenizer, sentencepiece_files
 from training.recipe import FreezeRecipe, LossRecipe, ModelRecipe
 
 ENCODER_DROPOUTS = ("dropout", "dropout_pre_encoder", "dropout_att")  # NeMo's keys
-TOKENIZER_FILES = ("tokenizer.model", "vocab.txt", "tokenizer.vocab")
 
 
 def build_model(recipe: ModelRecipe, loss: LossRecipe, seed: int) -> ASRModel:
@@ -141,25 +139,13 @@ def tokenizer_files(path: str) -> dict[str, bytes]:
     model = folder / "tokenizer.model" if folder.is_dir() else folder
     if not model.is_file():
         raise FileNotFoundError(f"model.tokenizer: {model} is not a file")
-    files = {"tokenizer.model": model.read_bytes()}
-    for name in TOKENIZER_FILES[1:]:
+    try:
+        files = sentencepiece_files(model.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{model}: {error}") from None
+    for name in files:
         if folder.is_dir() and (folder / name).is_file():
             files[name] = (folder / name).read_bytes()
-    try:
-        processor = sentencepiece.SentencePieceProcessor(model_proto=files["tokenizer.model"])
-    except RuntimeError as error:
-        raise ValueError(f"{model} is not a SentencePiece model: {error}") from None
-    ids = range(processor.get_piece_size())
-    pieces = [processor.id_to_piece(i) for i in ids]
-    if "tokenizer.vocab" not in files:
-        lines = [f"{piece}\t{processor.get_score(i):g}\n" for i, piece in enumerate(pieces)]
-        files["tokenizer.vocab"] = "".join(lines).encode()
-    if "vocab.txt" not in files:
-        # NeMo's BERT-like list: "##" where no word starts; without the first piece, <unk>.
-        words = [
-            (piece[1:] or piece) if piece.startswith("▁") else f"##{piece}" for piece in pieces[1:]
-        ]
-        files["vocab.txt"] = "".join(f"{word}\n" for word in words).encode()
     return files
 
 
