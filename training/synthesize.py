@@ -182,7 +182,7 @@ def record(rng, samples: np.ndarray) -> np.ndarray:
     lead, trail = (rng.uniform(0.03, 0.5, 2) * SAMPLE_RATE_HZ).astype(int)
     samples = np.pad(samples, (lead, trail))
     response = np.ones(1)
-    if rng.random() < 0.4:
+    if rng.random() < 0.3:
         response = room(rng, rng.uniform(0.1, 0.6), rng.uniform(0, 15))
     size = 1 << (len(samples) + len(response) - 1).bit_length()
     spectrum = np.fft.rfft(samples, size) * np.fft.rfft(response, size)
@@ -196,8 +196,8 @@ def record(rng, samples: np.ndarray) -> np.ndarray:
     elif band < 0.4:  # one-pole lowpass
         spectrum /= np.sqrt(1 + (frequency / rng.uniform(1500, 6000)) ** 2)
     samples = np.fft.irfft(spectrum, size)[: len(samples)]
-    if rng.random() < 0.8:
-        level = np.sqrt(np.mean(samples**2)) * 10 ** (-rng.uniform(8, 40) / 20)
+    if rng.random() < 0.7:
+        level = np.sqrt(np.mean(samples**2)) * 10 ** (-rng.uniform(12, 45) / 20)
         samples = samples + level * shaped_noise(rng, len(samples), rng.choice([0, -3, -6]))
     peak = 10 ** (-rng.uniform(0.5, 22) / 20)
     return (samples * (peak / (np.abs(samples).max() + 1e-9))).astype(np.float32)
@@ -213,7 +213,7 @@ def make_clip(clip: Clip) -> dict | None:
     samples = speaker.speak(
         clip.text + rng.choice([".", ".", ".", "", ",", "?"]),
         voice,
-        rate_wpm=rng.uniform(120, 210) / warp,
+        rate_wpm=rng.uniform(95, 185) / warp,
         pitch=rng.integers(25, 76),
         pitch_range=rng.integers(15, 86),
         word_gap=rng.choice([0, 0, 0, 1, 3, 6]),
