@@ -17,10 +17,11 @@ from conftest import golden
 from safetensors.torch import load_file
 
 from fastconformer import load_model
-from training.finetune import main, reduce_loss
+from training.finetune import main
 from training.optim import learning_rate
 from training.recipe import LossRecipe, ModelRecipe
 from training.start import build_model, tokenizer_files
+from training.step import reduce_loss
 
 ROOT = Path(__file__).parent.parent
 
@@ -183,13 +184,13 @@ def test_every_kind_of_step_resumes_bit_for_bit(corpus, tmp_path, option):
 
 
 def test_a_step_that_fails_names_its_clips(corpus, monkeypatch, capsys):
-    import training.finetune
+    import training.step
 
     def no_memory(*arguments):
         raise RuntimeError("CUDA out of memory.\nTried to allocate a lot")
 
     recipe, run = corpus
-    monkeypatch.setattr(training.finetune, "batch_loss", no_memory)
+    monkeypatch.setattr(training.step, "batch_loss", no_memory)
     assert main([str(recipe)]) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: step 1 failed on a batch of (2, ") and error.count("\n") == 1
@@ -252,17 +253,17 @@ def test_lower_precision_stays_near(corpus, option):
 
 
 def test_a_step_that_is_not_finite_is_skipped_and_named(corpus, monkeypatch, capsys):
-    import training.finetune
+    import training.step
 
     recipe, run = corpus
-    true_loss, calls = training.finetune.batch_loss, []
+    true_loss, calls = training.step.batch_loss, []
 
     def sometimes_nan(*arguments):
         total, parts = true_loss(*arguments)
         calls.append(1)
         return (total * float("nan"), parts) if len(calls) == 2 else (total, parts)
 
-    monkeypatch.setattr(training.finetune, "batch_loss", sometimes_nan)
+    monkeypatch.setattr(training.step, "batch_loss", sometimes_nan)
     assert main([str(recipe)]) == 0
     assert [record["loss"] is None for record in logged(run)] == [False, True, False, False]
     bad = json.loads((run / "nonfinite.jsonl").read_text())
@@ -274,7 +275,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_named(corpus, monkeypatch, cap
     assert state["encoder.layers.0.conv.batch_norm.num_batches_tracked"] == 3 + _tracked()
     # too many of them end the run
     calls[:] = [1] * 10
-    monkeypatch.setattr(training.finetune, "batch_loss", lambda *a: _nan(true_loss(*a)))
+    monkeypatch.setattr(training.step, "batch_loss", lambda *a: _nan(true_loss(*a)))
     assert main([str(recipe), f"output={run}2", "trainer.max_nonfinite_steps=2"]) == 1
     assert "2 steps were not finite; lower optim.lr" in capsys.readouterr().err
 

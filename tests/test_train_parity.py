@@ -8,10 +8,10 @@ from conftest import golden
 from safetensors.torch import load_file
 
 from training.data import Batch
-from training.finetune import batch_loss, update
 from training.optim import build_optimizer, schedule_of
 from training.recipe import LossRecipe, ModelRecipe, OptimRecipe, ScheduleRecipe
 from training.start import build_model, train_mode
+from training.step import batch_loss, update
 
 RELATIVE = 1e-4  # the case's own suggested_tolerance for losses; float32 noise is 6e-7
 
