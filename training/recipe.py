@@ -23,18 +23,41 @@ class ModelRecipe:
     config: str | dict | None = None  # from scratch instead: a NeMo-style model config
     tokenizer: str | None = None  # from scratch: a tokenizer folder or .model file
     dropout: float | None = None  # of all encoder layers; null: the checkpoint's
+    sample_rate: int | None = None  # e.g. 8000: a front end of this rate on the same weights
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceRecipe:
+    """One entry of data.train; a plain path is one with nothing but its manifest."""
+
+    manifest: str = ""  # NeMo manifest; {0..7} or _OP_0..7_CL_ stands for many, as in NeMo
+    name: str | None = None  # in logs and tables; null: the manifest's
+    weight: float | None = None  # share of the draws, relative to the others'; all or none
+    max_hours: float | None = None  # a fixed random part of it; null: all
+    max_clips: int | None = None
+    lang: str | None = None  # only its lines of this `lang`; null: as data.lang
+    tarred_audio_filepaths: str | None = None  # its audio lies in these tar files
 
 
 @dataclasses.dataclass(frozen=True)
 class DataRecipe:
-    train: tuple[str, ...] = ()  # NeMo manifests; one that is listed twice is seen twice
+    # Paths or SourceRecipes; one that is listed twice is seen twice.
+    train: tuple[str | SourceRecipe, ...] = ()
+    temperature: float = 1.0  # shares are weight ** temperature: 0 makes them equal, as in NeMo
     validation: dict[str, str] = dataclasses.field(default_factory=dict)  # name -> manifest
     lang: str | None = None  # only lines of this `lang` (or without one); null: all
     min_duration_s: float = 0.1
     max_duration_s: float = 40.0
+    min_tokens_per_s: float | None = None
+    max_tokens_per_s: float | None = None
+    min_chars_per_s: float | None = None
+    max_chars_per_s: float | None = None
+    max_tokens_per_frame: float | None = 1.0  # transducers, encoder frames; CTC has its own limit
     pad_to_s: float = 1.0  # silence on both sides of shorter clips, as `transcribe` adds; 0: none
     batch_size: int | None = 16  # most clips in a batch; null: no limit
-    batch_duration_s: float | None = None  # most seconds in a batch, padding included
+    # Most seconds in a batch, padding included; "auto": the most that the device takes.
+    batch_duration_s: float | str | None = None
+    quadratic_duration_s: float | None = None  # a clip of d seconds counts d + d^2 / this
     num_workers: int = 2  # threads that read ahead; 0 reads in the loop
     cache_gb: float = 4.0  # decoded audio stays in memory when all of it fits in this
 
@@ -99,6 +122,69 @@ class SpecAugmentRecipe:
     time_masks: int | None = None
     freq_width: int | None = None  # mel bins
     time_width: float | int | None = None  # int: frames; float: share of the clip's frames
+    rect_masks: int | None = None  # cut-out rectangles
+    rect_time: int | None = None  # frames
+    rect_freq: int | None = None  # mel bins
+
+
+@dataclasses.dataclass(frozen=True)
+class WhiteNoiseRecipe:
+    probability: float = 0.0
+    level_db: tuple[float, float] = (-90.0, -46.0)  # relative to full scale, as in NeMo
+
+
+@dataclasses.dataclass(frozen=True)
+class NoiseRecipe:
+    manifests: tuple[str, ...] = ()
+    probability: float = 0.0
+    snr_db: tuple[float, float] = (0.0, 30.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class RoomRecipe:
+    manifests: tuple[str, ...] = ()  # impulse responses
+    probability: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class BabbleRecipe:
+    """Other training clips, mixed."""
+
+    probability: float = 0.0
+    voices: tuple[int, int] = (3, 7)  # fewest and most
+    snr_db: tuple[float, float] = (5.0, 20.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class HumRecipe:
+    probability: float = 0.0
+    mains_hz: tuple[float, ...] = (50.0, 60.0)
+    snr_db: tuple[float, float] = (10.0, 30.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class TelephoneRecipe:
+    probability: float = 0.0
+    codecs: tuple[str, ...] = ("mulaw", "alaw")  # G.711; each clip gets one of them
+    band_hz: tuple[float, float] = (300.0, 3400.0)
+    packet_loss: float = 0.0  # the largest share of packets that are lost
+    burst_packets: float = 3.0  # mean length of a burst
+    packet_ms: float = 20.0
+
+
+@dataclasses.dataclass(frozen=True)
+class AugmentRecipe:
+    """Of waveforms; (low, high) pairs are drawn from uniformly. All off unless given."""
+
+    speeds: tuple[float, ...] = ()  # each draw gets one of them, pitch included
+    gain_db: tuple[float, float] | None = None
+    shift_s: float = 0.0  # earlier or later by at most this
+    white_noise: WhiteNoiseRecipe = WhiteNoiseRecipe()
+    noise: NoiseRecipe = NoiseRecipe()
+    rir: RoomRecipe = RoomRecipe()
+    babble: BabbleRecipe = BabbleRecipe()
+    hum: HumRecipe = HumRecipe()
+    telephone: TelephoneRecipe = TelephoneRecipe()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,6 +199,7 @@ class Recipe:
     schedule: ScheduleRecipe = ScheduleRecipe()
     trainer: TrainerRecipe = TrainerRecipe()
     spec_augment: SpecAugmentRecipe = SpecAugmentRecipe()
+    augment: AugmentRecipe = AugmentRecipe()
 
 
 CHOICES = {
@@ -149,9 +236,48 @@ AT_LEAST = {
     "spec_augment.time_masks": 0,
     "spec_augment.freq_width": 0,
     "spec_augment.time_width": 0,
+    "spec_augment.rect_masks": 0,
+    "spec_augment.rect_time": 0,
+    "spec_augment.rect_freq": 0,
+    "data.temperature": 0,
+    "data.min_tokens_per_s": 0,
+    "data.min_chars_per_s": 0,
+    "augment.shift_s": 0,
+    "augment.telephone.burst_packets": 1,
+    "augment.telephone.packet_ms": 1,
+    "model.sample_rate": 1000,
 }
-ABOVE_ZERO = ("data.max_duration_s", "data.batch_duration_s", "optim.lr", "optim.eps")
-SHARES = ("model.dropout", "loss.ctc_weight", "loss.omega", "schedule.warmup_ratio")
+ABOVE_ZERO = (
+    "data.max_duration_s",
+    "data.quadratic_duration_s",
+    "data.max_tokens_per_s",
+    "data.max_chars_per_s",
+    "data.max_tokens_per_frame",
+    "optim.lr",
+    "optim.eps",
+)
+SHARES = (
+    "model.dropout",
+    "loss.ctc_weight",
+    "loss.omega",
+    "schedule.warmup_ratio",
+    "augment.white_noise.probability",
+    "augment.noise.probability",
+    "augment.rir.probability",
+    "augment.babble.probability",
+    "augment.hum.probability",
+    "augment.telephone.probability",
+    "augment.telephone.packet_loss",
+)
+RANGES = (  # (low, high)
+    "augment.gain_db",
+    "augment.white_noise.level_db",
+    "augment.noise.snr_db",
+    "augment.babble.voices",
+    "augment.babble.snr_db",
+    "augment.hum.snr_db",
+    "augment.telephone.band_hz",
+)
 
 
 def load_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recipe:
@@ -271,6 +397,7 @@ def _convert(kind, value, key: str, where: str):
     """`value` as `kind` (a type hint of the dataclasses above), or ValueError."""
     if dataclasses.is_dataclass(kind):
         prefix = f"{key}." if key else ""
+        _check_keys(kind, value or {}, where, prefix)
         types_of = {field.name: field.type for field in dataclasses.fields(kind)}
         items = (value or {}).items()
         return kind(**{k: _convert(types_of[k], v, f"{prefix}{k}", where) for k, v in items})
@@ -278,6 +405,9 @@ def _convert(kind, value, key: str, where: str):
     if isinstance(kind, types.UnionType):
         if value is None and type(None) in kind.__args__:
             return None
+        section = next((t for t in kind.__args__ if dataclasses.is_dataclass(t)), None)
+        if section is not None and isinstance(value, dict):  # so that its own errors are told
+            return _convert(section, value, key, where)
         # The stricter kinds first: 3 stays an int where float | int is allowed.
         for option in sorted(kind.__args__, key=lambda t: (bool, int, float, str, dict).index(t)
                              if t in (bool, int, float, str, dict) else 9):  # fmt: skip
@@ -288,13 +418,13 @@ def _convert(kind, value, key: str, where: str):
         raise wrong
     origin = typing.get_origin(kind)
     if origin is tuple:
-        items = [value] if isinstance(value, str) else value
+        items = [value] if isinstance(value, str | dict) else value
         if not isinstance(items, list | tuple):
             raise wrong
         args = typing.get_args(kind)
         if args[-1] is not Ellipsis and len(items) != len(args):
             raise wrong
-        return tuple(_convert(args[0], item, key, where) for item in items)
+        return tuple(_convert(args[0], item, f"{key}[{i}]", where) for i, item in enumerate(items))
     if origin is dict:
         # A single manifest, or a list, gets its names from the files.
         if isinstance(value, str):
@@ -325,7 +455,7 @@ def _convert(kind, value, key: str, where: str):
 
 def _kind_name(kind) -> str:
     names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
-    names |= {type(None): "null", dict: "a mapping"}
+    names |= {type(None): "null", dict: "a mapping", SourceRecipe: "a mapping with a manifest"}
     if isinstance(kind, types.UnionType):
         return " or ".join(_kind_name(option) for option in kind.__args__)
     if typing.get_origin(kind) is tuple:
@@ -364,6 +494,7 @@ def _check_values(recipe: Recipe, where: str):
         raise ValueError(f"{where}: data.min_duration_s must be below data.max_duration_s")
     if recipe.data.batch_size is None and recipe.data.batch_duration_s is None:
         raise ValueError(f"{where}: give data.batch_size or data.batch_duration_s, or both")
+    _check_data(recipe, where)
     if not recipe.output:
         raise ValueError(f"{where}: output is missing; name the run folder, e.g. output: runs/a")
     if not recipe.data.train:
@@ -385,3 +516,53 @@ def _check_values(recipe: Recipe, where: str):
         raise ValueError(
             f"{where}: schedule.min_lr {recipe.schedule.min_lr} is above optim.lr {recipe.optim.lr}"
         )
+
+
+def _check_data(recipe: Recipe, where: str):
+    """Sections `data` and `augment`: what their keys mean together."""
+    values = _flat(dataclasses.asdict(recipe))
+    data, augment = recipe.data, recipe.augment
+    limit = data.batch_duration_s
+    if limit != "auto" and (isinstance(limit, str) or (limit is not None and limit <= 0)):
+        raise ValueError(f"{where}: data.batch_duration_s is {limit!r}; give seconds or auto")
+    if data.quadratic_duration_s is not None and limit is None:
+        raise ValueError(f"{where}: data.quadratic_duration_s needs data.batch_duration_s")
+    for kind in ("tokens", "chars"):
+        low, high = values[f"data.min_{kind}_per_s"], values[f"data.max_{kind}_per_s"]
+        if low is not None and high is not None and low >= high:
+            raise ValueError(f"{where}: data.min_{kind}_per_s must be below data.max_{kind}_per_s")
+    sources = [item for item in data.train if isinstance(item, SourceRecipe)]
+    for number, source in enumerate(sources, start=1):
+        name = f"data.train: {source.manifest or f'mapping {number}'}"
+        if not source.manifest:
+            raise ValueError(f"{where}: {name} has no manifest")
+        for key in ("weight", "max_hours", "max_clips"):
+            value = getattr(source, key)
+            if value is not None and value <= 0:
+                raise ValueError(f"{where}: {name}: {key} is {value}, expected more than 0")
+    weighted = sum(source.weight is not None for source in sources)
+    if weighted not in (0, len(data.train)):
+        raise ValueError(
+            f"{where}: data.train: {weighted} of {len(data.train)} entries have a weight; "
+            "give one to each, or to none"
+        )
+    for key in RANGES:
+        if values[key] is not None and values[key][0] > values[key][1]:
+            raise ValueError(f"{where}: {key} is {list(values[key])}, expected [low, high]")
+    if augment.babble.voices[0] < 1:
+        raise ValueError(f"{where}: augment.babble.voices starts at {augment.babble.voices[0]}")
+    if not all(0.25 <= speed <= 4 for speed in augment.speeds):
+        raise ValueError(f"{where}: augment.speeds is {list(augment.speeds)}, expected 0.25 to 4")
+    if not augment.hum.mains_hz or min(augment.hum.mains_hz) <= 0:
+        raise ValueError(f"{where}: augment.hum.mains_hz needs frequencies above 0")
+    codecs = augment.telephone.codecs
+    if not codecs or not set(codecs) <= {"mulaw", "alaw"}:
+        raise ValueError(f"{where}: augment.telephone.codecs is {codecs}, expected mulaw or alaw")
+    if not 0 <= augment.telephone.band_hz[0] < augment.telephone.band_hz[1] <= 4000:
+        raise ValueError(f"{where}: augment.telephone.band_hz is not a band within 0 to 4000 Hz")
+    for kind in ("noise", "rir"):
+        section = getattr(augment, kind)
+        if bool(section.manifests) != (section.probability > 0):
+            raise ValueError(
+                f"{where}: augment.{kind} needs manifests and a probability above 0, or neither"
+            )
