@@ -4,6 +4,7 @@ Integer samples are scaled to [-1, 1); float samples are taken as they are, neve
 Channels are averaged, then resampled by soxr (HQ), as NeMo and Lhotse order it.
 """
 
+import io
 import math
 import os
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ UNKNOWN_FRAMES = 2**63 - 1  # of a FLAC that was written to a pipe
 
 
 def load_audio(
-    path: str | os.PathLike,
+    path: str | os.PathLike | io.BytesIO,
     sample_rate_hz: int,
     offset_s: float = 0.0,
     duration_s: float | None = None,
@@ -26,6 +27,7 @@ def load_audio(
     """Reads a file, or the section [offset_s, offset_s + duration_s) of it, seeking to it.
 
     Args:
+        path: a file, or the content of one.
         sample_rate_hz: rate of the result.
         duration_s: None reads to the end; a section that passes the end stops there.
     Returns:
@@ -65,7 +67,7 @@ def load_audio(
     return np.ascontiguousarray(mono, dtype=np.float32)
 
 
-def audio_duration(path: str | os.PathLike) -> float:
+def audio_duration(path: str | os.PathLike | io.BytesIO) -> float:
     """Length in seconds, from the header. Raises as load_audio does."""
     with _opened(path) as file:
         return file.frames / file.samplerate
@@ -83,16 +85,13 @@ def _blocks(file: soundfile.SoundFile, count: int) -> Iterator[np.ndarray]:
 
 
 @contextmanager
-def _opened(path: str | os.PathLike) -> Iterator[soundfile.SoundFile]:
+def _opened(path: str | os.PathLike | io.BytesIO) -> Iterator[soundfile.SoundFile]:
     """An open file with at least one sample; libsndfile's errors become ValueError."""
-    if not os.path.exists(path):
-        raise FileNotFoundError(f"{path}: no such audio file")
-    if not os.path.isfile(path):  # a folder, or a pipe, which would block
-        raise ValueError(f"{path} is not a file")
-    if os.path.getsize(path) == 0:
-        raise ValueError(f"{path} is empty")
+    if not isinstance(path, io.BytesIO):
+        _check_file(path)
+        path = os.fspath(path)
     try:
-        with soundfile.SoundFile(os.fspath(path)) as file:
+        with soundfile.SoundFile(path) as file:
             if not 1000 <= file.samplerate <= 1_000_000:
                 raise ValueError(f"{path} is damaged: its sample rate is {file.samplerate} Hz")
             if file.frames <= 0:
@@ -103,3 +102,12 @@ def _opened(path: str | os.PathLike) -> Iterator[soundfile.SoundFile]:
     except soundfile.SoundFileError as error:
         reason = str(error).rpartition(": ")[2] or str(error)
         raise ValueError(f"{path} is damaged or not audio: {reason}") from error
+
+
+def _check_file(path: str | os.PathLike) -> None:
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"{path}: no such audio file")
+    if not os.path.isfile(path):  # a folder, or a pipe, which would block
+        raise ValueError(f"{path} is not a file")
+    if os.path.getsize(path) == 0:
+        raise ValueError(f"{path} is empty")

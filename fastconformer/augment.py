@@ -1,8 +1,10 @@
-"""SpecAugment: random bands of mel bins and of frames are set to zero; training only.
+"""SpecAugment: random bands of mel bins and of frames, and rectangles, are set to zero; training
+only.
 
 Input: features (B, M, T) and lengths (B,) from `model.featurize`; output: features of that shape.
-Source: Park et al. 2019 (arXiv:1904.08779), with the distributions of NeMo's
-SpectrogramAugmentation (its vectorised SpecAugment).
+Source: Park et al. 2019 (arXiv:1904.08779) and, for rectangles, DeVries and Taylor 2017
+(arXiv:1708.04552), with the distributions of NeMo's SpectrogramAugmentation (its vectorised
+SpecAugment, its SpecCutout).
 """
 
 import torch
@@ -16,9 +18,12 @@ def spec_augment(
     time_masks: int,
     freq_width: int,
     time_width: int | float,
+    rect_masks: int = 0,
+    rect_time: int = 5,
+    rect_freq: int = 20,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Mask random bands of each clip with zeros; the input is left as it is.
+    """Mask random bands and rectangles of each clip with zeros; the input is left as it is.
 
     Args:
         features: log-mel frames, (B, M, T).
@@ -27,16 +32,20 @@ def spec_augment(
         time_masks: bands of frames for each clip.
         freq_width: widest band in mel bins; each is uniform in 0..freq_width.
         time_width: widest band in frames (int), or as a share of the clip's frames (float).
+        rect_masks: rectangles for each clip.
+        rect_time: longest rectangle in frames; each is uniform in 0..rect_time.
+        rect_freq: highest rectangle in mel bins; each is uniform in 0..rect_freq.
         generator: CPU generator; the masks depend on it, on the shape and on the lengths only,
             so that they are the same on every device.
     Returns:
         (B, M, T), a new tensor.
     Raises:
-        ValueError: freq_width is above M, or a float time_width is not in 0..1.
+        ValueError: freq_width or rect_freq is above M, or a float time_width is not in 0..1.
     """
     n_clips, n_mels, n_frames = features.shape
-    if freq_width > n_mels:
-        raise ValueError(f"freq_width is {freq_width}, but the features have {n_mels} mel bins")
+    for name, width in (("freq_width", freq_width), ("rect_freq", rect_freq if rect_masks else 0)):
+        if width > n_mels:
+            raise ValueError(f"{name} is {width}, but the features have {n_mels} mel bins")
     if isinstance(time_width, float) and not 0.0 <= time_width <= 1.0:
         raise ValueError(f"time_width is {time_width}, expected a share 0..1, or an int of frames")
     lengths = lengths.cpu().long()
@@ -55,11 +64,27 @@ def spec_augment(
     starts = (uniform(time_masks) * (lengths[:, None] - widest + 1)).long()
     widths = (uniform(time_masks) * (widest + 1)).long()
     mask = mask | _bands(starts, widths, n_frames)[:, None, :]  # (B, M, T)
+    if rect_masks:
+        starts = (uniform(rect_masks) * (n_mels - rect_freq + 1)).long()
+        widths = (uniform(rect_masks) * (rect_freq + 1)).long()
+        bins = _each_band(starts, widths, n_mels)  # (B, n, M)
+        # Inside the clip, so that its neighbours' lengths do not matter; NeMo: anywhere up to T.
+        longest = lengths.clamp(max=rect_time)[:, None]
+        starts = (uniform(rect_masks) * (lengths[:, None] - longest + 1)).long()
+        widths = (uniform(rect_masks) * (longest + 1)).long()
+        frames = _each_band(starts, widths, n_frames)  # (B, n, T)
+        for rect in range(rect_masks):
+            mask = mask | (bins[:, rect, :, None] & frames[:, rect, None, :])
     return features.masked_fill(mask.to(features.device), 0.0)
 
 
 def _bands(starts: Tensor, widths: Tensor, size: int) -> Tensor:
     """starts, widths (B, n) -> (B, size), True inside any band."""
+    return _each_band(starts, widths, size).any(dim=1)
+
+
+def _each_band(starts: Tensor, widths: Tensor, size: int) -> Tensor:
+    """starts, widths (B, n) -> (B, n, size), True inside the band."""
     position = torch.arange(size)
     begin, end = starts[:, :, None], (starts + widths)[:, :, None]
-    return ((position >= begin) & (position < end)).any(dim=1)
+    return (position >= begin) & (position < end)

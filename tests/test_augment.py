@@ -72,3 +72,26 @@ def test_wrong_widths_are_named():
         augmented(features, lengths, freq_width=81)
     with pytest.raises(ValueError, match="time_width is 1.5"):
         augmented(features, lengths, time_width=1.5)
+    with pytest.raises(ValueError, match="rect_freq is 81"):
+        augmented(features, lengths, rect_masks=1, rect_freq=81)
+
+
+def test_rectangles_are_cut_out_inside_each_clip():
+    features, lengths = ones([100, 40, 3] * 300, n_mels=40, n_frames=100)
+    options = {"freq_masks": 0, "time_masks": 0, "rect_masks": 1, "rect_time": 8, "rect_freq": 10}
+    masked = augmented(features, lengths, **options) == 0
+    bins, frames = masked.any(dim=2), masked.any(dim=1)
+    assert torch.equal(masked, bins[:, :, None] & frames[:, None, :])  # one rectangle each
+    assert set(bins.sum(1).tolist()) == set(range(11))
+    assert set(frames[lengths == 100].sum(1).tolist()) == set(range(9))
+    assert frames[lengths == 3].sum(1).max() == 3
+    for row, length in zip(frames, lengths.tolist(), strict=True):
+        assert not row[length:].any()
+    for seen, size in ((bins, 40), (frames[lengths == 100], 100)):  # each place is reached
+        assert seen.any(dim=0).sum() >= size - 2  # the last ones are rare
+    several = augmented(features, lengths, **{**options, "rect_masks": 5}) == 0
+    assert several.float().mean() > 3 * masked.float().mean()
+    # bands and rectangles together, and the bands are what they were without
+    bands = augmented(features, lengths, freq_masks=2, time_masks=2) == 0
+    both = augmented(features, lengths, freq_masks=2, time_masks=2, rect_masks=2) == 0
+    assert (both & bands).sum() == bands.sum() < both.sum()

@@ -8,11 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastconformer.tokenizer import CharTokenizer
+from training.batching import epoch_batches
 from training.data import (
     AudioStore,
+    Limits,
     batches_ahead,
     check_for_training,
-    epoch_batches,
     read_manifest,
 )
 
@@ -41,10 +42,10 @@ def write_manifest(folder, lines):
     return path
 
 
-def usable(folder, lines, **limits):
+def usable(folder, lines, encoder_frames=None, **limits):
     found, bad = read_manifest(write_manifest(folder, lines))
-    limits = {"min_duration_s": 0.1, "max_duration_s": 20.0} | limits
-    kept, unusable = check_for_training(found, TOKENIZER, **limits)
+    limits = Limits(**{"min_duration_s": 0.1, "max_duration_s": 20.0} | limits)
+    kept, unusable = check_for_training(found, TOKENIZER, limits, encoder_frames)
     return kept, bad + unusable
 
 
@@ -107,7 +108,7 @@ def test_ctc_needs_a_frame_for_each_token_and_between_equal_ones(folder):
         return 4
 
     lines = [entry(text="abcd"), entry(text="abcde"), entry(text="aab"), entry(text="aaab")]
-    kept, dropped = usable(folder, lines, encoder_frames=frames)
+    kept, dropped = usable(folder, lines, encoder_frames=frames, ctc=True)
     assert [u.text for u in kept] == ["abcd", "aab"]
     assert [(d.line, d.reason) for d in dropped] == [(2, "too_many_tokens"), (4, "too_many_tokens")]
     assert len(usable(folder, lines)[0]) == 4

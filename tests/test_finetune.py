@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -179,6 +180,7 @@ def test_every_kind_of_step_resumes_bit_for_bit(corpus, tmp_path, option):
     (tmp_path / "again" / "checkpoints").mkdir(parents=True)
     name = "checkpoints/step_00000002.pt"
     (tmp_path / "again" / name).write_bytes((run / name).read_bytes())
+    shutil.copytree(run / "best", tmp_path / "again" / "best")
     assert main([str(recipe), *options, f"output={tmp_path / 'again'}"]) == 0
     assert logged(tmp_path / "again") == logged(run)[2:]
 

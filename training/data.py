@@ -1,8 +1,8 @@
 """Manifests to padded batches.
 
 `read_manifest` and `check_for_training` turn JSON lines into `Utterance`s and list every line that
-is left out, with its reason. `epoch_batches` orders them: a function of (seed, epoch) only.
-`AudioStore` reads the sound, and `batches_ahead` reads it in threads while the model computes.
+is left out, with its reason. `training/batching.py` says which clips make a batch. `AudioStore`
+reads their sound, and `batches_ahead` reads it in threads while the model computes.
 
 Letters of shapes: B clips, L samples, U target tokens.
 """
@@ -21,28 +21,38 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastconformer.audio import load_audio
+from fastconformer.audio import audio_duration, load_audio
+from training.augment import WaveAugment, change_speed
+from training.batching import Draw
+from training.tarred import TarReader, shard_number
 
 ABSURD_DURATION_S = 7 * 24 * 3600.0
 # A clip whose sound is this many times longer or shorter than its manifest says has a wrong line.
 DURATION_MISMATCH = 2.0
+TAR_SLACK_S = 0.2
 
 
 @dataclasses.dataclass(frozen=True)
 class Utterance:
     """One manifest line that can be used; `tokens` is empty until `check_for_training`."""
 
-    audio_path: str
+    audio_path: str  # of the tar, where the clip lies in one
     text: str
     duration_s: float
     offset_s: float | None  # None: the whole file
     manifest: str
     line: int  # from 1
     tokens: tuple[int, ...] = ()
+    tar_member: str | None = None
+
+    @property
+    def audio_name(self) -> str:
+        member = f":{self.tar_member}" if self.tar_member else ""
+        return self.audio_path + member
 
     @property
     def name(self) -> str:
-        return f"{self.audio_path} ({self.manifest}, line {self.line})"
+        return f"{self.audio_name} ({self.manifest}, line {self.line})"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,13 +84,14 @@ class UnusableLine(ValueError):
 
 
 def read_manifest(
-    path: str | Path, lang: str | None = None
+    path: str | Path, lang: str | None = None, tars: dict[int, str] | None = None
 ) -> tuple[list[Utterance], list[Dropped]]:
     """Read a NeMo manifest: JSON lines with `audio_filepath`, `duration`, `text`, maybe `offset`.
 
     With `lang`, lines of another `lang` are left out. `audio_filepath` is absolute or relative to
-    the manifest's folder. Every bad line is in the second list, with its reason; blank lines are
-    ignored.
+    the manifest's folder; with `tars` ({shard id: tar file}) it is a member of the tar that the
+    line's `shard_id`, or else the manifest's number, names. Every bad line is in the second list,
+    with its reason; blank lines are ignored.
 
     Raises:
         FileNotFoundError: there is no such manifest.
@@ -99,7 +110,9 @@ def read_manifest(
                 name = str(entry.get("audio_filepath", ""))
                 if lang and entry.get("lang", lang) != lang:
                     raise UnusableLine("other_language", f"lang is {entry['lang']!r}")
-                utterances.append(_utterance(entry, path, number))
+                if entry.get("_skipme"):
+                    raise UnusableLine("skipme", "the manifest says _skipme")
+                utterances.append(_utterance(entry, path, number, tars))
             except UnusableLine as error:
                 dropped.append(Dropped(str(path), number, *error.args, audio_filepath=name))
     return utterances, dropped
@@ -115,7 +128,7 @@ def _parse_line(line: bytes) -> dict:
     return entry
 
 
-def _utterance(entry: dict, manifest: Path, line: int) -> Utterance:
+def _utterance(entry: dict, manifest: Path, line: int, tars: dict[int, str] | None) -> Utterance:
     audio = entry.get("audio_filepath")
     if not isinstance(audio, str) or not audio:
         raise UnusableLine("no_audio_filepath", f"audio_filepath is {audio!r}")
@@ -130,13 +143,7 @@ def _utterance(entry: dict, manifest: Path, line: int) -> Utterance:
         not _is_number(offset_s) or not 0 <= offset_s <= ABSURD_DURATION_S
     ):
         raise UnusableLine("bad_offset", f"offset is {offset_s!r} seconds")
-    audio_path = manifest.parent / Path(audio).expanduser()
-    try:
-        found = audio_path.is_file()
-    except (OSError, ValueError):  # a name that is too long or holds a zero byte
-        found = False
-    if not found:
-        raise UnusableLine("missing_audio", f"no such file: {audio_path}")
+    audio_path = _tar_of(entry, manifest, tars) if tars else _audio_file(audio, manifest)
     return Utterance(
         audio_path=str(audio_path),
         text=text,
@@ -144,35 +151,68 @@ def _utterance(entry: dict, manifest: Path, line: int) -> Utterance:
         offset_s=None if offset_s is None else float(offset_s),
         manifest=str(manifest),
         line=line,
+        tar_member=audio if tars else None,
     )
+
+
+def _audio_file(audio: str, manifest: Path) -> Path:
+    path = manifest.parent / Path(audio).expanduser()
+    try:
+        found = path.is_file()
+    except (OSError, ValueError):  # a name that is too long or holds a zero byte
+        found = False
+    if not found:
+        raise UnusableLine("missing_audio", f"no such file: {path}")
+    return path
+
+
+def _tar_of(entry: dict, manifest: Path, tars: dict[int, str]) -> str:
+    shard = entry.get("shard_id", shard_number(manifest.name))
+    if len(tars) == 1 and "shard_id" not in entry:
+        shard = next(iter(tars))
+    if shard not in tars:
+        raise UnusableLine("missing_audio", f"shard_id is {shard!r}, and no tar has that number")
+    return tars[shard]
 
 
 def _is_number(value) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What a training clip must keep; None: no limit. Rates are per second of sound."""
+
+    min_duration_s: float = 0.0
+    max_duration_s: float = math.inf
+    min_tokens_per_s: float | None = None
+    max_tokens_per_s: float | None = None
+    min_chars_per_s: float | None = None
+    max_chars_per_s: float | None = None
+    max_tokens_per_frame: float | None = None  # of the encoder's frames, for transducers
+    ctc: bool = False  # CTC needs a frame for each token, and one more between two equal ones
+
+
 def check_for_training(
     utterances: Iterable[Utterance],
     tokenizer,
-    min_duration_s: float,
-    max_duration_s: float,
+    limits: Limits,
     encoder_frames: Callable[[float], int] | None = None,
 ) -> tuple[list[Utterance], list[Dropped]]:
     """Tokenize and keep what a model can be trained on.
 
     Args:
         tokenizer: `encode(text) -> ids`, `unk_id`.
-        encoder_frames: seconds -> T' of the encoder; given when CTC is trained, which needs one
-            frame for each token and one more between two equal ones. None: no such limit.
+        encoder_frames: seconds -> T' of the encoder; None: tokens are not held against frames.
     Returns:
         Usable utterances with their tokens, and what is left out.
     """
     kept, dropped = [], []
     for utterance in utterances:
         try:
-            tokens = _tokens_of(
-                utterance, tokenizer, min_duration_s, max_duration_s, encoder_frames
-            )
+            tokens = _tokens_of(utterance, tokenizer, limits)
+            if encoder_frames is not None:
+                _check_frames(tokens, encoder_frames(utterance.duration_s), limits)
         except UnusableLine as error:
             dropped.append(_dropped(utterance, *error.args))
         else:
@@ -182,33 +222,54 @@ def check_for_training(
 
 def _dropped(utterance: Utterance, reason: str, detail: str) -> Dropped:
     return Dropped(
-        utterance.manifest, utterance.line, reason, detail, audio_filepath=utterance.audio_path
+        utterance.manifest, utterance.line, reason, detail, audio_filepath=utterance.audio_name
     )
 
 
-def _tokens_of(utterance, tokenizer, min_duration_s, max_duration_s, encoder_frames):
+def _tokens_of(utterance: Utterance, tokenizer, limits: Limits) -> tuple[int, ...]:
     seconds = utterance.duration_s
-    if seconds < min_duration_s:
+    if seconds < limits.min_duration_s:
         raise UnusableLine("too_short", f"{seconds} s is below data.min_duration_s")
-    if seconds > max_duration_s:
+    if seconds > limits.max_duration_s:
         raise UnusableLine("too_long", f"{seconds} s is above data.max_duration_s")
     if not utterance.text.strip():
         raise UnusableLine("empty_text", "text is empty")
+    _check_rate("chars", len(utterance.text.strip()), seconds, limits)
     tokens = tuple(tokenizer.encode(utterance.text))
     if not tokens:
         raise UnusableLine("empty_text", f"the tokenizer makes no token of {utterance.text!r}")
     unknown = _unknown_characters(tokenizer, utterance.text, tokens)
     if unknown:
         raise UnusableLine("unknown_characters", f"the tokenizer cannot write {unknown!r}")
-    if encoder_frames is not None:
-        repeats = sum(a == b for a, b in itertools.pairwise(tokens))
-        n_frames = encoder_frames(seconds)
-        if len(tokens) + repeats > n_frames:
-            raise UnusableLine(
-                "too_many_tokens",
-                f"CTC needs {len(tokens) + repeats} encoder frames, {seconds} s gives {n_frames}",
-            )
+    _check_rate("tokens", len(tokens), seconds, limits)
     return tokens
+
+
+def _check_rate(kind: str, count: int, seconds: float, limits: Limits) -> None:
+    rate = count / seconds
+    for bound, word, wrong in (("min", "below", rate.__lt__), ("max", "above", rate.__gt__)):
+        limit = getattr(limits, f"{bound}_{kind}_per_s")
+        if limit is not None and wrong(limit):
+            few = "few" if bound == "min" else "many"
+            raise UnusableLine(
+                f"too_{few}_{kind}_per_s",
+                f"{count} {kind} in {seconds} s, {rate:.2f} a second, "
+                f"is {word} data.{bound}_{kind}_per_s",
+            )
+
+
+def _check_frames(tokens: tuple[int, ...], n_frames: int, limits: Limits) -> None:
+    needed = len(tokens) + sum(a == b for a, b in itertools.pairwise(tokens))
+    if limits.ctc and needed > n_frames:
+        raise UnusableLine(
+            "too_many_tokens", f"CTC needs {needed} encoder frames, the clip gives {n_frames}"
+        )
+    most = limits.max_tokens_per_frame
+    if most is not None and len(tokens) > most * n_frames:
+        raise UnusableLine(
+            "too_many_tokens",
+            f"{len(tokens)} tokens in {n_frames} encoder frames, above data.max_tokens_per_frame",
+        )
 
 
 def _unknown_characters(tokenizer, text: str, tokens: tuple[int, ...]) -> str:
@@ -222,47 +283,6 @@ def _unknown_characters(tokenizer, text: str, tokens: tuple[int, ...]) -> str:
     return " ".join(unknown) or text
 
 
-def epoch_batches(
-    durations_s: list[float],
-    batch_size: int | None,
-    batch_duration_s: float | None,
-    seed: int,
-    epoch: int,
-) -> list[list[int]]:
-    """Indices of every clip once, in batches of similar length, in random order.
-
-    A function of its arguments only, so that a resumed run, or one with other workers, sees the
-    same batches. Lengths are blurred by 15 % before sorting, so that batches differ from epoch to
-    epoch; the longest is put first in epoch 0, so that a lack of memory shows at once.
-
-    Args:
-        batch_size: most clips in a batch; None: no limit.
-        batch_duration_s: most seconds in a batch, padding included; None: no limit. A clip that is
-            longer makes a batch of its own.
-    """
-    rng = np.random.default_rng([seed, epoch])
-    durations = np.asarray(durations_s, dtype=np.float64)
-    order = np.argsort(durations * rng.uniform(0.85, 1.15, len(durations)), kind="stable")
-    batches, current, longest = [], [], 0.0
-    for index in order.tolist():
-        longest_with = max(longest, durations[index])
-        is_full = batch_size is not None and len(current) == batch_size
-        if batch_duration_s is not None:
-            is_full = is_full or longest_with * (len(current) + 1) > batch_duration_s
-        if current and is_full:
-            batches.append(current)
-            current, longest_with = [], durations[index]
-        current.append(index)
-        longest = longest_with
-    if current:
-        batches.append(current)
-    shuffled = [batches[i] for i in rng.permutation(len(batches)).tolist()]
-    if epoch == 0 and shuffled:
-        padded_s = [durations[batch].max() * len(batch) for batch in shuffled]
-        shuffled.insert(0, shuffled.pop(int(np.argmax(padded_s))))
-    return shuffled
-
-
 class AudioStore:
     """Reads clips, keeps them in memory as 16-bit samples when all fit, and lists what is unusable.
 
@@ -274,6 +294,7 @@ class AudioStore:
         max_duration_s: a clip that turns out longer than this is unusable; None: no limit.
         pad_to_s: shorter clips get silence on both sides, as `transcribe` gives them.
         on_dropped: called once for each unusable clip.
+    `augment`, where it is set, changes the sound of each Draw.
     """
 
     def __init__(
@@ -295,20 +316,33 @@ class AudioStore:
         self._kept: dict[int, np.ndarray] = {}
         self._unusable: set[int] = set()
         self._lock = threading.Lock()
+        self._tars = TarReader()
+        self.augment: WaveAugment | None = None
 
     @property
     def n_unusable(self) -> int:
         return len(self._unusable)
 
-    def read(self, index: int) -> np.ndarray | None:
-        """Samples of one clip, (L,) float32, or None when it cannot be used."""
-        samples = self._read(index)
+    def read(self, draw: int | Draw) -> np.ndarray | None:
+        """Samples of one clip, padded, (L,) float32, or None when it cannot be used; of a Draw, as
+        fast as it says and augmented."""
+        if not isinstance(draw, Draw):
+            return self._padded(self.samples(draw))
+        samples = self.samples(draw.clip)
+        if samples is not None:
+            samples = change_speed(samples, draw.speed)
+            if self.augment is not None:
+                samples = self.augment(samples, draw.epoch, draw.number)
+        return self._padded(samples)
+
+    def _padded(self, samples: np.ndarray | None) -> np.ndarray | None:
         missing = self.pad_to_samples - (self.pad_to_samples if samples is None else len(samples))
         if missing > 0:
             samples = np.pad(samples, (missing // 2, missing - missing // 2))
         return samples
 
-    def _read(self, index: int) -> np.ndarray | None:
+    def samples(self, index: int) -> np.ndarray | None:
+        """A clip as it is, (L,) float32 at the model's rate, or None when it cannot be used."""
         if index in self._kept:
             return self._kept[index].astype(np.float32) / 32768.0
         if index in self._unusable:
@@ -331,31 +365,33 @@ class AudioStore:
         return samples
 
     def _decode(self, utterance: Utterance) -> np.ndarray:
-        if utterance.offset_s is None:
-            samples = load_audio(utterance.audio_path, self.sample_rate_hz)
-        else:
-            samples = load_audio(
-                utterance.audio_path,
-                self.sample_rate_hz,
-                offset_s=utterance.offset_s,
-                duration_s=utterance.duration_s,
-            )
+        audio, is_section = utterance.audio_path, utterance.offset_s is not None
+        if utterance.tar_member is not None:
+            audio = self._tars.read(audio, utterance.tar_member)
+            if is_section and abs(audio_duration(audio) - utterance.duration_s) < TAR_SLACK_S:
+                is_section = False  # it was cut when it was put into the tar; NeMo's rule
+            audio.seek(0)
+        section = {}
+        if is_section:
+            section = {"offset_s": utterance.offset_s, "duration_s": utterance.duration_s}
+        samples = load_audio(audio, self.sample_rate_hz, **section)
         seconds = len(samples) / self.sample_rate_hz
         if not seconds or not np.isfinite(samples).all():
-            raise UnusableLine(f"{utterance.audio_path}: no samples, or not finite ones")
+            raise UnusableLine(f"{utterance.audio_name}: no samples, or not finite ones")
         ratio = seconds / utterance.duration_s
         if not 1 / DURATION_MISMATCH <= ratio <= DURATION_MISMATCH:
             raise UnusableLine(
-                f"{utterance.audio_path} holds {seconds:.2f} s, "
+                f"{utterance.audio_name} holds {seconds:.2f} s, "
                 f"the manifest says {utterance.duration_s} s"
             )
         if self.max_duration_s is not None and seconds > self.max_duration_s * 1.05:
-            raise UnusableLine(f"{utterance.audio_path} holds {seconds:.2f} s, above the limit")
+            raise UnusableLine(f"{utterance.audio_name} holds {seconds:.2f} s, above the limit")
         return samples
 
-    def batch(self, indices: list[int]) -> Batch | None:
-        """Clips of these indices, padded; without the unusable ones; None when none is left."""
-        clips = [(self.utterances[index], self.read(index)) for index in indices]
+    def batch(self, draws: list[int] | list[Draw]) -> Batch | None:
+        """These clips, padded; without the unusable ones; None when none is left."""
+        indices = [draw.clip if isinstance(draw, Draw) else draw for draw in draws]
+        clips = [(self.utterances[i], self.read(draw)) for i, draw in zip(indices, draws)]
         clips = [(utterance, samples) for utterance, samples in clips if samples is not None]
         return collate(*zip(*clips, strict=True)) if clips else None
 
@@ -374,7 +410,7 @@ def collate(utterances: Iterable[Utterance], clips: Iterable[np.ndarray]) -> Bat
 
 
 def batches_ahead(
-    store: AudioStore, batches: Iterable[list[int]], num_workers: int
+    store: AudioStore, batches: Iterable[list], num_workers: int
 ) -> Iterator[Batch | None]:
     """`store.batch` of each, in order; `num_workers` threads read ahead, 0 reads in the caller.
 

@@ -17,6 +17,7 @@ from yaml import YAMLError
 from fastconformer import ASRModel, ModelConfig, load_model
 from fastconformer.encoder import ConformerEncoder
 from fastconformer.tokenizer import load_tokenizer, sentencepiece_files
+from training.narrowband import with_sample_rate
 from training.recipe import FreezeRecipe, LossRecipe, ModelRecipe
 
 ENCODER_DROPOUTS = ("dropout", "dropout_pre_encoder", "dropout_att")  # NeMo's keys
@@ -34,6 +35,8 @@ def build_model(recipe: ModelRecipe, loss: LossRecipe, seed: int) -> ASRModel:
         config, files = scratch_config(recipe.config, recipe.tokenizer)
         torch.manual_seed(seed)
         model = ASRModel(ModelConfig.from_nemo(config), load_tokenizer(config, files), files)
+    if recipe.sample_rate is not None:
+        with_sample_rate(model, recipe.sample_rate)
     config = with_loss_options(model.config.nemo, model.heads, loss)
     if recipe.dropout is not None:
         set_encoder_dropout(model.encoder, recipe.dropout)

@@ -120,11 +120,10 @@ def seed_step(seed: int, step: int, micro: int) -> torch.Generator:
 def augmentation(recipe: SpecAugmentRecipe, config: dict) -> Callable | None:
     """SpecAugment as the recipe says, and where it is silent as NeMo's `spec_augment` section."""
     section = config.get("spec_augment") or {}
-    if section.get("rect_masks"):
-        raise ValueError("spec_augment.rect_masks of the checkpoint's config is not supported")
     defaults = {"freq_masks": 0, "time_masks": 0, "freq_width": 10, "time_width": 10}  # NeMo's
+    defaults |= {"rect_masks": 0, "rect_time": 5, "rect_freq": 20}
     given = {k: v for k, v in dataclasses.asdict(recipe).items() if v is not None}
     options = {k: given.get(k, section.get(k, v)) for k, v in defaults.items()}
-    if not options["freq_masks"] and not options["time_masks"]:
+    if not any(options[name] for name in ("freq_masks", "time_masks", "rect_masks")):
         return None
     return lambda features, lengths: spec_augment(features, lengths, **options)
