@@ -4,10 +4,13 @@ Features (B, M, T) and lengths (B,) in, (B, T', D) and lengths out.
 """
 
 import math
+from contextlib import contextmanager, nullcontext
+from functools import partial
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from .attention import (
     LocalRelPositionMultiHeadAttention,
@@ -29,8 +32,7 @@ class FeedForward(nn.Module):
         self.linear2 = Linear(d_ff, d_model, bias=use_bias)
 
     def forward(self, x):
-        hidden = linear(x, self.linear1.weight, self.linear1.bias, silu=True)
-        return self.linear2(self.dropout(hidden))
+        return self.linear2(self.dropout(self.linear1(x, silu=True)))
 
 
 class Convolution(nn.Module):
@@ -67,7 +69,9 @@ class Convolution(nn.Module):
             scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
             bias = norm.bias - norm.running_mean * scale
             bias = bias if conv.bias is None else bias + conv.bias * scale
-            x = F.conv1d(x, conv.weight * scale[:, None, None], bias, groups=conv.groups)
+            weight = conv.weight * scale[:, None, None]
+            # pure bfloat16 training keeps the norm in float32
+            x = F.conv1d(x, weight.to(x.dtype), bias.to(x.dtype), groups=conv.groups)
             x = x.transpose(1, 2)
         elif isinstance(norm, nn.LayerNorm):
             x = norm(conv(x).transpose(1, 2))
@@ -149,6 +153,7 @@ class ConformerEncoder(nn.Module):
         )
         self.dropout_emb = nn.Dropout(config.dropout_emb)
         self.drop_probs = _layer_drop_probs(config)
+        self.recompute = False  # in training: keep only each layer's input, for less memory
 
     def tie_biases(self):
         """Makes all layers share the first one's position biases, where the config ties them."""
@@ -162,6 +167,8 @@ class ConformerEncoder(nn.Module):
         x, lengths = self.pre_encode(features, lengths)
         x, pos_emb, att_mask, pad_mask = self.prepare(x, lengths)
         for layer, drop_prob in zip(self.layers, self.drop_probs):
+            if self.recompute and torch.is_grad_enabled():
+                layer = partial(_recomputed, layer)
             if self.training and drop_prob > 0.0:
                 # stochastic depth (arXiv:2102.03216), expectation kept
                 kept = (torch.rand(()) >= drop_prob).to(x.dtype)
@@ -206,6 +213,32 @@ class ConformerEncoder(nn.Module):
         if right >= 0:
             hidden = hidden | (distance > right)
         return hidden
+
+
+def _recomputed(layer: nn.Module, *inputs):
+    """layer(*inputs), whose inside is computed again in the backward pass (arXiv:1604.06174), with
+    the same dropout."""
+    return checkpoint(
+        layer,
+        *inputs,
+        use_reentrant=False,
+        context_fn=lambda: (nullcontext(), _statistics_kept(layer)),
+    )
+
+
+@contextmanager
+def _statistics_kept(layer: nn.Module):
+    """BatchNorm normalises by the batch as ever, but its statistics do not see it a second time."""
+    norms = [m for m in layer.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    before = [(norm, norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0  # their new value is the old one
+    try:
+        yield
+    finally:
+        for norm, momentum, count in before:
+            norm.momentum = momentum
+            norm.num_batches_tracked.copy_(count)
 
 
 def _layer_drop_probs(config: EncoderConfig) -> list[float]:

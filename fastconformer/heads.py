@@ -42,8 +42,25 @@ class LSTM(nn.Module):
         return self.dropout(x), state
 
 
+class StableEmbedding(nn.Embedding):
+    """An embedding with a LayerNorm behind it, in float32. Source: bitsandbytes' StableEmbedding,
+    which forks of NeMo put in for 8-bit optimizers; no stock checkpoint has its `embed.norm`."""
+
+    def __init__(self, rows: int, width: int, padding_idx: int | None):
+        super().__init__(rows, width, padding_idx=padding_idx)
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        norm = self.norm
+        embedded, weight, bias = super().forward(tokens).float(), norm.weight, norm.bias
+        y = F.layer_norm(embedded, norm.normalized_shape, weight.float(), bias.float(), norm.eps)
+        return y.to(self.weight.dtype)
+
+
 class PredictionNetwork(nn.Module):
     """An LSTM over the tokens emitted so far (NeMo's `decoder`)."""
+
+    embedding_norm = "prediction.embed.norm.weight"  # a tensor that only StableEmbedding has
 
     def __init__(self, config: PredictionConfig):
         super().__init__()
@@ -56,6 +73,12 @@ class PredictionNetwork(nn.Module):
                 "dec_rnn": LSTM(config.pred_hidden, config.pred_rnn_layers, config.dropout),
             }
         )
+
+    def add_embedding_norm(self) -> None:
+        """For a checkpoint that has one. No config says so: only its tensors do."""
+        embed = self.prediction["embed"]
+        shape = embed.num_embeddings, embed.embedding_dim
+        self.prediction["embed"] = StableEmbedding(*shape, embed.padding_idx)
 
     def forward(self, targets: torch.Tensor) -> torch.Tensor:
         """targets (B, U) -> states (B, U+1, H); row 0 follows the start, a zero vector."""

@@ -32,5 +32,5 @@ def linear(
 class Linear(nn.Linear):
     """nn.Linear by `linear`."""
 
-    def forward(self, x):
-        return linear(x, self.weight, self.bias)
+    def forward(self, x, silu: bool = False):
+        return linear(x, self.weight, self.bias, silu)

@@ -305,13 +305,18 @@ def _ctc_name(config: ModelConfig) -> str:
 
 def check_state_dict(config: ModelConfig, state_dict: dict[str, torch.Tensor]):
     """Raises ValueError naming the tensors that are missing, unexpected or of another shape."""
-    _check_tensors(_skeleton(config), state_dict)
+    _check_tensors(_skeleton(config, state_dict), state_dict)
 
 
-def _skeleton(config: ModelConfig, stft_pad: str = "zeros") -> ASRModel:
+def _skeleton(
+    config: ModelConfig, state_dict: dict[str, torch.Tensor], stft_pad: str = "zeros"
+) -> ASRModel:
     """The model without memory for its weights, and without a tokenizer."""
     with torch.device("meta"), _NoInitialisation():
-        return ASRModel(config, _NoTokenizer(config.vocab_size), stft_pad=stft_pad)
+        model = ASRModel(config, _NoTokenizer(config.vocab_size), stft_pad=stft_pad)
+        if config.joint and f"decoder.{PredictionNetwork.embedding_norm}" in state_dict:
+            model.decoder.add_embedding_norm()
+    return model
 
 
 class _NoInitialisation(TorchFunctionMode):
@@ -365,7 +370,7 @@ def load_model(
     try:
         config = ModelConfig.from_nemo(checkpoint.config)
         tokenizer = load_tokenizer(checkpoint.config, checkpoint.tokenizer_files)
-        model = _skeleton(config, stft_pad)
+        model = _skeleton(config, checkpoint.state_dict, stft_pad)
         _check_tensors(model, checkpoint.state_dict)
         if tokenizer.vocab_size != config.vocab_size:
             raise ValueError(

@@ -22,12 +22,14 @@ from pathlib import Path
 
 import torch
 
-from fastconformer.checkpoint import read_checkpoint
+from fastconformer.checkpoint import read_checkpoint, write_folder
 from fastconformer.files import atomic_file
 from fastconformer.nemo_archive import write_nemo
 from training.console import Lines, Stopped, progress_bar, stop_signals, tensorboard
+from training.ema import EMA, plain_checkpoint, plain_weights
+from training.freeze import GradientWatch, format_table, parameter_table, train_mode
 from training.load import batch_order, load_data, training_batches
-from training.optim import build_optimizer, schedule_of
+from training.optim import build_optimizer, schedule_of, set_learning_rates
 from training.recipe import Recipe, load_recipe, recipe_to_yaml
 from training.run_folder import (
     Progress,
@@ -37,7 +39,7 @@ from training.run_folder import (
     resume,
     save_checkpoint,
 )
-from training.start import build_model, freeze, train_mode
+from training.start import build_model, prepare
 from training.step import augmentation, gradients, update
 from training.validate import evaluate, percent
 
@@ -81,7 +83,7 @@ def finetune(recipe: Recipe) -> None:
     if not heads:
         raise ValueError(f"loss.heads is {recipe.loss.heads}, this model has {model.heads[0]} only")
     augment = augmentation(recipe.spec_augment, model.config.nemo)
-    frozen = freeze(model, recipe.freeze)
+    freezing = prepare(model, recipe, heads)
     out.mkdir(parents=True, exist_ok=True)
     with atomic_file(out / "recipe.yaml") as temporary:
         temporary.write_text(recipe_to_yaml(recipe), encoding="utf-8")
@@ -89,7 +91,13 @@ def finetune(recipe: Recipe) -> None:
 
     train, validation = load_data(recipe, model, heads, out / "dropped.jsonl")
     model.to(device)
-    optimizer = build_optimizer(model, recipe.optim)
+    optimizer = build_optimizer(model, recipe.optim, trainer.seed)
+    ema = None if trainer.ema_decay is None else EMA(model, trainer.ema_decay)
+    table = format_table(parameter_table(model, freezing, optimizer))
+    with atomic_file(out / "trainable.txt") as temporary:
+        temporary.write_text(table, encoding="utf-8")
+    log.info("what is trained:\n%s", table)
+    watch = GradientWatch(model)
     first_epoch = len(batch_order(train, recipe, 0))
     if trainer.max_steps is not None:
         max_steps = trainer.max_steps
@@ -98,11 +106,11 @@ def finetune(recipe: Recipe) -> None:
         max_steps = max(1, batches // trainer.accumulate)
     val_every = trainer.val_every_steps or max(1, first_epoch // trainer.accumulate)
     save_every = trainer.save_every_steps or val_every
-    lr_at = schedule_of(recipe.schedule, recipe.optim.lr, max_steps)
+    lr_at = schedule_of(recipe.schedule, recipe.optim.lr, max_steps, model.config.encoder.d_model)
 
     progress = Progress()
     if checkpoints:
-        progress = resume(checkpoints[-1], model, optimizer, recipe)
+        progress = resume(checkpoints[-1], model, optimizer, ema, recipe)
         log.info("resuming after step %d from %s", progress.step, checkpoints[-1])
     keep_lines_until(out / "log.jsonl", progress.step)
     keep_lines_until(out / "ledger.jsonl", progress.evaluated)
@@ -122,7 +130,7 @@ def finetune(recipe: Recipe) -> None:
     )
 
     def save():
-        return save_checkpoint(out / "checkpoints", model, optimizer, progress, recipe)
+        return save_checkpoint(out / "checkpoints", model, optimizer, ema, progress, recipe)
 
     started = time.monotonic() - progress.seconds
     stream = training_batches(train, recipe, progress.epoch, progress.batch)
@@ -134,7 +142,8 @@ def finetune(recipe: Recipe) -> None:
                 due = progress.step % val_every == 0 or progress.step == max_steps
                 if validation and due and progress.evaluated < progress.step:
                     log.info("step %d: evaluating", progress.step)
-                    result = evaluate(model, validation, heads, recipe, check_stop)
+                    with plain_weights(model, ema):
+                        result = evaluate(model, validation, heads, recipe, check_stop)
                     record = _ledger_record(progress, result, heads, started)
                     append_line(out / "ledger.jsonl", record)
                     for name, rates in {**result["sets"], "all": result["all"]}.items():
@@ -144,7 +153,7 @@ def finetune(recipe: Recipe) -> None:
                     rates = result["all"][heads[0]]
                     wer_cer = rates["wer"], rates["cer"]
                     if progress.best is None or wer_cer < tuple(progress.best):
-                        model.save(out / "best")
+                        write_folder(out / "best", plain_checkpoint(model, ema))
                         progress.best, progress.best_step = wer_cer, progress.step
                     progress.baseline = progress.baseline or wer_cer
                     log.info(
@@ -157,7 +166,7 @@ def finetune(recipe: Recipe) -> None:
 
                 # One optimizer step over `accumulate` batches.
                 check_stop()
-                train_mode(model, frozen)
+                train_mode(model, freezing, progress.step)
                 batches = []
                 while len(batches) < trainer.accumulate:
                     progress.epoch, progress.batch, batch = next(stream)
@@ -172,11 +181,15 @@ def finetune(recipe: Recipe) -> None:
                     append_line(out / "failed.jsonl", {"step": progress.step, "utterances": names})
                     raise
                 if math.isfinite(losses["loss"]):
-                    grad_norm = update(optimizer, lr, trainer.clip_grad_norm)
+                    set_learning_rates(optimizer, lr_at, progress.step)
+                    grad_norm = update(optimizer, trainer.clip_grad_norm)
                 progress.step += 1
                 progress.seconds = time.monotonic() - started
 
                 if math.isfinite(grad_norm):
+                    watch.check()
+                    if ema is not None:
+                        ema.update(model)
                     if validation:
                         progress.losses.append(losses["loss"])
                 else:
@@ -219,8 +232,7 @@ def finetune(recipe: Recipe) -> None:
             stream.close()
 
     save()
-    model.eval()
-    model.save(out / "last")
+    write_folder(out / "last", plain_checkpoint(model, ema))
     best = out / "best" if validation else out / "last"
     write_nemo(out / "model.nemo", read_checkpoint(best))
     if validation:

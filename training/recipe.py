@@ -76,7 +76,20 @@ class LossRecipe:
 @dataclasses.dataclass(frozen=True)
 class FreezeRecipe:
     encoder_layers: int | str = 0  # the subsampling and this many first layers, or "half"
-    modules: tuple[str, ...] = ()  # e.g. [decoder, joint, encoder.pre_encode]
+    modules: tuple[str, ...] = ()  # e.g. [prediction, joint, ctc, subsampling, encoder.layers.0-3]
+    until: dict[str, int] = dataclasses.field(default_factory=dict)  # part -> its first step
+    batch_norm: str = "fixed"  # of frozen parts: fixed | adapt (statistics) | affine (and weights)
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraRecipe:
+    """Low-rank adapters are all that moves, besides `also`; merged in what is saved."""
+
+    rank: int = 0  # 0: no LoRA
+    alpha: float | None = None  # the update is scaled by alpha / rank; null: as rank
+    dropout: float = 0.0  # of the adapters' input
+    targets: tuple[str, ...] = ("attention", "feed_forward")  # or linear layers, such as linear_q
+    also: tuple[str, ...] = ()  # parts that move as a whole, such as [ctc, joint]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,14 +100,20 @@ class OptimRecipe:
     weight_decay: float = 1e-3
     eps: float = 1e-8
     decay_norms_and_biases: bool = True  # NeMo decays every parameter
+    lr_groups: dict[str, float] = dataclasses.field(default_factory=dict)  # part -> its lr
+    layer_decay: float | None = None  # lr times this for every layer further from the heads
 
 
 @dataclasses.dataclass(frozen=True)
 class ScheduleRecipe:
-    name: str = "cosine"  # cosine | constant; both after the warm-up
+    name: str = "cosine"  # cosine | linear | inverse_sqrt | noam | wsd | constant
     warmup_steps: int | None = None
     warmup_ratio: float | None = None  # of all steps, instead of warmup_steps
     min_lr: float = 1e-6
+    hold_steps: int | None = None  # wsd: steps at lr between warm-up and decay
+    hold_ratio: float | None = None  # of all steps, instead; both null: the last fifth decays
+    decay_shape: str = "linear"  # wsd: linear | sqrt (1 - sqrt)
+    d_model: int | None = None  # noam; null: the encoder's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +122,10 @@ class TrainerRecipe:
     epochs: int | None = None  # instead of max_steps
     accumulate: int = 1  # batches in one optimizer step
     clip_grad_norm: float | None = 1.0  # null: no clipping
-    precision: str = "fp32"  # fp32 | bf16 (autocast)
+    precision: str = "fp32"  # fp32 | bf16 (autocast, weights in fp32) | bf16_pure (all in bf16)
+    activation_checkpointing: bool = False  # encoder layers are computed twice, for less memory
+    compile: bool = False  # encoder layers by torch.compile
+    ema_decay: float | None = None  # average of the weights, measured and saved; null: off
     device: str = "auto"  # auto | cpu | cuda | cuda:N
     threads: int | None = None  # CPU threads; null: torch's choice
     seed: int = 1234
@@ -195,6 +217,7 @@ class Recipe:
     data: DataRecipe = DataRecipe()
     loss: LossRecipe = LossRecipe()
     freeze: FreezeRecipe = FreezeRecipe()
+    lora: LoraRecipe = LoraRecipe()
     optim: OptimRecipe = OptimRecipe()
     schedule: ScheduleRecipe = ScheduleRecipe()
     trainer: TrainerRecipe = TrainerRecipe()
@@ -207,9 +230,11 @@ CHOICES = {
     "loss.heads": ("all", "ctc", "transducer"),
     "loss.transducer_reduction": (None, "mean_batch", "mean", "mean_volume", "sum"),
     "loss.ctc_reduction": (None, "mean_batch", "mean", "mean_volume", "sum"),
+    "freeze.batch_norm": ("fixed", "adapt", "affine"),
     "optim.name": ("adamw", "adamw8bit"),
-    "schedule.name": ("cosine", "constant"),
-    "trainer.precision": ("fp32", "bf16"),
+    "schedule.name": ("cosine", "linear", "inverse_sqrt", "noam", "wsd", "constant"),
+    "schedule.decay_shape": ("linear", "sqrt"),
+    "trainer.precision": ("fp32", "bf16", "bf16_pure"),
 }
 AT_LEAST = {
     "data.min_duration_s": 0,
@@ -219,8 +244,11 @@ AT_LEAST = {
     "data.cache_gb": 0,
     "loss.sigma": 0,
     "loss.fastemit_lambda": 0,
+    "lora.rank": 0,
     "optim.weight_decay": 0,
     "schedule.warmup_steps": 0,
+    "schedule.hold_steps": 0,
+    "schedule.d_model": 1,
     "schedule.min_lr": 0,
     "trainer.max_steps": 1,
     "trainer.epochs": 1,
@@ -253,14 +281,20 @@ ABOVE_ZERO = (
     "data.max_tokens_per_s",
     "data.max_chars_per_s",
     "data.max_tokens_per_frame",
+    "lora.alpha",
     "optim.lr",
     "optim.eps",
+    "optim.layer_decay",
 )
 SHARES = (
     "model.dropout",
     "loss.ctc_weight",
     "loss.omega",
+    "lora.dropout",
+    "optim.layer_decay",
     "schedule.warmup_ratio",
+    "schedule.hold_ratio",
+    "trainer.ema_decay",
     "augment.white_noise.probability",
     "augment.noise.probability",
     "augment.rir.probability",
@@ -426,10 +460,11 @@ def _convert(kind, value, key: str, where: str):
             raise wrong
         return tuple(_convert(args[0], item, f"{key}[{i}]", where) for i, item in enumerate(items))
     if origin is dict:
+        item_kind = typing.get_args(kind)[1]
         # A single manifest, or a list, gets its names from the files.
-        if isinstance(value, str):
+        if item_kind is str and isinstance(value, str):
             value = [value]
-        if isinstance(value, list):
+        if item_kind is str and isinstance(value, list):
             named = {Path(str(item)).stem: item for item in value}
             if len(named) < len(value):  # .../fsdd/test.jsonl and .../an4/test.jsonl
                 named = {f"{Path(str(i)).parent.name}_{Path(str(i)).stem}": i for i in value}
@@ -438,7 +473,7 @@ def _convert(kind, value, key: str, where: str):
             value = named
         if not isinstance(value, dict):
             raise wrong
-        return {str(k): _convert(str, v, f"{key}.{k}", where) for k, v in value.items()}
+        return {str(k): _convert(item_kind, v, f"{key}.{k}", where) for k, v in value.items()}
     if kind is dict and isinstance(value, dict):
         return value
     if kind is bool and isinstance(value, bool):
@@ -463,7 +498,8 @@ def _kind_name(kind) -> str:
         count = "" if args[-1] is Ellipsis else f"{len(args)} values, "
         return f"a list ({count}each {_kind_name(args[0])})"
     if typing.get_origin(kind) is dict:
-        return "a mapping from names to files"
+        item = typing.get_args(kind)[1]
+        return f"a mapping from names to {'files' if item is str else _kind_name(item)}"
     return names.get(kind, str(kind))
 
 
@@ -490,6 +526,14 @@ def _check_values(recipe: Recipe, where: str):
     layers = recipe.freeze.encoder_layers
     if layers != "half" and not (isinstance(layers, int) and layers >= 0):
         raise ValueError(f'{where}: freeze.encoder_layers is {layers!r}; give a count or "half"')
+    for key, step in recipe.freeze.until.items():
+        if step < 0:
+            raise ValueError(f"{where}: freeze.until.{key} is {step}, expected a step, 0 or more")
+    for key, rate in recipe.optim.lr_groups.items():
+        if rate <= 0:
+            raise ValueError(f"{where}: optim.lr_groups.{key} is {rate}, expected more than 0")
+    if recipe.lora.rank and not recipe.lora.targets:
+        raise ValueError(f"{where}: lora.targets is empty; name e.g. attention, or set rank 0")
     if recipe.data.min_duration_s >= recipe.data.max_duration_s:
         raise ValueError(f"{where}: data.min_duration_s must be below data.max_duration_s")
     if recipe.data.batch_size is None and recipe.data.batch_duration_s is None:
@@ -512,6 +556,8 @@ def _check_values(recipe: Recipe, where: str):
         raise ValueError(f"{where}: give either trainer.max_steps or trainer.epochs")
     if recipe.schedule.warmup_steps is not None and recipe.schedule.warmup_ratio is not None:
         raise ValueError(f"{where}: give schedule.warmup_steps or schedule.warmup_ratio, not both")
+    if recipe.schedule.hold_steps is not None and recipe.schedule.hold_ratio is not None:
+        raise ValueError(f"{where}: give schedule.hold_steps or schedule.hold_ratio, not both")
     if recipe.schedule.min_lr > recipe.optim.lr:
         raise ValueError(
             f"{where}: schedule.min_lr {recipe.schedule.min_lr} is above optim.lr {recipe.optim.lr}"

@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 
 from fastconformer.files import atomic_file
+from training.ema import EMA
+from training.optim import load_optimizer_state, optimizer_state
 from training.recipe import Recipe, recipe_differences, recipe_from_dict
 
 log = logging.getLogger("finetune")
@@ -36,13 +38,16 @@ def checkpoint_paths(folder: Path) -> list[Path]:
     return sorted(folder.glob("step_*.pt"), key=lambda path: int(path.stem.removeprefix("step_")))
 
 
-def save_checkpoint(folder: Path, model, optimizer, progress: Progress, recipe: Recipe) -> Path:
+def save_checkpoint(
+    folder: Path, model, optimizer, ema: EMA | None, progress: Progress, recipe: Recipe
+) -> Path:
     """Everything that resuming needs, in one file; older ones beyond `keep_last` go."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step_{progress.step:08d}.pt"
     state = {
         "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
+        "optimizer": optimizer_state(optimizer),
+        "ema": None if ema is None else ema.state_dict(),
         "progress": dataclasses.asdict(progress),
         "recipe": dataclasses.asdict(recipe),
     }
@@ -53,8 +58,8 @@ def save_checkpoint(folder: Path, model, optimizer, progress: Progress, recipe: 
     return path
 
 
-def resume(path: Path, model, optimizer, recipe: Recipe) -> Progress:
-    """Load `save_checkpoint`'s file into model and optimizer.
+def resume(path: Path, model, optimizer, ema: EMA | None, recipe: Recipe) -> Progress:
+    """Load `save_checkpoint`'s file into model, optimizer and moving average.
 
     Raises:
         ValueError: the file is damaged or belongs to another model.
@@ -63,7 +68,9 @@ def resume(path: Path, model, optimizer, recipe: Recipe) -> Progress:
         state = torch.load(path, map_location=next(model.parameters()).device, weights_only=True)
         old = recipe_from_dict(_lists(state["recipe"]), f"recipe in {path}")
         model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        load_optimizer_state(optimizer, state["optimizer"])
+        if ema is not None:
+            ema.load_state_dict(state["ema"] or {})
         progress = Progress(**state["progress"])
     except (RuntimeError, KeyError, TypeError, ValueError, pickle.UnpicklingError) as error:
         raise ValueError(

@@ -1,24 +1,25 @@
 """Where a run's model comes from, and which parts of it move.
 
 `build_model` reads a checkpoint or makes a model from scratch, with the recipe's loss options in
-its config, so that what is saved later says how it was trained. `freeze` stops parts of it.
+its config, so that what is saved later says how it was trained. `prepare` makes it one that is
+trained as the recipe says.
 """
 
 import copy
-import difflib
 from pathlib import Path
 
 import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from torch import nn
 from yaml import YAMLError
 
 from fastconformer import ASRModel, ModelConfig, load_model
 from fastconformer.encoder import ConformerEncoder
 from fastconformer.tokenizer import load_tokenizer, sentencepiece_files
+from training.freeze import Freezing, freeze, is_batch_norm, unreached
+from training.lora import add_lora
 from training.narrowband import with_sample_rate
-from training.recipe import FreezeRecipe, LossRecipe, ModelRecipe
+from training.recipe import LossRecipe, ModelRecipe, Recipe
 
 ENCODER_DROPOUTS = ("dropout", "dropout_pre_encoder", "dropout_att")  # NeMo's keys
 
@@ -152,33 +153,32 @@ def tokenizer_files(path: str) -> dict[str, bytes]:
     return files
 
 
-def freeze(model: ASRModel, recipe: FreezeRecipe) -> list[nn.Module]:
-    """Stop the gradients of parts; gives them, for `train_mode`.
+def prepare(model: ASRModel, recipe: Recipe, heads: tuple[str, ...]) -> Freezing:
+    """A model as it is trained: adapters, precision, recomputation and compilation as the recipe
+    says, and what moves when. To be called once, before the optimizer is built.
 
     Raises:
-        ValueError: more layers than there are, or a module that does not exist (the nearest is
-            named).
+        ValueError: the recipe names a part that the model does not have.
     """
-    layers = model.encoder.layers
-    count = len(layers) // 2 if recipe.encoder_layers == "half" else recipe.encoder_layers
-    if count > len(layers):
-        raise ValueError(f"freeze.encoder_layers is {count}, the encoder has {len(layers)} layers")
-    frozen = [model.encoder.pre_encode, *layers[:count]] if count else []
-    modules = dict(model.named_modules())
-    for name in recipe.modules:
-        if not name or name not in modules:
-            close = difflib.get_close_matches(name, modules, n=1)
-            hint = f"did you mean {close[0]}?" if close else "use e.g. encoder, decoder or joint"
-            raise ValueError(f"freeze.modules: the model has no {name!r}; {hint}")
-        frozen.append(modules[name])
-    for module in frozen:
-        module.requires_grad_(False)
-    return frozen
+    trainer = recipe.trainer
+    if recipe.lora.rank:
+        add_lora(model, recipe.lora, trainer.seed)
+    freezing = freeze(model, recipe.freeze, recipe.lora, unreached(model, heads))
+    if trainer.precision == "bf16_pure":
+        to_bfloat16(model)
+    model.encoder.recompute = trainer.activation_checkpointing
+    if trainer.compile:
+        for layer in model.encoder.layers:
+            layer.compile(dynamic=True)
+    return freezing
 
 
-def train_mode(model: ASRModel, frozen: list[nn.Module]) -> None:
-    """Training mode, but what is frozen stays as in evaluation: BatchNorm keeps its statistics,
-    and there is no dropout."""
-    model.train()
-    for module in frozen:
-        module.eval()
+def to_bfloat16(model: ASRModel) -> None:
+    """All weights to bfloat16 but the front end's and BatchNorm's, whose statistics are sums of
+    small shares."""
+    for name, part in model.named_children():
+        if name != "preprocessor":
+            part.to(torch.bfloat16)
+    for module in model.modules():
+        if is_batch_norm(module):
+            module.float()

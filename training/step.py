@@ -61,8 +61,9 @@ def batch_loss(
     return (1 - config.ctc_weight) * transducer + config.ctc_weight * parts["ctc"], parts
 
 
-def update(optimizer: torch.optim.Optimizer, lr: float, clip_grad_norm: float | None) -> float:
-    """Clip, and one optimizer step; nothing moves when the gradient is not finite.
+def update(optimizer: torch.optim.Optimizer, clip_grad_norm: float | None) -> float:
+    """Clip, and one optimizer step at the rates that its groups hold (`set_learning_rates`);
+    nothing moves when the gradient is not finite.
 
     Returns:
         The norm of all gradients before clipping.
@@ -73,8 +74,6 @@ def update(optimizer: torch.optim.Optimizer, lr: float, clip_grad_norm: float | 
         return float(norm)
     if clip_grad_norm is not None:
         nn.utils.clip_grads_with_norm_(parameters, clip_grad_norm, norm)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
     optimizer.step()
     return float(norm)
 

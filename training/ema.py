@@ -1,0 +1,95 @@
+"""The weights that are measured and saved: the moving average where there is one, LoRA merged.
+
+Training goes on with the raw weights; `plain_weights` puts the others in place for an evaluation,
+and `plain_checkpoint` gives them to be written, always as an ordinary model.
+"""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from fastconformer import ASRModel
+from fastconformer.checkpoint import Checkpoint
+from training.lora import LoRALinear, merge_lora
+
+
+class EMA:
+    """Exponential moving average: `average = decay * average + (1 - decay) * weight` after every
+    step, in float32, over all weights that ever move and BatchNorm's statistics.
+
+    It starts at the weights that training starts from. Source: as NeMo's EMA callback.
+    """
+
+    def __init__(self, model: ASRModel, decay: float):
+        self.decay = decay
+        self.average = {name: tensor.float().clone() for name, tensor in self._moving(model)}
+
+    def _moving(self, model: ASRModel) -> list[tuple[str, Tensor]]:
+        parameters = [(n, p.detach()) for n, p in model.named_parameters() if p.requires_grad]
+        buffers = [
+            (name, buffer)
+            for name, buffer in model.named_buffers()
+            if buffer.is_floating_point() and not name.startswith("preprocessor.")
+        ]
+        return parameters + buffers
+
+    @torch.no_grad()
+    def update(self, model: ASRModel) -> None:
+        tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+        now = [tensors[name].detach().float() for name in self.average]
+        torch._foreach_lerp_(list(self.average.values()), now, 1 - self.decay)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return self.average
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """What began to move since, by a changed recipe, starts from its weights.
+
+        Raises:
+            ValueError: a shape is another.
+        """
+        for name, tensor in self.average.items():
+            if name in state:
+                if state[name].shape != tensor.shape:
+                    raise ValueError(f"the moving average of {name} is of another shape")
+                tensor.copy_(state[name])
+
+
+@torch.no_grad()
+def plain_state_dict(model: ASRModel, ema: EMA | None = None) -> dict[str, Tensor]:
+    """The model's tensors under a stock model's names: averaged, merged, in float32 where training
+    holds them in bfloat16."""
+    state = model.state_dict()
+    if ema is not None:
+        state |= ema.average
+    state = merge_lora(model, state)
+    return {k: v.float() if v.dtype == torch.bfloat16 else v for k, v in state.items()}
+
+
+def plain_checkpoint(model: ASRModel, ema: EMA | None = None) -> Checkpoint:
+    """What `fastconformer.checkpoint.write_folder` and `write_nemo` take."""
+    return Checkpoint(model.config.nemo, plain_state_dict(model, ema), model.tokenizer_files)
+
+
+@contextlib.contextmanager
+@torch.no_grad()
+def plain_weights(model: ASRModel, ema: EMA | None = None) -> Iterator[None]:
+    """The model holds the plain weights inside, and bit for bit its own again after."""
+    adapted = {path: m for path, m in model.named_modules() if isinstance(m, LoRALinear)}
+    changed = {f"{path}.weight" for path in adapted} | set(ema.average if ema else ())
+    own = model.state_dict()
+    plain = plain_state_dict(model, ema) if changed else {}
+    before = {name: own[name].clone() for name in changed if name in plain}
+    try:
+        for name in before:
+            own[name].copy_(plain[name])
+        for module in adapted.values():
+            module.merged = True
+        yield
+    finally:
+        for name, tensor in before.items():
+            own[name].copy_(tensor)
+        for module in adapted.values():
+            module.merged = False
