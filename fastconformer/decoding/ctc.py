@@ -1,27 +1,58 @@
 """CTC greedy decoding: the best class of each frame, runs collapsed, blanks dropped."""
 
-import numpy as np
 import torch
 
+from .confidence import Confidence
 from .hypothesis import Hypothesis
 
 
-def ctc_greedy(log_probs: torch.Tensor, lengths: torch.Tensor) -> list[Hypothesis]:
-    """log_probs (B, T', V+1), blank last; lengths (B,). The score sums the best log-probability of
-    every frame that is not blank, as NeMo's greedy CTC does."""
+def ctc_greedy(
+    log_probs: torch.Tensor,
+    lengths: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    confidence: Confidence | None = None,
+) -> list[Hypothesis]:
+    """log_probs (B, T', V+1), blank last; lengths (B,). Runs are found on the device, and come to
+    the host in one transfer. The score sums the best log-probability of every frame that is not
+    blank, as NeMo's greedy CTC does.
+
+    Args:
+        bias: (V+1,) added to the log-probabilities, -inf for tokens that must not occur.
+        confidence: also give the confidence of each token, aggregated over its run.
+    """
     blank = log_probs.shape[-1] - 1
+    if bias is not None:
+        log_probs = log_probs + bias.to(log_probs)
     best, labels = log_probs.max(-1)  # (B, T')
     valid = torch.arange(labels.shape[1], device=labels.device) < lengths[:, None]
-    spoken = (labels != blank) & valid
+    labels = labels.masked_fill(~valid, blank)
+    spoken = labels != blank
     scores = (best.float() * spoken).sum(-1).tolist()
-    starts = spoken.clone()
-    starts[:, 1:] &= labels[:, 1:] != labels[:, :-1]
-    starts, spoken, labels = starts.cpu().numpy(), spoken.cpu().numpy(), labels.cpu().numpy()
-    hypotheses = []
-    for row, score in enumerate(scores):
-        frames = starts[row].nonzero()[0]
-        runs = np.bincount(starts[row].cumsum() * spoken[row], minlength=len(frames) + 1)
+    rows = torch.arange(len(labels), device=labels.device)[:, None].expand_as(labels)
+    # one run a clip boundary at least: the row is part of what must be equal within a run
+    runs, run_lengths = torch.unique_consecutive(
+        (labels + rows * (blank + 1)).flatten(), return_counts=True
+    )
+    starts = run_lengths.cumsum(0) - run_lengths
+    tokens, row = runs % (blank + 1), runs.div(blank + 1, rounding_mode="floor")
+    kept = tokens != blank
+    counts = torch.bincount(row[kept], minlength=len(labels)).tolist()
+    fields = (tokens[kept], (starts - row * labels.shape[1])[kept], run_lengths[kept])
+    tokens, frames, spans = torch.stack(fields).tolist()
+    sure = None
+    if confidence is not None:
+        of_frame = confidence.of(log_probs[spoken], blank + 1).tolist()  # runs, back to back
+        sure, at = [], 0
+        for span in spans:
+            sure.append(confidence.aggregate(of_frame[at : at + span]))
+            at += span
+    hypotheses, first = [], 0
+    for count, score in zip(counts, scores):
+        part = slice(first, first + count)
         hypotheses.append(
-            Hypothesis(labels[row][frames].tolist(), frames.tolist(), runs[1:].tolist(), score)
+            Hypothesis(
+                tokens[part], frames[part], spans[part], score, None if sure is None else sure[part]
+            )
         )
+        first += count
     return hypotheses

@@ -7,10 +7,12 @@ class Hypothesis:
 
     tokens: ids without blank. frames: encoder frame at which each token was emitted (CTC: the first
     frame of its run). durations: frames each token spans (TDT: the predicted duration, CTC: the
-    length of its run), None for RNNT. score: sum of log-probabilities.
+    length of its run), None for RNNT. score: sum of log-probabilities. confidences: of each token,
+    None unless asked for.
     """
 
     tokens: list[int] = field(default_factory=list)
     frames: list[int] = field(default_factory=list)
     durations: list[int] | None = None
     score: float = 0.0
+    confidences: list[float] | None = None
