@@ -1,0 +1,94 @@
+"""What a user may ask of decoding, and the scorers and masks that come of it."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..tokenizer import Tokenizer
+from .allow import token_bias
+from .confidence import Confidence
+from .fusion import Fusion, PhraseScorer, language_model_scorer
+from .ngram import NGramModel, read_arpa
+
+
+@dataclass(frozen=True)
+class DecodingOptions:
+    """How to decode. The defaults are greedy, and give NeMo's output.
+
+    beam: hypotheses kept; 1 without a language model and phrases is greedy.
+    lm: an ARPA file (.gz too), or the NGramModel that `read_arpa` gave, of words or of tokens.
+    lm_weight: of its log-probabilities beside the audio's; lm_bonus: nats added for each word (or
+        token, as the model has it), against texts that become too short.
+    boost: phrases to expect, with nats for each piece they are written with, or phrases alone,
+        which get `boost_weight`.
+    allow: languages, scripts or pieces that may occur; empty: all.
+    confidence: True (NeMo's defaults) or a Confidence: give tokens and words confidences.
+    score_norm: transducer beams compare texts by score per token, as NeMo does.
+    retry: decode again where a transducer has gone silent over speech.
+    """
+
+    beam: int = 1
+    lm: NGramModel | str | Path | None = None
+    lm_weight: float = 0.3
+    lm_bonus: float = 0.0
+    boost: Mapping[str, float] | Sequence[str] | None = None
+    boost_weight: float = 1.5
+    allow: Sequence[str] = ()
+    confidence: Confidence | bool | None = None
+    score_norm: bool = True
+    retry: bool = True
+
+    def __post_init__(self):
+        if not isinstance(self.beam, int) or self.beam < 1:
+            raise ValueError(f"beam is {self.beam!r}, expected a whole number of at least 1")
+        if isinstance(self.lm, str | os.PathLike):
+            object.__setattr__(self, "lm", read_arpa(self.lm))
+        if isinstance(self.boost, str):
+            raise ValueError(f"boost is {self.boost!r}, expected a list of phrases or their weights")
+        if self.boost is not None and not isinstance(self.boost, Mapping):
+            object.__setattr__(self, "boost", dict.fromkeys(self.boost, self.boost_weight))
+        if isinstance(self.allow, str):
+            object.__setattr__(self, "allow", (self.allow,))
+        if isinstance(self.confidence, bool):
+            object.__setattr__(self, "confidence", Confidence() if self.confidence else None)
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.beam == 1 and self.lm is None and not self.boost
+
+    def fusion(self, tokenizer: Tokenizer, device: torch.device) -> Fusion | None:
+        scorers = []
+        if self.lm is not None:
+            scorers.append(
+                language_model_scorer(self.lm, tokenizer, self.lm_weight, self.lm_bonus, device)
+            )
+        if self.boost:
+            scorers.append(PhraseScorer(self.boost, tokenizer, device))
+        return Fusion(scorers) if scorers else None
+
+    def bias(self, tokenizer: Tokenizer, device: torch.device) -> torch.Tensor | None:
+        return token_bias(tokenizer, self.allow).to(device) if self.allow else None
+
+
+def read_phrases(path: str | Path, weight: float) -> dict[str, float]:
+    """A list of phrases, one a line, each with its own weight after a tab or with `weight`; empty
+    lines and lines that start with # are passed over. FileNotFoundError, or ValueError naming the
+    line."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"list of phrases {path} is not a file")
+    phrases = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
+        phrase, tab, own = line.partition("\t")
+        if not phrase.strip() or phrase.startswith("#"):
+            continue
+        try:
+            phrases[phrase.strip()] = float(own) if tab else weight
+        except ValueError:
+            raise ValueError(f"{path}:{number}: {own!r} is not a weight") from None
+    if not phrases:
+        raise ValueError(f"{path} names no phrase")
+    return phrases
