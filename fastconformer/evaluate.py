@@ -26,8 +26,10 @@ from .metrics import (
 from .transcribe import (
     Clip,
     UsageError,
+    add_decoding_arguments,
     add_model_arguments,
     check_output,
+    decoding_options,
     load_model,
     read_manifest,
     transcribe_clips,
@@ -40,11 +42,12 @@ LISTED = 10  # utterances, or skipped lines, shown on the terminal; the result f
 CONFIDENCE = 0.95
 
 
-def evaluate(model, clips, head=None, batch_size=16, normalizer="basic") -> dict:
+def evaluate(model, clips, head=None, batch_size=16, normalizer="basic", **decoding) -> dict:
     """Transcribes clips that have a reference text and counts the errors.
 
     Args:
-        model: an ASRModel; clips: from `read_manifest`; head: None is the model's default.
+        model: an ASRModel; clips: from `read_manifest`; head: None is the model's default;
+        decoding: see DecodingOptions.
     Returns:
         What the result file holds, of types that JSON has: "raw" and "normalized" counts,
         "empty_outputs", one entry for each of "utterances" and "skipped".
@@ -56,7 +59,8 @@ def evaluate(model, clips, head=None, batch_size=16, normalizer="basic") -> dict
             skipped.append({"audio": clip.audio, "reason": "the line has no text"})
         else:
             with_text.append(clip)
-    for clip, transcript, reason in transcribe_clips(model, with_text, head, batch_size):
+    results = transcribe_clips(model, with_text, head, batch_size, **decoding)
+    for clip, transcript, reason in results:
         reason = reason or _duration_mismatch(clip, transcript.duration)
         if reason:
             skipped.append({"audio": clip.audio, "reason": reason})
@@ -285,6 +289,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     )
     parser.add_argument("manifest", type=Path, metavar="MANIFEST", help="JSON lines with text")
     add_model_arguments(parser)
+    add_decoding_arguments(parser)
     parser.add_argument("--lang", help="only lines of this `lang` (or without one)")
     parser.add_argument(
         "--normalizer",
@@ -319,7 +324,8 @@ def run(args) -> int:
         there = _by_key(old["utterances"], _utterance_key)
         _same_utterances({key: here[key] for key in here if key in there}, there)
     model = load_model(args)
-    results = evaluate(model, clips, args.head, args.batch_size, args.normalizer)
+    decoding = decoding_options(args, model)
+    results = evaluate(model, clips, args.head, args.batch_size, args.normalizer, **decoding)
     results["skipped"][:0] = [{"audio": place, "reason": reason} for place, reason in problems]
     results["n_skipped"] = len(results["skipped"])
     results = {"manifest": str(args.manifest), "model": str(args.model)} | results

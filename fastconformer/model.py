@@ -1,7 +1,8 @@
 """The whole model: holds the parts, and takes audio to text or to losses."""
 
 import os
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,21 @@ from torch.overrides import TorchFunctionMode
 from .audio import load_audio
 from .checkpoint import Checkpoint, read_checkpoint, write_folder
 from .config import CTC_CLASSES, ModelConfig
-from .decoding import Hypothesis, ctc_greedy, transducer_greedy
+from .decoding import (
+    Confidence,
+    DecodingOptions,
+    GraphCache,
+    Hypothesis,
+    ctc_align,
+    ctc_beam,
+    ctc_greedy,
+    silent_stretches,
+    speaks,
+    speech_frames,
+    splice,
+    transducer_beam,
+    transducer_greedy,
+)
 from .encoder import ConformerEncoder
 from .features import Preprocessor
 from .heads import CTCHead, Joint, PredictionNetwork
@@ -27,7 +42,9 @@ class Transcript:
 
     tokens: ids; token_frames: encoder frame of each; token_durations: frames each spans (None for
     RNNT); words and segments: times in seconds, None unless asked for; score: log-probability of
-    the greedy path; head: which head spoke; duration: the clip's seconds.
+    the path that was taken; head: which head spoke; duration: the clip's seconds; confidences: of
+    each token, None unless asked for (words then have theirs); retries: stretches of speech over
+    which the head had gone silent, with the text that a second try found there.
     """
 
     text: str
@@ -39,6 +56,8 @@ class Transcript:
     score: float
     head: str
     duration: float
+    confidences: list[float] | None = None
+    retries: list[Span] = field(default_factory=list)
 
 
 class ASRModel(nn.Module):
@@ -66,6 +85,7 @@ class ASRModel(nn.Module):
             self.joint = Joint(config.joint)
         if config.ctc:
             setattr(self, _ctc_name(config), CTCHead(config.ctc))
+        self._graphs = GraphCache()
 
     @property
     def sample_rate(self) -> int:
@@ -163,21 +183,146 @@ class ASRModel(nn.Module):
         self, encoded: torch.Tensor, lengths: torch.Tensor, head: str | None = None
     ) -> list[Hypothesis]:
         """Greedy tokens, frames and durations of each clip; `head` defaults to the first."""
-        head = head or self.heads[0]
+        return self.decode(encoded, lengths, head)
+
+    @torch.no_grad()
+    def decode(
+        self,
+        encoded: torch.Tensor,
+        lengths: torch.Tensor,
+        head: str | None = None,
+        options: DecodingOptions | None = None,
+    ) -> list[Hypothesis]:
+        """encoded (B, T', D), lengths (B,) -> what `head` (default: the first) finds in each clip,
+        greedily or as `options` say. ValueError: no such head."""
+        head, options = head or self.heads[0], options or DecodingOptions()
         self._check_head(head)
-        with torch.no_grad():
-            if head == "ctc":
-                return ctc_greedy(self.ctc_log_probs(encoded), lengths)
-            config = self.config
-            return transducer_greedy(
-                encoded,
-                lengths,
-                self.decoder,
-                self.joint,
-                self.blank_id,
-                config.loss.durations,
-                config.max_symbols,
+        common = {"bias": options.bias(self.tokenizer, encoded.device)}
+        common["confidence"] = options.confidence
+        fusion = options.fusion(self.tokenizer, encoded.device)
+        if head == "ctc":
+            log_probs = self.ctc_log_probs(encoded)
+            if options.is_greedy:
+                return ctc_greedy(log_probs, lengths, **common)
+            return ctc_beam(log_probs, lengths, options.beam, fusion, **common)
+        parts = encoded, lengths, self.decoder, self.joint, self.blank_id
+        common |= {
+            "durations": self.config.loss.durations,
+            "max_symbols": self.config.max_symbols,
+        }
+        if options.is_greedy:
+            graphs = self._graphs if encoded.is_cuda else None
+            return transducer_greedy(*parts, graphs=graphs, **common)
+        return transducer_beam(
+            *parts,
+            options.beam,
+            fusion=fusion,
+            blank_scale=options.lm_weight if options.lm is not None else 0.0,
+            score_norm=options.score_norm,
+            **common,
+        )
+
+    def retry_stuck(
+        self,
+        hypothesis: Hypothesis,
+        encoded: torch.Tensor,
+        samples: torch.Tensor,
+        head: str,
+        options: DecodingOptions | None = None,
+    ) -> list[tuple[int, int, str]]:
+        """Where a transducer went silent over speech, decodes the stretch again from a fresh state
+        and puts what it finds into the hypothesis. In a hybrid the CTC head must hear tokens there
+        too, and is believed where the transducer still finds less than half as many.
+
+        Args:
+            encoded: (T', D) of the clip, samples: (L,) its audio.
+        Returns:
+            (first frame, end frame, text found) of each stretch that was mended.
+        """
+        frame_s = self.config.frame_seconds
+        stretches = silent_stretches(hypothesis, len(encoded), frame_s)
+        if head == "ctc" or not stretches:
+            return []
+        frame_samples = round(frame_s * self.sample_rate)
+        speech = speech_frames(samples.cpu(), frame_samples, len(encoded))
+        mended = []
+        for first, end in stretches:
+            if not speaks(speech[first:end], frame_s):
+                continue
+            part, length = encoded[None, first:end], torch.tensor([end - first])
+            length = length.to(encoded.device)
+            (found,) = self.decode(part, length, head, options)
+            if "ctc" in self.heads:
+                (heard,) = self.decode(part, length, "ctc", options)
+                if not heard.tokens:
+                    continue  # loud, but no speech to either head
+                if 2 * len(found.tokens) < len(heard.tokens):
+                    found = heard
+            if found.tokens:
+                splice(hypothesis, found, first)
+                mended.append((first, end, self.tokenizer.decode(found.tokens)))
+        return mended
+
+    @torch.no_grad()
+    def align(self, audio, text: str, confidence: Confidence | bool | None = None) -> list[Span]:
+        """When each word of a known text was said, by the CTC head.
+
+        Args:
+            audio: a path or mono samples, as for `transcribe`; text: words between spaces.
+            confidence: also give each word's confidence; True takes NeMo's defaults.
+        Returns:
+            One Span for each word of `text.split()`, times in seconds. A word of which the
+            tokenizer knows nothing has no extent.
+        Raises:
+            ValueError: no CTC head, no words, or more tokens than the clip has frames for.
+        """
+        self._check_head("ctc")
+        words = text.split()
+        if not words:
+            raise ValueError("the text to align is empty")
+        clip = self._samples(audio)
+        samples, lengths, (shift,) = self._collate([clip], 1.0)
+        device = self.encoder.pre_encode.out.weight.device
+        training = self.training
+        self.eval()
+        try:
+            encoded, lengths = self.encode(*self.featurize(samples.to(device), lengths.to(device)))
+        finally:
+            self.train(training)
+        options = DecodingOptions(confidence=confidence)
+        tokens, ends = self._tokens_of_words(words)
+        (found,) = ctc_align(self.ctc_log_probs(encoded), lengths, [tokens], options.confidence)
+        if len(found.frames) < len(tokens):
+            raise ValueError(
+                f"the text has {len(tokens)} tokens, too many for the {int(lengths)} frames of a "
+                f"clip of {len(clip) / self.sample_rate:.2f} s"
             )
+        spans, first, time = [], 0, 0
+        for word, end in zip(words, ends):
+            while first < end and tokens[first] in self._space_ids():
+                first += 1
+            start = found.frames[first] if first < end else time
+            time = found.frames[end - 1] + found.durations[end - 1] if first < end else time
+            sure = found.confidences[first:end] if found.confidences else None
+            span = Span(word, start, time)
+            if sure:
+                span.confidence = options.confidence.aggregate(sure)
+            spans.append(span)
+            first = end
+        return in_seconds(spans, self.config.frame_seconds, shift, len(clip) / self.sample_rate)
+
+    def _tokens_of_words(self, words: list[str]) -> tuple[list[int], list[int]]:
+        """Tokens of words said one after the other, and the number of tokens after each word."""
+        tokens, ends = [], []
+        space = self._space_ids() if self.tokenizer.kind == "char" else []
+        for word in words:
+            ids = self.tokenizer.encode(word)
+            tokens += (space if tokens and ids else []) + ids
+            ends.append(len(tokens))
+        return tokens, ends
+
+    def _space_ids(self) -> list[int]:
+        return [i for i, piece in enumerate(self.tokenizer.pieces) if piece in (" ", "▁")]
 
     @torch.no_grad()
     def transcribe(
@@ -187,6 +332,7 @@ class ASRModel(nn.Module):
         batch_size: int = 16,
         timestamps: bool = False,
         min_duration_s: float = 1.0,
+        **decoding,
     ) -> list[Transcript]:
         """Text of each input, in their order.
 
@@ -198,11 +344,14 @@ class ASRModel(nn.Module):
             timestamps: also give words and segments with times.
             min_duration_s: shorter clips get silence on both sides, as in NeMo 3.0; times stay the
                 input's.
+            decoding: fields of DecodingOptions: beam, lm, lm_weight, boost, allow, confidence ...
         Raises:
-            ValueError, FileNotFoundError: unreadable audio, an empty clip, an unknown head.
+            ValueError, FileNotFoundError: unreadable audio, an empty clip, an unknown head, a
+                decoding option that does not fit.
         """
         head = head or self.heads[0]
         self._check_head(head)
+        options = DecodingOptions(**decoding)
         if isinstance(inputs, (str, os.PathLike, np.ndarray, torch.Tensor)):
             inputs = [inputs]
         clips = [self._samples(item) for item in inputs]
@@ -216,11 +365,16 @@ class ASRModel(nn.Module):
                 audio, lengths, shifts = self._collate([clips[i] for i in batch], min_duration_s)
                 features, lengths = self.featurize(audio.to(device), lengths.to(device))
                 encoded, lengths = self.encode(features, lengths)
-                for i, shift, hypothesis in zip(
-                    batch, shifts, self.decode_greedy(encoded, lengths, head)
-                ):
+                found = self.decode(encoded, lengths, head, options)
+                for row, (i, shift, hypothesis) in enumerate(zip(batch, shifts, found)):
+                    retries = []
+                    if options.retry:
+                        valid = encoded[row, : int(lengths[row])]
+                        retries = self.retry_stuck(hypothesis, valid, audio[row], head, options)
                     seconds = len(clips[i]) / self.sample_rate
-                    transcripts[i] = self.transcript(hypothesis, head, seconds, timestamps, shift)
+                    transcripts[i] = self.transcript(
+                        hypothesis, head, seconds, timestamps, shift, options.confidence, retries
+                    )
         finally:
             self.train(training)
         return transcripts
@@ -232,16 +386,22 @@ class ASRModel(nn.Module):
         duration_s: float,
         timestamps: bool = False,
         shift_s: float = 0.0,
+        confidence: Confidence | None = None,
+        retries: Sequence[tuple[int, int, str]] = (),
     ) -> Transcript:
         """Text and, if asked for, times of what a decoder found; `shift_s` is silence that was put
-        in front of the clip."""
+        in front of the clip; `confidence` is how tokens' confidences become words'; `retries` is
+        what `retry_stuck` gave."""
         words = segments = None
+        spans = [Span(text, first, end) for first, end, text in retries]
+        times = self.config.frame_seconds, shift_s, duration_s
         if timestamps:
             config, tokenizer = self.config, self.tokenizer
             tokens = token_spans(hypothesis, head, tokenizer)
-            words = word_spans(tokens, tokenizer.ids_to_pieces(hypothesis.tokens), tokenizer)
+            pieces = tokenizer.ids_to_pieces(hypothesis.tokens)
+            aggregate = confidence.aggregate if confidence else min
+            words = word_spans(tokens, pieces, tokenizer, aggregate)
             segments = segment_spans(words, config.segment_separators, config.segment_gap_frames)
-            times = config.frame_seconds, shift_s, duration_s
             words, segments = in_seconds(words, *times), in_seconds(segments, *times)
         return Transcript(
             text=self.tokenizer.decode(hypothesis.tokens),
@@ -253,6 +413,8 @@ class ASRModel(nn.Module):
             score=hypothesis.score,
             head=head,
             duration=duration_s,
+            confidences=hypothesis.confidences,
+            retries=in_seconds(spans, *times),
         )
 
     def _samples(self, item) -> np.ndarray:

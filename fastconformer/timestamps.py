@@ -12,11 +12,13 @@ from .tokenizer import Tokenizer
 
 @dataclass
 class Span:
-    """A word or a segment and its times, in seconds (inside this file also in frames)."""
+    """A word or a segment and its times, in seconds (inside this file also in frames), and the
+    confidence of a word where it was asked for."""
 
     text: str
     start: float
     end: float
+    confidence: float | None = None
 
 
 def token_spans(hypothesis: Hypothesis, head: str, tokenizer: Tokenizer) -> list[Span]:
@@ -35,7 +37,8 @@ def token_spans(hypothesis: Hypothesis, head: str, tokenizer: Tokenizer) -> list
     else:
         starts, ends = [max(0, frames[0] - 1), *frames[:-1]] if frames else [], frames
     texts = (tokenizer.join([piece]) for piece in tokenizer.ids_to_pieces(hypothesis.tokens))
-    spans = [Span(*fields) for fields in zip(texts, starts, ends)]
+    sure = hypothesis.confidences or [None] * len(frames)
+    spans = [Span(*fields) for fields in zip(texts, starts, ends, sure)]
     for before, span in itertools.pairwise(spans):
         if span.text[:1] and span.text[0] in tokenizer.punctuation:
             if head == "tdt":
@@ -45,37 +48,53 @@ def token_spans(hypothesis: Hypothesis, head: str, tokenizer: Tokenizer) -> list
     return spans
 
 
-def word_spans(tokens: list[Span], pieces: list[str], tokenizer: Tokenizer) -> list[Span]:
+def word_spans(
+    tokens: list[Span], pieces: list[str], tokenizer: Tokenizer, aggregate=min
+) -> list[Span]:
     """Joins tokens to words; marks are glued to the word before them.
 
     Args:
         tokens: from `token_spans`; pieces: the same tokens as vocabulary pieces.
+        aggregate: the confidences of a word's tokens -> the word's.
     """
     words, built, first = [], [], 0
+    members, inside = [], []  # tokens of each word, and of the one being built
     following = _next_text(tokens)
+
+    def close(last):
+        words.append(Span(tokenizer.join(built), tokens[first].start, tokens[last].end))
+        members.append(inside)
+
     for i, (token, piece) in enumerate(zip(tokens, pieces)):
         mark = token.text in tokenizer.punctuation and token.text != " "
         boundary = token.text == " " and following[i] not in tokenizer.punctuation
         if not mark and (boundary or tokenizer.starts_word(piece, token.text)):
             if built:
-                words.append(Span(tokenizer.join(built), tokens[first].start, tokens[i - 1].end))
-            built = [] if token.text == " " else [piece]
+                close(i - 1)
+            built, inside = ([], []) if token.text == " " else ([piece], [i])
             first = i
         elif mark and words and not built:
             words[-1].end = token.end
             words[-1].text = words[-1].text.removesuffix(" ") + token.text
+            members[-1].append(i)
         elif mark and built:
             if built[-1] in (" ", "_", "▁"):
                 built.pop()
+                inside.pop()
             built.append(piece)
+            inside.append(i)
         else:
             if not built:
                 first = i
             built.append(piece)
+            inside.append(i)
     if built:
-        words.append(Span(tokenizer.join(built), tokens[first].start, tokens[-1].end))
+        close(-1)
     if words:
         words[0].start = tokens[0].start
+    for word, of_word in zip(words, members):
+        sure = [tokens[i].confidence for i in of_word]
+        word.confidence = aggregate(sure) if sure and None not in sure else None
     return words
 
 
@@ -125,4 +144,4 @@ def in_seconds(spans: list[Span], frame_s: float, shift_s: float, duration_s: fl
         seconds = frame * frame_s
         return min(max(seconds - shift_s, 0.0), duration_s) if shift_s else seconds
 
-    return [Span(span.text, at(span.start), at(span.end)) for span in spans]
+    return [Span(span.text, at(span.start), at(span.end), span.confidence) for span in spans]

@@ -28,6 +28,7 @@ import torch
 import fastconformer
 
 from .audio import load_audio
+from .decoding import Confidence, read_arpa, read_phrases, token_bias
 from .files import atomic_file
 from .model import ASRModel, Transcript
 from .timestamps import Span
@@ -82,24 +83,37 @@ def to_ctm(transcript: Transcript, name: str, offset_s: float = 0.0) -> str:
 
 def to_json(transcript: Transcript, **fields) -> dict:
     """All fields of the transcript after `fields`, of types that JSON has; spans become objects
-    with text, start and end. A score that is not finite becomes None."""
+    with text, start, end and, where there is one, confidence. A score that is not finite becomes
+    None. Confidences and retries are left out where there are none."""
+
+    def of_span(span):
+        sure = {} if span.confidence is None else {"confidence": round(span.confidence, 6)}
+        times = {"start": round(span.start, 6), "end": round(span.end, 6)}
+        return {"text": span.text} | times | sure
 
     def spans(items):
-        if items is None:
-            return None
-        return [{"text": s.text, "start": round(s.start, 6), "end": round(s.end, 6)} for s in items]
+        return None if items is None else [of_span(item) for item in items]
 
-    return fields | {
-        "text": transcript.text,
-        "duration": round(transcript.duration, 6),
-        "head": transcript.head,
-        "score": float(transcript.score) if math.isfinite(transcript.score) else None,
-        "tokens": transcript.tokens,
-        "token_frames": transcript.token_frames,
-        "token_durations": transcript.token_durations,
-        "words": spans(transcript.words),
-        "segments": spans(transcript.segments),
-    }
+    seldom = {}
+    if transcript.confidences is not None:
+        seldom["confidences"] = [round(value, 6) for value in transcript.confidences]
+    if transcript.retries:
+        seldom["retries"] = spans(transcript.retries)
+    return (
+        fields
+        | {
+            "text": transcript.text,
+            "duration": round(transcript.duration, 6),
+            "head": transcript.head,
+            "score": float(transcript.score) if math.isfinite(transcript.score) else None,
+            "tokens": transcript.tokens,
+            "token_frames": transcript.token_frames,
+            "token_durations": transcript.token_durations,
+            "words": spans(transcript.words),
+            "segments": spans(transcript.segments),
+        }
+        | seldom
+    )
 
 
 def cues(transcript: Transcript) -> list[Span]:
@@ -282,12 +296,15 @@ def transcribe_clips(
     head: str | None = None,
     batch_size: int = 16,
     timestamps: bool = False,
+    **decoding,
 ) -> Iterator[tuple[Clip, Transcript | None, str]]:
     """(clip, transcript, "") of each clip in order, or (clip, None, reason) where it has no text.
 
     Reads about an hour of audio at a time, sorts it by length into batches of at most `batch_size`
-    clips and 20 minutes (with padding; a longer clip goes alone).
+    clips and 20 minutes (with padding; a longer clip goes alone). `decoding`: see
+    DecodingOptions.
     """
+    options = {"head": head, "timestamps": timestamps} | decoding
     batch: list[tuple[Clip, np.ndarray | None, str]] = []
     seconds = 0.0
     for clip in clips:
@@ -300,12 +317,12 @@ def transcribe_clips(
             reason = str(error)
         batch.append((clip, samples, reason))
         if seconds >= ROUND_SECONDS or len(batch) >= 16 * batch_size:
-            yield from _transcribe_round(model, batch, head, batch_size, timestamps)
+            yield from _transcribe_round(model, batch, batch_size, options)
             batch, seconds = [], 0.0
-    yield from _transcribe_round(model, batch, head, batch_size, timestamps)
+    yield from _transcribe_round(model, batch, batch_size, options)
 
 
-def _transcribe_round(model, round_, head, batch_size, timestamps):
+def _transcribe_round(model, round_, batch_size, options):
     results = {k: (None, reason) for k, (_, _, reason) in enumerate(round_) if reason}
     order = sorted(
         (k for k in range(len(round_)) if k not in results), key=lambda k: -len(round_[k][1])
@@ -314,22 +331,22 @@ def _transcribe_round(model, round_, head, batch_size, timestamps):
         longest_s = len(round_[order[0]][1]) / model.sample_rate
         size = max(1, min(batch_size, int(BATCH_SECONDS / longest_s)))
         batch, order = order[:size], order[size:]
-        results |= _transcribe_batch(model, batch, round_, head, timestamps)
+        results |= _transcribe_batch(model, batch, round_, options)
     for k, (clip, _, _) in enumerate(round_):
         yield clip, *results[k]
 
 
-def _transcribe_batch(model, batch, round_, head, timestamps):
-    options = {"head": head, "batch_size": len(batch), "timestamps": timestamps}
+def _transcribe_batch(model, batch, round_, options):
     try:
-        transcripts = model.transcribe([round_[k][1] for k in batch], **options)
+        samples = [round_[k][1] for k in batch]
+        transcripts = model.transcribe(samples, batch_size=len(batch), **options)
     except (RuntimeError, ValueError) as error:  # out of memory, mostly: then one by one
         if len(batch) == 1:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             return {batch[0]: (None, f"transcription failed: {reason}")}
         results = {}
         for k in batch:
-            results |= _transcribe_batch(model, [k], round_, head, timestamps)
+            results |= _transcribe_batch(model, [k], round_, options)
         return results
     return {k: (transcript, "") for k, transcript in zip(batch, transcripts, strict=True)}
 
@@ -344,6 +361,51 @@ def add_model_arguments(parser: argparse.ArgumentParser):
     parser.add_argument("--batch-size", type=int, default=16, help="clips a pass (%(default)s)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 ... (%(default)s)")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="(%(default)s)")
+
+
+def add_decoding_arguments(parser: argparse.ArgumentParser):
+    """How to decode, for commands that transcribe; `decoding_options` reads them."""
+    group = parser.add_argument_group("decoding")
+    group.add_argument("--beam", type=int, default=1, metavar="N", help="hypotheses (%(default)s)")
+    group.add_argument("--lm", type=Path, metavar="FILE", help="ARPA language model, also .gz")
+    group.add_argument("--lm-weight", type=float, default=0.3, help="of its scores (%(default)s)")
+    group.add_argument(
+        "--lm-bonus", type=float, default=0.0, help="nats added for each of its words (%(default)s)"
+    )
+    group.add_argument(
+        "--boost",
+        type=Path,
+        metavar="FILE",
+        help="phrases to expect, one a line, each with a weight after a tab if it has its own",
+    )
+    group.add_argument(
+        "--boost-weight", type=float, default=1.5, help="nats for each token (%(default)s)"
+    )
+    group.add_argument(
+        "--languages",
+        metavar="NAMES",
+        help="only letters of these languages, or scripts: en,ru or latin,cyrillic",
+    )
+
+
+def decoding_options(args, model: ASRModel) -> dict:
+    """Keyword arguments for `ASRModel.transcribe`. FileNotFoundError, or ValueError of a file that
+    cannot be used; UsageError of arguments that do not fit."""
+    if args.beam < 1:
+        raise UsageError(f"--beam is {args.beam}, expected at least 1")
+    options = {"beam": args.beam}
+    if args.lm is not None:
+        options |= {"lm": read_arpa(args.lm), "lm_weight": args.lm_weight}
+        options["lm_bonus"] = args.lm_bonus
+    if args.boost is not None:
+        options["boost"] = read_phrases(args.boost, args.boost_weight)
+    if args.languages:
+        options["allow"] = tuple(name for name in args.languages.split(",") if name)
+        try:
+            token_bias(model.tokenizer, options["allow"])
+        except ValueError as error:
+            raise UsageError(f"--languages: {error}") from None
+    return options
 
 
 class UsageError(ValueError):
@@ -375,7 +437,16 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     )
     parser.add_argument("audio", nargs="+", metavar="AUDIO", help="file, folder or .jsonl manifest")
     add_model_arguments(parser)
+    add_decoding_arguments(parser)
     parser.add_argument("--timestamps", action="store_true", help="times of words and segments")
+    parser.add_argument(
+        "--confidence",
+        nargs="?",
+        const="tsallis",
+        metavar="MEASURE",
+        choices=["tsallis", "gibbs", "renyi", "max_prob"],
+        help="confidences of tokens and words, for --format json (tsallis, as NeMo)",
+    )
     parser.add_argument(
         "--format",
         choices=["text", "json", "srt", "vtt", "ctm"],
@@ -424,8 +495,11 @@ def run(args) -> int:
     if not clips:
         return 1
     model = load_model(args)
+    decoding = decoding_options(args, model)
+    if args.confidence:
+        decoding["confidence"] = Confidence(args.confidence)
     timestamps = args.timestamps or args.format in ("srt", "vtt", "ctm")
-    results = transcribe_clips(model, clips, args.head, args.batch_size, timestamps)
+    results = transcribe_clips(model, clips, args.head, args.batch_size, timestamps, **decoding)
     names = _Names()
     pieces, objects = [], []
     for clip, transcript, reason in results:

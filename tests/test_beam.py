@@ -250,7 +250,9 @@ def test_words_are_scored_as_the_model_scores_them(tmp_path):
 def test_tokens_are_scored_as_pieces_or_in_nemos_spelling(tmp_path):
     for spell in (lambda i: CHARS.pieces[i] if i else "▁", lambda i: chr(100 + i)):
         a, c, t = spell(1), spell(2), spell(7)
-        rest = "".join(f"-1.5\t{spell(i)}\n" for i in range(len(CHARS.pieces)) if i not in (1, 2, 7))
+        rest = "".join(
+            f"-1.5\t{spell(i)}\n" for i in range(len(CHARS.pieces)) if i not in (1, 2, 7)
+        )
         (tmp_path / "lm.arpa").write_text(
             f"\\data\\\nngram 1={len(CHARS.pieces) + 1}\nngram 2=2\n\n\\1-grams:\n-2\t<unk>\n"
             f"-1\t{a}\t-0.5\n-1.2\t{c}\t-0.4\n-1.3\t{t}\n{rest}\n\\2-grams:\n-0.1\t{c} {a}\n"

@@ -1,19 +1,33 @@
 """Decoding: functions from encoder frames to lists of hypotheses."""
 
+from .allow import token_bias
 from .confidence import Confidence
 from .ctc import ctc_greedy
 from .ctc_alignment import ctc_align
+from .ctc_beam import ctc_beam
 from .hypothesis import Hypothesis
 from .ngram import NGramModel, read_arpa
+from .options import DecodingOptions, read_phrases
+from .stuck import silent_stretches, speaks, speech_frames, splice
 from .transducer import GraphCache, transducer_greedy
+from .transducer_beam import transducer_beam
 
 __all__ = [
     "Confidence",
+    "DecodingOptions",
     "GraphCache",
     "Hypothesis",
     "NGramModel",
     "ctc_align",
+    "ctc_beam",
     "ctc_greedy",
     "read_arpa",
+    "read_phrases",
+    "silent_stretches",
+    "speaks",
+    "speech_frames",
+    "splice",
+    "token_bias",
+    "transducer_beam",
     "transducer_greedy",
 ]

@@ -1,7 +1,7 @@
 """How sure a decoder is of a token: from the distribution it was chosen from.
 
-Source: NeMo's asr_confidence_utils (arXiv:2212.08703): entropies of Gibbs, Tsallis and Renyi, mapped
-to [0, 1] linearly or exponentially, and the numbers it aggregates to tokens and words.
+Source: NeMo's asr_confidence_utils (arXiv:2212.08703): entropies of Gibbs, Tsallis and Renyi,
+mapped to [0, 1] linearly or exponentially, and the numbers it aggregates to tokens and words.
 """
 
 import math

@@ -40,7 +40,9 @@ def ctc_align(
     labels = np.full((batch, n_states), blank, dtype=np.int64)
     for row, ids in zip(labels, tokens):
         row[1 : 2 * len(ids) : 2] = ids
-    skips = np.zeros((batch, n_states), dtype=bool)  # a blank between different tokens may be left out
+    skips = np.zeros(
+        (batch, n_states), dtype=bool
+    )  # a blank between different tokens may be left out
     skips[:, 3::2] = labels[:, 3::2] != labels[:, 1:-2:2]
     last_states = np.array([2 * len(ids) for ids in tokens], dtype=np.int64)
     # a path at state s of frame t must still reach the end: one clip's states below this cannot
@@ -81,7 +83,11 @@ def ctc_align(
         if len(firsts) > 1:
             scores = advance(scores, first, min(first + block, n_frames))
     path = np.zeros((n_frames, batch), dtype=np.int64)
-    rows, state, totals = np.arange(batch), last_states, [-math.inf if ids else 0.0 for ids in tokens]
+    rows, state, totals = (
+        np.arange(batch),
+        last_states,
+        [-math.inf if ids else 0.0 for ids in tokens],
+    )
     for first in reversed(firsts):
         last = min(first + block, n_frames)
         moves = torch.zeros(last - first, batch, n_states, dtype=torch.uint8, device=device)

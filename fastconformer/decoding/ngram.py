@@ -148,7 +148,9 @@ def _section(line: str) -> int | None:
 def _tensors(orders, n_words: int) -> dict[str, torch.Tensor]:
     """n-grams -> sorted arcs. The n-grams of order n are states numbered after those before, in
     the order of their keys; those of the highest order are none, and lead to their suffix."""
-    grams = [np.array(ids, dtype=np.int64).reshape(-1, n + 1) for n, (ids, _, _) in enumerate(orders)]
+    grams = [
+        np.array(ids, dtype=np.int64).reshape(-1, n + 1) for n, (ids, _, _) in enumerate(orders)
+    ]
     first, keys_of = [1], []  # state of the first n-gram of each order; keys of each order
     states = [np.zeros(1, dtype=np.int64)]
 

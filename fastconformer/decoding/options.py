@@ -47,7 +47,9 @@ class DecodingOptions:
         if isinstance(self.lm, str | os.PathLike):
             object.__setattr__(self, "lm", read_arpa(self.lm))
         if isinstance(self.boost, str):
-            raise ValueError(f"boost is {self.boost!r}, expected a list of phrases or their weights")
+            raise ValueError(
+                f"boost is {self.boost!r}, expected a list of phrases or their weights"
+            )
         if self.boost is not None and not isinstance(self.boost, Mapping):
             object.__setattr__(self, "boost", dict.fromkeys(self.boost, self.boost_weight))
         if isinstance(self.allow, str):

@@ -129,7 +129,9 @@ class _LabelLoop:
         the records. `skip_idle` asks the device whether there is a label at all."""
         frames = self.frame[:, None] + self.window  # (B, W)
         inside = torch.minimum(frames, (self.lengths - 1).clamp(min=0)[:, None])
-        logits = self.joint.step(self.projected[self.rows[:, None], inside], self.predicted[:, None])
+        logits = self.joint.step(
+            self.projected[self.rows[:, None], inside], self.predicted[:, None]
+        )
         token_logits = logits[..., : self.blank + 1]
         if self.bias is not None:
             token_logits = token_logits + self.bias

@@ -90,10 +90,7 @@ def transducer_beam(
             spoken = torch.log(-torch.expm1(of_blank.clamp(max=-1e-7)))
             top = top + score + blank_scale * spoken[:, None]
             of_blank = of_blank * (1 + blank_scale)
-        if durations:
-            of_arc = logits[:, blank + 1 :].log_softmax(-1)  # (B*K, N)
-        else:
-            of_arc = logits.new_zeros(n, 1)
+        of_arc = logits[:, blank + 1 :].log_softmax(-1) if durations else logits.new_zeros(n, 1)
         # a choice: (token or blank) x arc; blank comes first
         choices = torch.cat((of_blank[:, None], top), 1)[..., None] + of_arc[:, None]
         choices = scores[..., None] + choices.view(batch, beam, -1)
