@@ -156,6 +156,7 @@ class EncoderConfig:
     global_tokens: int = 0
     global_tokens_spacing: int = 1
     global_attn_separate: bool = False
+    wkv_head_size: int | None = None  # of BiRWKV7's recurrence, and ours; None: as the fork
 
     def __post_init__(self):
         _require(
@@ -167,9 +168,9 @@ class EncoderConfig:
             f"encoder.subsampling_factor is {self.subsampling_factor}, expected 2, 4, 8 or 16",
         )
         _require(
-            self.self_attention_model in ("rel_pos", "rel_pos_local_attn"),
+            self.self_attention_model in ("rel_pos", "rel_pos_local_attn", "rwkv7_attn"),
             f"encoder.self_attention_model is {self.self_attention_model!r}, "
-            "supported are rel_pos and rel_pos_local_attn",
+            "supported are rel_pos, rel_pos_local_attn and rwkv7_attn",
         )
         _require(
             self.att_context_style in ("regular", "chunked_limited"),
@@ -201,6 +202,11 @@ class EncoderConfig:
                     f"encoder.att_context_size [{left}, {right}]: "
                     "left must be a multiple of right + 1",
                 )
+        width = self.wkv_head_size
+        _require(
+            width is None or (width > 0 and self.d_model % width == 0),
+            f"encoder.wkv_head_size is {width}, expected a divisor of d_model {self.d_model}",
+        )
         if self.self_attention_model == "rel_pos_local_attn":
             _require(
                 min(self.att_contexts[0]) >= 0 and max(self.att_contexts[0]) > 0,

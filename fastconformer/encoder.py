@@ -17,9 +17,11 @@ from .attention import (
     RelPositionMultiHeadAttention,
     position_encoding,
 )
+from .birwkv7 import BiRWKV7, Carry
 from .config import EncoderConfig
 from .linear import Linear, linear
 from .subsampling import ConvSubsampling
+from .tiles import in_tiles
 
 
 class FeedForward(nn.Module):
@@ -83,7 +85,7 @@ class Convolution(nn.Module):
 class ConformerLayer(nn.Module):
     """Half feed-forward, attention, convolution, half feed-forward, norm; residuals around each."""
 
-    def __init__(self, config: EncoderConfig, pos_bias_u=None, pos_bias_v=None):
+    def __init__(self, config: EncoderConfig, pos_bias_u=None, pos_bias_v=None, layer_id: int = 0):
         super().__init__()
         d, dropout, bias = config.d_model, config.dropout, config.use_bias
         d_ff = d * config.ff_expansion_factor
@@ -93,6 +95,10 @@ class ConformerLayer(nn.Module):
         if config.self_attention_model == "rel_pos":
             self.self_attn = RelPositionMultiHeadAttention(
                 d, config.n_heads, config.dropout_att, bias, pos_bias_u, pos_bias_v
+            )
+        elif config.self_attention_model == "rwkv7_attn":
+            self.self_attn = BiRWKV7(
+                d, config.n_heads, layer_id, config.n_layers, config.wkv_head_size
             )
         else:
             self.self_attn = LocalRelPositionMultiHeadAttention(
@@ -114,13 +120,50 @@ class ConformerLayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.norm_out = nn.LayerNorm(d)
 
-    def forward(self, x, pos_emb, att_mask, pad_mask):
-        """x (B, T, D); `att_mask` as the attention takes it; pad_mask (B, T), True on padding."""
-        x = x + 0.5 * self.dropout(self.feed_forward1(self.norm_feed_forward1(x)))
-        x = x + self.dropout(self.self_attn(self.norm_self_att(x), pos_emb, att_mask))
-        x = x + self.dropout(self.conv(self.norm_conv(x), pad_mask))
-        x = x + 0.5 * self.dropout(self.feed_forward2(self.norm_feed_forward2(x)))
-        return self.norm_out(x)
+    def forward(self, x, pos_emb, att_mask, pad_mask, v_first=None, carry=None):
+        """x (B, T, D); `att_mask` as the attention takes it; pad_mask (B, T), True on padding.
+
+        Returns (B, T, D). With BiRWKV7 (where pos_emb and att_mask are None) a pair: it, and
+        `v_first` (B, T, D), which the next layer takes; `carry` is of the frames before x.
+        """
+        x = self._half_step(x, self.norm_feed_forward1, self.feed_forward1)
+        recurrent = isinstance(self.self_attn, BiRWKV7)
+        if recurrent:
+            mixed, v_first = self.self_attn(self.norm_self_att(x), v_first, pad_mask, carry)
+        else:
+            mixed = self.self_attn(self.norm_self_att(x), pos_emb, att_mask)
+        x = x + self.dropout(mixed)
+        del mixed
+        x = self._convolve(x, pad_mask, carry)
+        x = self.norm_out(self._half_step(x, self.norm_feed_forward2, self.feed_forward2))
+        return (x, v_first) if recurrent else x
+
+    def _half_step(self, x, norm, feed_forward):
+        def piece(start, stop):
+            y = x[:, start:stop]
+            return (y + 0.5 * self.dropout(feed_forward(norm(y))),)
+
+        return in_tiles(piece, x)[0]
+
+    def _convolve(self, x, pad_mask, carry):
+        left, right = self.conv.context
+        if carry is not None:  # once more without one, over the frames before and these
+            n, before = x.shape[1], carry.before_convolution
+            if before is not None:
+                x = torch.cat((before, x), dim=1)
+                pad_mask = F.pad(pad_mask, (before.shape[1], 0))  # clips that end have no frames
+            kept = x.shape[1] - n + carry.n_kept
+            carry.before_convolution = x[:, max(0, kept - left) : kept]
+            return self._convolve(x, pad_mask, None)[:, -n:]
+
+        def piece(start, stop):
+            first, last = max(0, start - left), min(x.shape[1], stop + right)
+            y = self.conv(self.norm_conv(x[:, first:last]), pad_mask[:, first:last])
+            return (x[:, start:stop] + self.dropout(y[:, start - first : stop - first]),)
+
+        if isinstance(self.conv.batch_norm, (nn.GroupNorm, nn.InstanceNorm1d)):
+            return piece(0, x.shape[1])[0]  # norms over all of time
+        return in_tiles(piece, x)[0]
 
 
 class ConformerEncoder(nn.Module):
@@ -144,12 +187,14 @@ class ConformerEncoder(nn.Module):
             shape = (config.n_heads, d // config.n_heads)
             # tied biases: one pair, shared by (and saved with) every layer
             biases = nn.Parameter(torch.zeros(shape)), nn.Parameter(torch.zeros(shape))
-        self.layers = nn.ModuleList(ConformerLayer(config, *biases) for _ in range(config.n_layers))
+        self.layers = nn.ModuleList(
+            ConformerLayer(config, *biases, layer_id=i) for i in range(config.n_layers)
+        )
         self.out_proj = Linear(d, config.d_out) if config.d_out != d else None
         self.dropout_input = nn.Dropout(
-            config.dropout_pre_encoder
-            if config.self_attention_model == "rel_pos"
-            else config.dropout
+            config.dropout
+            if config.self_attention_model == "rel_pos_local_attn"
+            else config.dropout_pre_encoder
         )
         self.dropout_emb = nn.Dropout(config.dropout_emb)
         self.drop_probs = _layer_drop_probs(config)
@@ -166,20 +211,74 @@ class ConformerEncoder(nn.Module):
         """features (B, M, T), lengths (B,) -> encoded (B, T', D), lengths (B,)."""
         x, lengths = self.pre_encode(features, lengths)
         x, pos_emb, att_mask, pad_mask = self.prepare(x, lengths)
+        v_first = None
         for layer, drop_prob in zip(self.layers, self.drop_probs):
             if self.recompute and torch.is_grad_enabled():
                 layer = partial(_recomputed, layer)
             if self.training and drop_prob > 0.0:
                 # stochastic depth (arXiv:2102.03216), expectation kept
                 kept = (torch.rand(()) >= drop_prob).to(x.dtype)
-                x = x + (layer(x, pos_emb, att_mask, pad_mask) - x) * kept / (1.0 - drop_prob)
+                y, v_first = self._layer(layer, x, pos_emb, att_mask, pad_mask, v_first)
+                x = x + (y - x) * kept / (1.0 - drop_prob)
             else:
-                x = layer(x, pos_emb, att_mask, pad_mask)
+                x, v_first = self._layer(layer, x, pos_emb, att_mask, pad_mask, v_first)
         return (x if self.out_proj is None else self.out_proj(x)), lengths
+
+    @torch.no_grad()
+    def encode_in_chunks(
+        self,
+        features: torch.Tensor,
+        lengths: torch.Tensor,
+        chunk_frames: int,
+        look_ahead_frames: int,
+    ):
+        """As `forward`, for BiRWKV7, with the layers' memory bounded whatever the length.
+
+        Chunk after chunk, the forward states, and what the convolutions see, come from the chunks
+        before as in one pass; what comes after is seen for `look_ahead_frames` (encoder frames)
+        beyond the chunk. Equal to `forward` where that reaches the end.
+
+        Raises:
+            ValueError: an encoder with attention, or counts out of range.
+        """
+        if self.config.self_attention_model != "rwkv7_attn":
+            raise ValueError(
+                f"chunks with carried state need BiRWKV7, this encoder has "
+                f"{self.config.self_attention_model}; convert it with converters.to_birwkv7"
+            )
+        if chunk_frames < 1 or look_ahead_frames < 0:
+            raise ValueError(
+                f"chunk_frames is {chunk_frames} and look_ahead_frames {look_ahead_frames}, "
+                "expected at least 1 and 0"
+            )
+        whole, lengths = self.pre_encode(features, lengths)
+        whole, _, _, pad_mask = self.prepare(whole, lengths)
+        t = whole.shape[1]
+        encoded = whole.new_empty(whole.shape[0], t, self.config.d_out)
+        carries = [Carry() for _ in self.layers]
+        for start in range(0, t, chunk_frames):
+            stop = min(start + chunk_frames, t)
+            last = min(stop + look_ahead_frames, t)
+            x, v_first = whole[:, start:last], None
+            for layer, carry in zip(self.layers, carries):
+                carry.n_kept = stop - start
+                x, v_first = layer(x, None, None, pad_mask[:, start:last], v_first, carry)
+            x = x[:, : stop - start]
+            encoded[:, start:stop] = x if self.out_proj is None else self.out_proj(x)
+        return encoded, lengths
+
+    def _layer(self, layer, x, pos_emb, att_mask, pad_mask, v_first):
+        if self.config.self_attention_model == "rwkv7_attn":
+            return layer(x, pos_emb, att_mask, pad_mask, v_first)
+        return layer(x, pos_emb, att_mask, pad_mask), None
 
     def prepare(self, x: torch.Tensor, lengths: torch.Tensor):
         """Scales the subsampled frames; gives position encodings and masks for the layers."""
         config, t = self.config, x.shape[1]
+        if config.self_attention_model == "rwkv7_attn":
+            # no positions, and as in the fork no xscaling, which NeMo does where it adds them
+            pad_mask = torch.arange(t, device=x.device) >= lengths[:, None]
+            return self.dropout_input(x), None, None, pad_mask
         if config.xscaling:
             x = x * math.sqrt(config.d_model)
         left, right = self._context()

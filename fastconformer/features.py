@@ -10,6 +10,7 @@ from torch import nn
 
 from .config import PreprocessorConfig
 
+TILE_FRAMES = 1 << 14  # of all clips, for which spectra are in memory at once
 STD_GUARD = 1e-5  # NeMo's constant: added to every standard deviation
 
 
@@ -101,6 +102,30 @@ class FilterbankFeatures(nn.Module):
         if not c.exact_pad:
             x = self._pad(x, audio_lengths, c.fft_size // 2)
         window = self.window if self.window is None else self.window.float()
+        n_frames = (x.shape[1] - c.fft_size) // c.hop_samples + 1
+        tile = max(1, TILE_FRAMES // max(1, x.shape[0]))
+        if n_frames <= tile or x.requires_grad:
+            x = self._mels(x, window)
+        else:
+            mels = x.new_empty(x.shape[0], self.fb.shape[1], n_frames)
+            for start in range(0, n_frames, tile):
+                stop = min(start + tile, n_frames)
+                samples = slice(start * c.hop_samples, (stop - 1) * c.hop_samples + c.fft_size)
+                mels[:, :, start:stop] = self._mels(x[:, samples], window)
+            x = mels
+        if c.frame_splicing > 1:
+            # NeMo quirk kept: its splice_frames repeats the same frame instead of its neighbours
+            x = torch.cat([x] * c.frame_splicing, dim=1)
+        valid = (torch.arange(x.shape[2], device=x.device) < frames[:, None])[:, None]  # (B, 1, T)
+        x = _normalize(x, frames, valid, c.normalize)
+        x = x.masked_fill(~valid, c.pad_value)
+        if self.training and c.pad_to > 0 and x.shape[2] % c.pad_to:
+            x = nn.functional.pad(x, (0, c.pad_to - x.shape[2] % c.pad_to), value=c.pad_value)
+        return x, frames
+
+    def _mels(self, x: torch.Tensor, window: torch.Tensor | None) -> torch.Tensor:
+        """Padded samples (B, L) -> (log-)mel energies (B, M, T)."""
+        c = self.config
         x = torch.stft(
             x,
             n_fft=c.fft_size,
@@ -118,15 +143,7 @@ class FilterbankFeatures(nn.Module):
             guard = c.log_zero_guard_value
             guard = getattr(torch.finfo(x.dtype), guard) if isinstance(guard, str) else guard
             x = torch.log(x + guard if c.log_zero_guard_type == "add" else x.clamp(min=guard))
-        if c.frame_splicing > 1:
-            # NeMo quirk kept: its splice_frames repeats the same frame instead of its neighbours
-            x = torch.cat([x] * c.frame_splicing, dim=1)
-        valid = (torch.arange(x.shape[2], device=x.device) < frames[:, None])[:, None]  # (B, 1, T)
-        x = _normalize(x, frames, valid, c.normalize)
-        x = x.masked_fill(~valid, c.pad_value)
-        if self.training and c.pad_to > 0 and x.shape[2] % c.pad_to:
-            x = nn.functional.pad(x, (0, c.pad_to - x.shape[2] % c.pad_to), value=c.pad_value)
-        return x, frames
+        return x
 
     def _pad(self, x: torch.Tensor, audio_lengths: torch.Tensor, pad: int) -> torch.Tensor:
         """`pad` samples on both sides of each clip: zeros, or its mirror image."""
@@ -158,9 +175,16 @@ def _normalize(x, frames, valid, kind):
         return (x - mean) / std
     else:
         return x
-    mean = (x * valid).sum(dims, keepdim=True) / count
-    variance = ((x - mean) * valid).square().sum(dims, keepdim=True) / (count - 1)
+
+    def total(function):  # over time in pieces, so that a long input has no copy of its size
+        pieces = zip(x.split(TILE_FRAMES, 2), valid.split(TILE_FRAMES, 2))
+        return sum(function(y, is_valid).sum(dims, keepdim=True) for y, is_valid in pieces)
+
+    mean = total(lambda y, is_valid: y * is_valid) / count
+    variance = total(lambda y, is_valid: ((y - mean) * is_valid).square()) / (count - 1)
     std = variance.sqrt().nan_to_num(nan=0.0)  # a single frame has no deviation
+    if x.shape[2] > TILE_FRAMES and not x.requires_grad:
+        return x.sub_(mean).div_(std + STD_GUARD)
     return (x - mean) / (std + STD_GUARD)
 
 

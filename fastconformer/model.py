@@ -530,16 +530,26 @@ def load_model(
     """
     checkpoint = read_checkpoint(path)
     try:
-        config = ModelConfig.from_nemo(checkpoint.config)
-        tokenizer = load_tokenizer(checkpoint.config, checkpoint.tokenizer_files)
-        model = _skeleton(config, checkpoint.state_dict, stft_pad)
-        _check_tensors(model, checkpoint.state_dict)
-        if tokenizer.vocab_size != config.vocab_size:
-            raise ValueError(
-                f"the tokenizer has {tokenizer.vocab_size} pieces, the heads {config.vocab_size}"
-            )
+        return model_of(checkpoint, device, dtype, stft_pad)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def model_of(
+    checkpoint: Checkpoint,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    stft_pad: str = "zeros",
+) -> ASRModel:
+    """The model of a checkpoint in memory, whose tensors it takes; see `load_model`."""
+    config = ModelConfig.from_nemo(checkpoint.config)
+    tokenizer = load_tokenizer(checkpoint.config, checkpoint.tokenizer_files)
+    model = _skeleton(config, checkpoint.state_dict, stft_pad)
+    _check_tensors(model, checkpoint.state_dict)
+    if tokenizer.vocab_size != config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {tokenizer.vocab_size} pieces, the heads {config.vocab_size}"
+        )
     model.tokenizer, model.tokenizer_files = tokenizer, checkpoint.tokenizer_files
     # the tensors become the parameters: no second copy of the weights
     model.load_state_dict(checkpoint.state_dict, assign=True)

@@ -1,7 +1,9 @@
 """Features (B, M, T) -> (B, T', D): strided convolutions. Source: NeMo's ConvSubsampling (2.5+).
 
 Every stage halves time and frequency; frames beyond a clip's length are zeroed before every
-convolution, so that padding never reaches valid frames.
+convolution, so that padding never reaches valid frames. Without gradients long inputs go through
+in pieces with the neighbouring frames that they need: the first convolution's output of an hour
+would be 12 GB.
 """
 
 import torch
@@ -16,6 +18,9 @@ def output_length(length, factor: int, causal: bool):
         length = length // 2 + 1 if causal else (length - 1) // 2 + 1
         factor //= 2
     return length
+
+
+TILE_BYTES, TILE_BYTES_GPU = 1 << 26, 1 << 28  # of the first convolution's output in one piece
 
 
 class StridedConv2d(nn.Conv2d):
@@ -46,10 +51,34 @@ class ConvSubsampling(nn.Module):
             layers.append(nn.ReLU())
         self.conv = nn.Sequential(*layers)
         self.out = Linear(channels * output_length(feat_in, factor, causal), d_model)
-        self.causal = causal
+        self.factor, self.causal = factor, causal
 
     def forward(self, features: torch.Tensor, lengths: torch.Tensor):
         """(B, M, T), (B,) -> (B, T', D), (B,)."""
+        b, m, t = features.shape
+        n_out = output_length(t, self.factor, self.causal)
+        frame_bytes = b * self.factor // 2 * (m // 2) * self.conv[0].out_channels
+        frame_bytes *= features.element_size()
+        tile = (TILE_BYTES_GPU if features.is_cuda else TILE_BYTES) // max(1, frame_bytes)
+        tile = max(tile, 64)
+        if n_out <= tile or torch.is_grad_enabled():
+            return self._piece(features, lengths)
+        whole = None
+        # Beside an output frame a piece holds what that frame sees: in the non-causal form one
+        # output frame's worth on either side, in the causal one two before.
+        beside = 2 if self.causal else 1
+        for start in range(0, n_out, tile):
+            stop = min(start + tile, n_out)
+            first = max(0, start - beside)
+            last = min(t, (stop + beside) * self.factor)
+            offset = first * self.factor
+            piece, _ = self._piece(features[:, :, offset:last], lengths - offset)
+            if whole is None:
+                whole = piece.new_empty(b, n_out, piece.shape[2])
+            whole[:, start:stop] = piece[:, start - first : stop - first]
+        return whole, output_length(lengths, self.factor, self.causal)
+
+    def _piece(self, features: torch.Tensor, lengths: torch.Tensor):
         x = features.transpose(1, 2)[:, None]  # (B, 1, T, M)
         x = _mask_time(x, lengths)
         for layer in self.conv:

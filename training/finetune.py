@@ -74,7 +74,7 @@ def finetune(recipe: Recipe) -> None:
         raise ValueError(
             f"{out} already holds a run and resume is never; choose another output or remove it"
         )
-    model = build_model(recipe.model, recipe.loss, trainer.seed)
+    model = build_model(recipe.model, recipe.loss, trainer.seed, recipe.encoder)
     heads = {
         "all": model.heads,
         "ctc": tuple(head for head in model.heads if head == "ctc"),

@@ -40,6 +40,13 @@ class SourceRecipe:
 
 
 @dataclasses.dataclass(frozen=True)
+class EncoderRecipe:
+    attention: str | None = None  # birwkv7: in the place of self-attention; null: the checkpoint's
+    warm_start: bool = True  # BiRWKV7 from the attention's projections; false: from random
+    direction_dropout: float = 0.0  # BiRWKV7: share of layers and batches with one direction only
+
+
+@dataclasses.dataclass(frozen=True)
 class DataRecipe:
     # Paths or SourceRecipes; one that is listed twice is seen twice.
     train: tuple[str | SourceRecipe, ...] = ()
@@ -137,6 +144,17 @@ class TrainerRecipe:
 
 
 @dataclasses.dataclass(frozen=True)
+class DistillRecipe:
+    """Of `python -m training.distill`."""
+
+    block_steps: int = 2000  # stage 1: each block learns its attention's output
+    model_steps: int = 1000  # stage 2: the encoder learns the teacher's outputs
+    model_lr: float | None = None  # of stage 2; null: optim.lr
+    ctc_weight: float = 1.0  # of the CTC divergence beside the encoder's error
+    output: str | None = None  # run folder; null: `output` with _distilled after it
+
+
+@dataclasses.dataclass(frozen=True)
 class SpecAugmentRecipe:
     """null everywhere: the checkpoint's `spec_augment`; freq_masks = time_masks = 0: off."""
 
@@ -214,6 +232,7 @@ class Recipe:
     output: str = ""  # the run folder
     resume: str = "auto"  # auto: go on from the run folder's last checkpoint | never
     model: ModelRecipe = ModelRecipe()
+    encoder: EncoderRecipe = EncoderRecipe()
     data: DataRecipe = DataRecipe()
     loss: LossRecipe = LossRecipe()
     freeze: FreezeRecipe = FreezeRecipe()
@@ -223,10 +242,12 @@ class Recipe:
     trainer: TrainerRecipe = TrainerRecipe()
     spec_augment: SpecAugmentRecipe = SpecAugmentRecipe()
     augment: AugmentRecipe = AugmentRecipe()
+    distill: DistillRecipe = DistillRecipe()
 
 
 CHOICES = {
     "resume": ("auto", "never"),
+    "encoder.attention": (None, "birwkv7"),
     "loss.heads": ("all", "ctc", "transducer"),
     "loss.transducer_reduction": (None, "mean_batch", "mean", "mean_volume", "sum"),
     "loss.ctc_reduction": (None, "mean_batch", "mean", "mean_volume", "sum"),
@@ -260,6 +281,9 @@ AT_LEAST = {
     "trainer.save_every_steps": 1,
     "trainer.keep_last": 1,
     "trainer.max_nonfinite_steps": 1,
+    "distill.block_steps": 0,
+    "distill.model_steps": 0,
+    "distill.ctc_weight": 0,
     "spec_augment.freq_masks": 0,
     "spec_augment.time_masks": 0,
     "spec_augment.freq_width": 0,
@@ -285,9 +309,11 @@ ABOVE_ZERO = (
     "optim.lr",
     "optim.eps",
     "optim.layer_decay",
+    "distill.model_lr",
 )
 SHARES = (
     "model.dropout",
+    "encoder.direction_dropout",
     "loss.ctc_weight",
     "loss.omega",
     "lora.dropout",

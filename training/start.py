@@ -13,18 +13,25 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from converters.to_birwkv7 import to_birwkv7
 from fastconformer import ASRModel, ModelConfig, load_model
 from fastconformer.encoder import ConformerEncoder
+from fastconformer.model import model_of
 from fastconformer.tokenizer import load_tokenizer, sentencepiece_files
 from training.freeze import Freezing, freeze, is_batch_norm, unreached
 from training.lora import add_lora
 from training.narrowband import with_sample_rate
-from training.recipe import LossRecipe, ModelRecipe, Recipe
+from training.recipe import EncoderRecipe, LossRecipe, ModelRecipe, Recipe
 
 ENCODER_DROPOUTS = ("dropout", "dropout_pre_encoder", "dropout_att")  # NeMo's keys
 
 
-def build_model(recipe: ModelRecipe, loss: LossRecipe, seed: int) -> ASRModel:
+def build_model(
+    recipe: ModelRecipe,
+    loss: LossRecipe,
+    seed: int,
+    encoder: EncoderRecipe = EncoderRecipe(),  # noqa: B008 (frozen)
+) -> ASRModel:
     """The model on the CPU in float32; random weights depend on the seed only.
 
     Raises:
@@ -38,11 +45,28 @@ def build_model(recipe: ModelRecipe, loss: LossRecipe, seed: int) -> ASRModel:
         model = ASRModel(ModelConfig.from_nemo(config), load_tokenizer(config, files), files)
     if recipe.sample_rate is not None:
         with_sample_rate(model, recipe.sample_rate)
+    model = with_attention(model, encoder, recipe.init_from is not None, seed)
     config = with_loss_options(model.config.nemo, model.heads, loss)
     if recipe.dropout is not None:
         set_encoder_dropout(model.encoder, recipe.dropout)
         config["encoder"] |= dict.fromkeys(ENCODER_DROPOUTS, recipe.dropout)
     model.config = ModelConfig.from_nemo(config)
+    return model
+
+
+def with_attention(model: ASRModel, recipe: EncoderRecipe, is_trained: bool, seed: int) -> ASRModel:
+    """The model with the attention that the recipe asks for; one that has it stays as it is. A
+    model that is not trained has no attention worth starting from."""
+    has_birwkv7 = model.config.encoder.self_attention_model == "rwkv7_attn"
+    if recipe.attention == "birwkv7" and not has_birwkv7:
+        checkpoint = model.to_checkpoint()
+        checkpoint = to_birwkv7(checkpoint, recipe.warm_start and is_trained, seed=seed)
+        model = model_of(checkpoint, stft_pad=model.preprocessor.featurizer.stft_pad)
+        has_birwkv7 = True
+    if recipe.direction_dropout and not has_birwkv7:
+        raise ValueError("encoder.direction_dropout belongs to BiRWKV7, this model has attention")
+    for layer in model.encoder.layers if has_birwkv7 else ():
+        layer.self_attn.direction_dropout = recipe.direction_dropout
     return model
 
 

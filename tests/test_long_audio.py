@@ -1,0 +1,107 @@
+"""Long inputs in pieces: the same numbers as whole, and memory that does not grow with the rest."""
+
+import pytest
+import torch
+from conftest import golden
+
+import fastconformer
+from fastconformer import features, subsampling, tiles
+from fastconformer.config import PreprocessorConfig
+from fastconformer.features import FilterbankFeatures
+from fastconformer.memory import memory_estimate
+from fastconformer.subsampling import ConvSubsampling, output_length
+
+
+@pytest.fixture
+def small_pieces(monkeypatch):
+    """Calls a function whole, then in small pieces; gives both results."""
+
+    def run(function, **sizes):
+        whole = function()
+        with monkeypatch.context() as patch:
+            patch.setattr(features, "TILE_FRAMES", sizes.get("features", 1 << 14))
+            patch.setattr(subsampling, "TILE_BYTES", sizes.get("bytes", 1 << 26))
+            patch.setattr(tiles, "TILE_FRAMES", sizes.get("frames", 4096))
+            return whole, function()
+
+    return run
+
+
+@pytest.mark.parametrize("stft_pad", ["zeros", "reflect"])
+@pytest.mark.parametrize(
+    "options", [{}, {"exact_pad": True, "normalize": "all_features"}, {"window_size": 0.025}]
+)
+def test_features(small_pieces, options, stft_pad):
+    torch.manual_seed(0)
+    front = FilterbankFeatures(PreprocessorConfig(**options), stft_pad).eval()
+    audio, lengths = torch.randn(3, 30011), torch.tensor([30011, 9600, 17003])
+    (whole, n), (pieces, m) = small_pieces(lambda: front(audio, lengths), features=51)
+    assert n.tolist() == m.tolist() and whole.shape == pieces.shape
+    assert (whole - pieces).abs().max() <= 2e-5  # logarithms of nearly empty bins
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("kind, factor", [("dw_striding", 8), ("striding", 4), ("striding", 2)])
+@pytest.mark.parametrize("t", [1283, 1288, 2049])
+def test_subsampling(small_pieces, kind, factor, causal, t):
+    torch.manual_seed(t)
+    layer = ConvSubsampling(kind, factor, 20, 12, 8, causal).eval()
+    x, lengths = torch.randn(3, 20, t), torch.tensor([t, t - 7, 130])
+    (whole, n), (pieces, m) = small_pieces(lambda: layer(x, lengths), bytes=1)
+    assert n.tolist() == m.tolist() == output_length(lengths, factor, causal).tolist()
+    assert whole.shape == pieces.shape and whole.shape[1] > 64  # the least piece: 64 frames
+    assert (whole - pieces).abs().max() <= 1e-6 * whole.abs().max()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", ["birwkv7_encoder", "tdt_bpe", "local_attn_g0"])
+def test_encoder(small_pieces, case):
+    model = fastconformer.load_model(golden(case) / "model.nemo").double()
+    n_mels = model.config.preprocessor.features
+    torch.manual_seed(0)
+    x, lengths = torch.randn(2, n_mels, 1700, dtype=torch.float64), torch.tensor([1700, 900])
+    (whole, n), (pieces, _) = small_pieces(lambda: model.encode(x, lengths), bytes=1, frames=64)
+    for row, valid in enumerate(n.tolist()):
+        assert (whole[row, :valid] - pieces[row, :valid]).abs().max() <= 1e-9
+
+
+@torch.no_grad()
+def test_chunks_with_carried_state():
+    model = fastconformer.load_model(golden("birwkv7_encoder") / "model.nemo").double()
+    torch.manual_seed(0)
+    x, lengths = torch.randn(3, 80, 800, dtype=torch.float64), torch.tensor([800, 520, 90])
+    whole, n = model.encode(x, lengths)  # 100, 65 and 12 frames
+    valid = torch.arange(whole.shape[1]) < n[:, None]
+
+    def error(chunk, ahead):
+        chunks, m = model.encoder.encode_in_chunks(x, lengths, chunk, ahead)
+        assert m.tolist() == n.tolist() and chunks.shape == whole.shape
+        return float((chunks - whole)[valid].norm() / whole[valid].norm())
+
+    # where the look-ahead reaches the end nothing is lost, whatever the chunks
+    assert error(100, 0) <= 1e-9 and error(9, 100) <= 1e-9 and error(1, 99) <= 1e-9
+    # with less it is lost at the chunks' ends only: more look-ahead, less error
+    errors = [error(20, ahead) for ahead in (0, 5, 20, 60)]
+    assert errors == sorted(errors, reverse=True) and 1e-9 < errors[-1] < 0.5 * errors[0]
+    # and the carried past counts: a chunk that knows nothing of it is far worse
+    alone, _ = model.encoder(x[:, :, 320:], lengths - 320)
+    carried, _ = model.encoder.encode_in_chunks(x, lengths, 40, 60)
+    wrong = (alone[0, :40] - whole[0, 40:80]).norm()
+    assert (carried[0, 40:80] - whole[0, 40:80]).norm() < 0.2 * wrong
+    with pytest.raises(ValueError, match="need BiRWKV7"):
+        attention = fastconformer.load_model(golden("ctc_bpe") / "model.nemo").encoder
+        attention.encode_in_chunks(x.float(), lengths, 10, 10)
+
+
+@pytest.mark.parametrize("case", ["ctc_bpe", "local_attn_g0", "birwkv7_encoder"])
+def test_memory_estimate(case):
+    config = fastconformer.load_model(golden(case) / "model.nemo").config
+    hour = memory_estimate(config, 3600, torch.float32)
+    assert 1.9 < memory_estimate(config, 72000, torch.float32) / (10 * hour) * 2 < 4.1  # linear
+    assert memory_estimate(config, 36000, torch.bfloat16) < memory_estimate(
+        config, 36000, torch.float32
+    )
+    assert memory_estimate(config, 0, torch.float32) < 1 << 20
+    with pytest.raises(ValueError, match="seconds is -1"):
+        memory_estimate(config, -1, torch.float32)
