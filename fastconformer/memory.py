@@ -27,7 +27,7 @@ def memory_estimate(config: ModelConfig, seconds: float, dtype: torch.dtype) -> 
     frames = output_length(n_features, encoder.subsampling_factor, encoder.causal_downsampling)
     audio, features = 4 * samples, 4 * config.preprocessor.n_features * n_features
     front_end = 7 * audio + 3 * features  # pre-emphasis, its mask, padding; normalisation
-    held = audio + features + (features if size == 4 else features + features * size // 4)
+    held = audio + features + (features * size // 4 if size < 4 else 0)  # and in the dtype
     # CTC's log-probabilities in float32, and what they are made of
     decoding = (8 + size) * frames * (config.vocab_size + 1) + frames * encoder.d_model * size
     layer = frames * _frame_bytes(encoder, size)
@@ -36,7 +36,7 @@ def memory_estimate(config: ModelConfig, seconds: float, dtype: torch.dtype) -> 
 
 
 def _frame_bytes(encoder: EncoderConfig, size: int) -> int:
-    """Of one layer at its worst moment and of what the encoder keeps beside it, an encoder frame."""
+    """Of one encoder frame: one layer at its worst moment, and what is kept beside it."""
     d = encoder.d_model
     beside = 4 * d * size  # the layer's input, sum and normalised sum; the subsampled frames
     if encoder.self_attention_model == "rwkv7_attn":

@@ -11,8 +11,8 @@ manifests of `data.train`, with or without `text`. Then comes normal fine-tuning
 
 The run folder, `distill.output` or `<output>_distilled`, holds `recipe.yaml`, `log.jsonl` (every
 step), `ledger.jsonl` (error rates of teacher and student, where `data.validation` has text),
-`checkpoints/` (for resuming: the same command goes on) and `model/` (the student). What is random in
-a step follows from (seed, step).
+`checkpoint.pt` (for resuming: the same command goes on) and `model/` (the student). What is random
+in a step follows from (seed, step).
 
 Source: RADLADS (arXiv:2505.03005) and LoLCATs (arXiv:2410.10254) do so for language models.
 """
