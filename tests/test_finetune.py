@@ -1,5 +1,6 @@
 """The loop itself, on a tiny model and the golden case's eight short clips."""
 
+import contextlib
 import json
 import os
 import random
@@ -18,11 +19,16 @@ from conftest import golden
 from safetensors.torch import load_file
 
 from fastconformer import load_model
+from fastconformer.heads import CTCHead
+from fastconformer.subsampling import ConvSubsampling
 from training.finetune import main
+from training.freeze import train_mode
+from training.objective import batch_loss, clip_weights, objective_of
 from training.optim import learning_rate
-from training.recipe import LossRecipe, ModelRecipe
+from training.recipe import LossRecipe, ModelRecipe, load_recipe
+from training.run_folder import load_batch
 from training.start import build_model, tokenizer_files
-from training.step import reduce_loss
+from training.step import seed_step
 
 ROOT = Path(__file__).parent.parent
 
@@ -185,20 +191,35 @@ def test_every_kind_of_step_resumes_bit_for_bit(corpus, tmp_path, option):
     assert logged(tmp_path / "again") == logged(run)[2:]
 
 
-def test_a_step_that_fails_names_its_clips(corpus, monkeypatch, capsys):
-    import training.step
+@contextlib.contextmanager
+def after_each(module_type, action):
+    """Calls action(module, inputs, output) after every forward pass of a kind of module; what it
+    gives takes the output's place."""
 
-    def no_memory(*arguments):
-        raise RuntimeError("CUDA out of memory.\nTried to allocate a lot")
+    def hook(module, inputs, output):
+        return action(module, inputs, output) if isinstance(module, module_type) else None
+
+    handle = torch.nn.modules.module.register_module_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def test_a_step_that_fails_names_its_clips(corpus, capsys):
+    def broken(module, inputs, output):
+        raise RuntimeError("CUDA error: an illegal memory\naccess was encountered")
 
     recipe, run = corpus
-    monkeypatch.setattr(training.step, "batch_loss", no_memory)
-    assert main([str(recipe)]) == 1
+    with after_each(ConvSubsampling, broken):
+        assert main([str(recipe), "data.validation={}"]) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: step 1 failed on a batch of (2, ") and error.count("\n") == 1
-    assert "Tried to allocate a lot" in error
+    assert "an illegal memory access" in error
     failed = json.loads((run / "failed.jsonl").read_text())
     assert len(failed["utterances"]) == 2 and "train.jsonl, line" in failed["utterances"][0]
+    batch, _ = load_batch(run / "failed" / "step_00000001_batch_0.pt")
+    assert [u.name for u in batch.utterances] == failed["utterances"]
 
 
 def test_a_polite_stop_saves_and_goes_on(corpus, tmp_path):
@@ -254,36 +275,62 @@ def test_lower_precision_stays_near(corpus, option):
     assert lower != exact
 
 
-def test_a_step_that_is_not_finite_is_skipped_and_named(corpus, monkeypatch, capsys):
-    import training.step
-
+def test_a_step_that_is_not_finite_is_skipped_saved_and_named(corpus, capsys):
     recipe, run = corpus
-    true_loss, calls = training.step.batch_loss, []
+    calls = []
 
-    def sometimes_nan(*arguments):
-        total, parts = true_loss(*arguments)
-        calls.append(1)
-        return (total * float("nan"), parts) if len(calls) == 2 else (total, parts)
+    def second_is_nan(module, inputs, output):
+        calls.append(output.shape)
+        if len(calls) == 2:
+            output = output.clone()
+            output[1] *= float("nan")
+        return output
 
-    monkeypatch.setattr(training.step, "batch_loss", sometimes_nan)
-    assert main([str(recipe)]) == 0
+    options = ["data.validation={}", "loss.heads=ctc"]
+    with after_each(CTCHead, second_is_nan):
+        assert main([str(recipe), *options]) == 0
     assert [record["loss"] is None for record in logged(run)] == [False, True, False, False]
     bad = json.loads((run / "nonfinite.jsonl").read_text())
-    assert bad["step"] == 2 and len(bad["utterances"]) == 2
-    assert all("clip" in name and "train.jsonl, line" in name for name in bad["utterances"])
+    (saved,) = (run / "nonfinite").iterdir()
+    batch, facts = load_batch(saved)
+    # the one clip, not its whole batch
+    assert bad["step"] == 2 and bad["utterances"] == [batch.utterances[1].name]
+    assert facts["seeds"] == [1234, 1, 0]
     state = load_model(run / "last").state_dict()
     assert all(torch.isfinite(value).all() for value in state.values())
     # BatchNorm has seen three batches, not four
     assert state["encoder.layers.0.conv.batch_norm.num_batches_tracked"] == 3 + _tracked()
-    # too many of them end the run
-    calls[:] = [1] * 10
-    monkeypatch.setattr(training.step, "batch_loss", lambda *a: _nan(true_loss(*a)))
-    assert main([str(recipe), f"output={run}2", "trainer.max_nonfinite_steps=2"]) == 1
-    assert "2 steps were not finite; lower optim.lr" in capsys.readouterr().err
+    # too many of them end the run, with the clips in the message
+    with after_each(CTCHead, lambda module, inputs, output: output * float("nan")):
+        options += [f"output={run}2", "trainer.max_nonfinite_steps=2"]
+        assert main([str(recipe), *options]) == 1
+    error = capsys.readouterr().err
+    assert "2 steps were not finite; lower optim.lr, or look at these clips: " in error
+    assert "train.jsonl, line" in error and error.count("\n") == 1
 
 
-def _nan(result):
-    return result[0] * float("nan"), result[1]
+def test_a_saved_batch_gives_the_same_loss_again(corpus):
+    recipe, run = corpus
+    calls = []
+
+    def nan_gradient(module, inputs, output):
+        calls.append(1)
+        if len(calls) == 1:
+            output[0].register_hook(lambda gradient: gradient * float("nan"))
+        return output
+
+    options = ["data.validation={}", "spec_augment.time_masks=3", "spec_augment.time_width=0.2"]
+    with after_each(ConvSubsampling, nan_gradient):
+        assert main([str(recipe), *options]) == 0
+    [record, *_] = logged(run)
+    assert record["loss"] is not None and record["grad_norm"] is None
+    batch, facts = load_batch(run / "nonfinite" / "step_00000001_batch_0.pt")
+    used = load_recipe(run / "recipe.yaml")
+    model = build_model(used.model, used.loss, used.trainer.seed)  # the weights have not moved
+    train_mode(model)
+    seed_step(*facts["seeds"])
+    loss, _ = batch_loss(model, batch, objective_of(used, model))
+    assert float(loss.detach()) == pytest.approx(record["loss"], rel=1e-6)
 
 
 def _tracked() -> int:
@@ -409,7 +456,7 @@ def test_reductions():
     losses, lengths = torch.tensor([6.0, 2.0]), torch.tensor([3, 1])
     expected = {"mean_batch": 4.0, "mean": 2.0, "mean_volume": 2.0, "sum": 8.0}
     for name, value in expected.items():
-        assert reduce_loss(losses, lengths, name) == value
+        assert (clip_weights(lengths, name) * losses).sum() == value
 
 
 def test_learning_rate_ends():

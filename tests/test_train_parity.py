@@ -9,10 +9,11 @@ from safetensors.torch import load_file
 
 from training.data import Batch
 from training.freeze import train_mode
+from training.objective import Objective, batch_loss
 from training.optim import build_optimizer, schedule_of, set_learning_rates
 from training.recipe import LossRecipe, ModelRecipe, OptimRecipe, ScheduleRecipe
 from training.start import build_model
-from training.step import batch_loss, update
+from training.step import update
 
 RELATIVE = 1e-4  # the case's own suggested_tolerance for losses; float32 noise is 6e-7
 
@@ -49,7 +50,7 @@ def test_steps_follow_nemo(case):
             optimizer.zero_grad()
             for micro in step["micro_batches"]:
                 batch = batch_of(tensors, micro["batch"])
-                total, parts = batch_loss(model, batch, model.heads)
+                total, parts = batch_loss(model, batch, Objective(model.heads))
                 (total / phase.get("accumulate", 1)).backward()
                 total, parts = total.detach(), {k: float(v.detach()) for k, v in parts.items()}
                 where = f"{name} step {step['step']}"

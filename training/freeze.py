@@ -102,6 +102,8 @@ def unreached(model: ASRModel, heads: tuple[str, ...]) -> tuple[str, ...]:
     if len(used) > 1 and "ctc" in used:
         weight = model.config.loss.ctc_weight
         used = {head for head in used if (weight < 1 if head != "ctc" else weight > 0)}
+    if (model.config.nemo.get("interctc") or {}).get("apply_at_layers"):
+        used.add("ctc")  # InterCTC goes through its head
     names = friendly_names(model)
     unused = () if "ctc" in used or "ctc" not in model.heads else (names["ctc"],)
     if "prediction" in names and used <= {"ctc"}:

@@ -50,8 +50,9 @@ class TrainingSet:
         return self.store.utterances
 
 
-def load_data(recipe: Recipe, model: ASRModel, heads, dropped_path: Path):
-    """(TrainingSet, {name: validation store}); what is left out goes to `dropped_path`."""
+def load_data(recipe: Recipe, model: ASRModel, heads, dropped_path: Path | None):
+    """(TrainingSet, {name: validation store}); what is left out goes to `dropped_path`, or nowhere
+    (a process beside the main one)."""
     data, augment = recipe.data, recipe.augment
     fastest = max(augment.speeds, default=1.0)
 
@@ -85,22 +86,24 @@ def load_data(recipe: Recipe, model: ASRModel, heads, dropped_path: Path):
         if not validation[name]:
             raise ValueError(f"validation set {name}: no usable line in {manifest}; {_why(bad)}")
 
-    with atomic_file(dropped_path) as temporary:
-        lines = [json_line(dataclasses.asdict(item)) for item in dropped]
-        temporary.write_text("".join(lines), encoding="utf-8")
-    if dropped:
+    if dropped_path is not None:
+        with atomic_file(dropped_path) as temporary:
+            lines = [json_line(dataclasses.asdict(item)) for item in dropped]
+            temporary.write_text("".join(lines), encoding="utf-8")
+    if dropped and dropped_path is not None:
         log.warning("left out %d manifest lines: %s", len(dropped), _why(dropped))
         log.warning("each is listed with its reason in %s", dropped_path)
     if not utterances:
         names = ", ".join(e.manifest if isinstance(e, SourceRecipe) else e for e in data.train)
         raise ValueError(
             f"no usable training clip among {n_lines} lines of {names}; "
-            f"{_why(dropped)}; see {dropped_path}"
+            f"{_why(dropped)}" + (f"; see {dropped_path}" if dropped_path else "")
         )
 
     def on_dropped(item: Dropped):
         log.warning("left out %s, line %d: %s", item.manifest, item.line, item.detail)
-        append_line(dropped_path, dataclasses.asdict(item))
+        if dropped_path is not None:
+            append_line(dropped_path, dataclasses.asdict(item))
 
     def store(clips, max_duration_s=None, pad_to_s=data.pad_to_s):
         return AudioStore(

@@ -78,6 +78,13 @@ class LossRecipe:
     fastemit_lambda: float | None = None  # null: the checkpoint's
     transducer_reduction: str | None = None  # null: the checkpoint's
     ctc_reduction: str | None = None  # null: the checkpoint's
+    reduction: str | None = None  # of both, instead of the two above
+    interctc_layers: tuple[int, ...] | None = None  # from 0; null: the checkpoint's; []: off
+    interctc_weights: tuple[float, ...] | None = None  # one for each layer
+    use_cr_ctc: bool = False
+    cr_ctc_weight: float = 0.2  # of the consistency, beside CTC
+    cr_ctc_time_mask_ratio: float = 2.5  # times as many time masks
+    cr_ctc_time_warp: int = 80  # frames, shared by both views; 0: none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,6 +148,8 @@ class TrainerRecipe:
     save_every_steps: int | None = None  # null: as val_every_steps
     keep_last: int = 2  # checkpoints that stay on disk
     max_nonfinite_steps: int = 20  # skipped steps before the run gives up
+    parallel: str = "ddp"  # on many processes: ddp | fsdp
+    sync_batchnorm: bool = False  # BatchNorm over all processes' clips
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,6 +237,25 @@ class AugmentRecipe:
 
 
 @dataclasses.dataclass(frozen=True)
+class KeepRecipe:
+    metric: str = "wer"  # wer | cer | train_loss | wer/SET/HEAD | cer/SET/HEAD; SET "all": all
+    top_k: int = 1  # best evaluations whose models stay, in `top/`; 1: `best/` alone
+    average: bool = False  # at the end, of the top_k; becomes `best/` if it is better
+    patience: int | None = None  # evaluations without a better one before the run ends
+    min_delta: float = 0.0  # how much better, for patience
+
+
+@dataclasses.dataclass(frozen=True)
+class GuardRecipe:
+    """Against forgetting: a model is only "best" while one validation set keeps its WER."""
+
+    set: str | None = None  # name in data.validation; null: no guard
+    limit: float = 0.01  # WER may rise by this above the untouched model's
+    relative: bool = False  # limit is a share of the untouched model's WER
+    stop_after: int | None = None  # evaluations in a row above the limit before the run ends
+
+
+@dataclasses.dataclass(frozen=True)
 class Recipe:
     output: str = ""  # the run folder
     resume: str = "auto"  # auto: go on from the run folder's last checkpoint | never
@@ -243,6 +271,9 @@ class Recipe:
     spec_augment: SpecAugmentRecipe = SpecAugmentRecipe()
     augment: AugmentRecipe = AugmentRecipe()
     distill: DistillRecipe = DistillRecipe()
+    keep: KeepRecipe = KeepRecipe()
+    guard: GuardRecipe = GuardRecipe()
+    stages: tuple[dict, ...] = ()  # changes to the keys above; each starts from the last one's best
 
 
 CHOICES = {
@@ -252,10 +283,12 @@ CHOICES = {
     "loss.transducer_reduction": (None, "mean_batch", "mean", "mean_volume", "sum"),
     "loss.ctc_reduction": (None, "mean_batch", "mean", "mean_volume", "sum"),
     "freeze.batch_norm": ("fixed", "adapt", "affine"),
+    "loss.reduction": (None, "mean_batch", "mean", "mean_volume", "sum"),
     "optim.name": ("adamw", "adamw8bit"),
     "schedule.name": ("cosine", "linear", "inverse_sqrt", "noam", "wsd", "constant"),
     "schedule.decay_shape": ("linear", "sqrt"),
     "trainer.precision": ("fp32", "bf16", "bf16_pure"),
+    "trainer.parallel": ("ddp", "fsdp"),
 }
 AT_LEAST = {
     "data.min_duration_s": 0,
@@ -266,6 +299,8 @@ AT_LEAST = {
     "loss.sigma": 0,
     "loss.fastemit_lambda": 0,
     "lora.rank": 0,
+    "loss.cr_ctc_weight": 0,
+    "loss.cr_ctc_time_warp": 0,
     "optim.weight_decay": 0,
     "schedule.warmup_steps": 0,
     "schedule.hold_steps": 0,
@@ -298,6 +333,11 @@ AT_LEAST = {
     "augment.telephone.burst_packets": 1,
     "augment.telephone.packet_ms": 1,
     "model.sample_rate": 1000,
+    "keep.top_k": 1,
+    "keep.patience": 1,
+    "keep.min_delta": 0,
+    "guard.limit": 0,
+    "guard.stop_after": 1,
 }
 ABOVE_ZERO = (
     "data.max_duration_s",
@@ -306,6 +346,7 @@ ABOVE_ZERO = (
     "data.max_chars_per_s",
     "data.max_tokens_per_frame",
     "lora.alpha",
+    "loss.cr_ctc_time_mask_ratio",
     "optim.lr",
     "optim.eps",
     "optim.layer_decay",
@@ -379,6 +420,56 @@ def recipe_from_dict(tree: dict, where: str = "recipe") -> Recipe:
     recipe = _convert(Recipe, tree, "", where)
     _check_values(recipe, where)
     return recipe
+
+
+EITHER_OR = (
+    ("trainer", "max_steps", "epochs"),
+    ("schedule", "warmup_steps", "warmup_ratio"),
+    ("schedule", "hold_steps", "hold_ratio"),
+)
+
+
+def stage_recipes(recipe: Recipe, where: str = "recipe") -> list[Recipe]:
+    """The recipe of each stage: the whole one with that stage's changes, in `OUTPUT/stage_N`, from
+    the second on starting from the `best` of the stage before (`last` without validation).
+
+    Raises:
+        ValueError: an unknown key, or a stage that is no valid recipe.
+    """
+    base = dataclasses.asdict(recipe) | {"stages": ()}
+    stages = []
+    for number, changes in enumerate(recipe.stages, start=1):
+        name = f"{where}, stage {number}"
+        _check_keys(Recipe, changes, name)
+        for key in ("output", "stages", "resume"):
+            if key in changes:
+                raise ValueError(f"{name}: {key} belongs to the whole recipe, not to a stage")
+        tree = dict(base)
+        if stages:
+            before = stages[-1]
+            best = "best" if before.data.validation else "last"
+            first = {"init_from": f"{before.output}/{best}", "dropout": base["model"]["dropout"]}
+            tree["model"] = first
+        tree["output"] = f"{recipe.output}/stage_{number}"
+        for section, values in changes.items():
+            if isinstance(values, dict) and isinstance(tree[section], dict):
+                values = _merged(tree[section], values)
+            tree[section] = values
+        for section, *keys in EITHER_OR:
+            given = [key for key in keys if (changes.get(section) or {}).get(key) is not None]
+            if len(given) == 1:
+                tree[section] |= {key: None for key in keys if key not in given}
+        stages.append(recipe_from_dict(_listed(tree), name))
+    return stages
+
+
+def _merged(tree: dict, changes: dict) -> dict:
+    merged = dict(tree)
+    for key, value in changes.items():
+        if isinstance(value, dict) and isinstance(merged.get(key), dict):
+            value = _merged(merged[key], value)
+        merged[key] = value
+    return merged
 
 
 def recipe_to_yaml(recipe: Recipe) -> str:
@@ -584,6 +675,27 @@ def _check_values(recipe: Recipe, where: str):
         raise ValueError(f"{where}: give schedule.warmup_steps or schedule.warmup_ratio, not both")
     if recipe.schedule.hold_steps is not None and recipe.schedule.hold_ratio is not None:
         raise ValueError(f"{where}: give schedule.hold_steps or schedule.hold_ratio, not both")
+    loss = recipe.loss
+    if loss.reduction and (loss.transducer_reduction or loss.ctc_reduction):
+        raise ValueError(f"{where}: loss.reduction sets both reductions; leave the others out")
+    layers, weights = loss.interctc_layers, loss.interctc_weights
+    if (layers is None) != (weights is None) or len(layers or ()) != len(weights or ()):
+        raise ValueError(
+            f"{where}: give loss.interctc_layers and loss.interctc_weights, one weight a layer"
+        )
+    if not all(0 <= weight <= 1 for weight in weights or ()) or sum(weights or ()) > 1:
+        raise ValueError(
+            f"{where}: loss.interctc_weights is {weights}, expected shares of at most 1 together"
+        )
+    if recipe.keep.average and recipe.keep.top_k < 2:
+        raise ValueError(f"{where}: keep.average is of the keep.top_k best; set top_k to 2 or more")
+    if recipe.guard.set is not None and recipe.guard.set not in recipe.data.validation:
+        raise ValueError(
+            f"{where}: guard.set is {recipe.guard.set!r}, data.validation has "
+            f"{', '.join(recipe.data.validation) or 'none'}"
+        )
+    if recipe.stages:
+        stage_recipes(recipe, where)
     if recipe.schedule.min_lr > recipe.optim.lr:
         raise ValueError(
             f"{where}: schedule.min_lr {recipe.schedule.min_lr} is above optim.lr {recipe.optim.lr}"

@@ -1,17 +1,22 @@
-"""What a run keeps in its folder: checkpoints to resume from, and JSON lines."""
+"""What a run keeps in its folder: checkpoints, models, failed batches, JSON lines."""
 
 import contextlib
 import dataclasses
 import json
 import logging
 import pickle
+import shutil
 from pathlib import Path
 
 import torch
 
+from fastconformer.checkpoint import Checkpoint, write_folder
 from fastconformer.files import atomic_file
+from training.data import Batch, Utterance
 from training.ema import EMA
+from training.keep import Kept
 from training.optim import load_optimizer_state, optimizer_state
+from training.ranks import ONE, Ranks, cut_like, cut_moments, whole
 from training.recipe import Recipe, recipe_differences, recipe_from_dict
 
 log = logging.getLogger("finetune")
@@ -25,12 +30,18 @@ class Progress:
     epoch: int = 0
     batch: int = 0  # batches of this epoch that are done
     evaluated: int = -1  # step of the last evaluation
-    best: tuple[float, float] | None = None  # (WER, CER) of best/
-    best_step: int = 0
-    baseline: tuple[float, float] | None = None  # of the untouched model
+    baseline: dict | None = None  # the ledger's first record: the untouched model
+    best: dict | None = None  # the ledger's record of best/
+    kept: Kept = dataclasses.field(default_factory=Kept)
     skipped: int = 0  # steps without an update: a loss or gradient was not finite
+    splits: int = 0  # times that memory ran out and a step was done again in pieces
     seconds: float = 0.0
     losses: list[float] = dataclasses.field(default_factory=list)  # since the last evaluation
+    ended: str | None = None  # why the run has ended before its last step
+    averaged: bool = False  # the average of the best has been measured
+
+
+# --- checkpoints --------------------------------------------------------------------------------
 
 
 def checkpoint_paths(folder: Path) -> list[Path]:
@@ -39,22 +50,34 @@ def checkpoint_paths(folder: Path) -> list[Path]:
 
 
 def save_checkpoint(
-    folder: Path, model, optimizer, ema: EMA | None, progress: Progress, recipe: Recipe
+    folder: Path,
+    model,
+    optimizer,
+    ema: EMA | None,
+    progress: Progress,
+    recipe: Recipe,
+    ranks: Ranks = ONE,
 ) -> Path:
-    """Everything that resuming needs, in one file; older ones beyond `keep_last` go."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Everything that resuming needs, in one file, whatever the number of processes; older ones
+    beyond `keep_last` go. `training.average` reads it too, so the config and tokenizer are in it.
+    """
     path = folder / f"step_{progress.step:08d}.pt"
     state = {
-        "model": model.state_dict(),
-        "optimizer": optimizer_state(optimizer),
-        "ema": None if ema is None else ema.state_dict(),
+        "model": whole(model.state_dict()),
+        "optimizer": whole(optimizer_state(optimizer)),
+        "ema": None if ema is None else whole(ema.state_dict()),
         "progress": dataclasses.asdict(progress),
         "recipe": dataclasses.asdict(recipe),
+        "config": model.config.nemo,
+        "tokenizer_files": model.tokenizer_files,
     }
-    with atomic_file(path) as temporary:
-        torch.save(state, temporary)
-    for old in checkpoint_paths(folder)[: -recipe.trainer.keep_last]:
-        old.unlink()
+    if ranks.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+        with atomic_file(path) as temporary:
+            torch.save(state, temporary)
+        for old in checkpoint_paths(folder)[: -recipe.trainer.keep_last]:
+            old.unlink()
+    ranks.barrier()
     return path
 
 
@@ -65,13 +88,13 @@ def resume(path: Path, model, optimizer, ema: EMA | None, recipe: Recipe) -> Pro
         ValueError: the file is damaged or belongs to another model.
     """
     try:
-        state = torch.load(path, map_location=next(model.parameters()).device, weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
         old = recipe_from_dict(_lists(state["recipe"]), f"recipe in {path}")
-        model.load_state_dict(state["model"])
-        load_optimizer_state(optimizer, state["optimizer"])
+        model.load_state_dict(cut_like(state["model"], model.state_dict()))
+        load_optimizer_state(optimizer, cut_moments(state["optimizer"], optimizer))
         if ema is not None:
-            ema.load_state_dict(state["ema"] or {})
-        progress = Progress(**state["progress"])
+            ema.load_state_dict(cut_like(state["ema"] or {}, ema.average))
+        progress = Progress(**state["progress"] | {"kept": Kept(**state["progress"]["kept"])})
     except (RuntimeError, KeyError, TypeError, ValueError, pickle.UnpicklingError) as error:
         raise ValueError(
             f"cannot resume from {path}: {' '.join(str(error).split())[:300]}; "
@@ -80,6 +103,57 @@ def resume(path: Path, model, optimizer, ema: EMA | None, recipe: Recipe) -> Pro
     for key, (before, now) in recipe_differences(old, recipe).items():
         log.warning("recipe changed since the checkpoint: %s was %s, is %s", key, before, now)
     return progress
+
+
+# --- models -------------------------------------------------------------------------------------
+
+
+def save_model(checkpoint: Checkpoint, folder: Path, ranks: Ranks = ONE) -> None:
+    """A model folder, from tensors that may lie in shards."""
+    state = whole(checkpoint.state_dict)
+    if ranks.is_main:
+        write_folder(folder, Checkpoint(checkpoint.config, state, checkpoint.tokenizer_files))
+    ranks.barrier()
+
+
+def top_folder(out: Path, step: int) -> Path:
+    return out / "top" / f"step_{step:08d}"
+
+
+def prune_top(out: Path, kept: Kept) -> None:
+    """Only the models of `kept.top` stay. To be called after the checkpoint that names them."""
+    names = {top_folder(out, step).name for _, _, step in kept.top}
+    for folder in (out / "top").glob("step_*"):
+        if folder.name not in names:
+            shutil.rmtree(folder)
+
+
+# --- batches that failed ------------------------------------------------------------------------
+
+
+def save_batch(path: Path, batch: Batch, **facts) -> None:
+    """A batch with its sound and tokens, and what else is known of it: `load_batch` reads it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {
+        name: getattr(batch, name).cpu()
+        for name in ("audio", "audio_lengths", "targets", "target_lengths")
+    }
+    utterances = [dataclasses.asdict(utterance) for utterance in batch.utterances]
+    with atomic_file(path) as temporary:
+        torch.save({**tensors, "utterances": utterances, **facts}, temporary)
+
+
+def load_batch(path: Path) -> tuple[Batch, dict]:
+    """A batch that `save_batch` wrote, and its facts: {"seeds": the arguments of `seed_step`}."""
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    utterances = tuple(
+        Utterance(**u | {"tokens": tuple(u["tokens"])}) for u in state.pop("utterances")
+    )
+    names = ("audio", "audio_lengths", "targets", "target_lengths")
+    return Batch(utterances, *(state.pop(name) for name in names)), state
+
+
+# --- JSON lines ---------------------------------------------------------------------------------
 
 
 def _lists(value):

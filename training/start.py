@@ -100,14 +100,19 @@ def with_loss_options(config: dict, heads: tuple[str, ...], loss: LossRecipe) ->
         names = [f"{section.get('loss_name')}_kwargs", f"{default}_kwargs"]
         kwargs = next((key for key in names if section.get(key) is not None), names[1])
         section[kwargs] = {**(section.get(kwargs) or {}), name: value}
-    if loss.transducer_reduction is not None:
-        if heads == ("ctc",):
-            raise ValueError("loss.transducer_reduction: this model has ctc only")
-        config["rnnt_reduction"] = loss.transducer_reduction
-    if loss.ctc_reduction is not None:
-        if "ctc" not in heads:
-            raise ValueError("loss.ctc_reduction: this model has no ctc head")
-        config.get("aux_ctc", config)["ctc_reduction"] = loss.ctc_reduction
+    if loss.transducer_reduction is not None and heads == ("ctc",):
+        raise ValueError("loss.transducer_reduction: this model has ctc only")
+    if loss.ctc_reduction is not None and "ctc" not in heads:
+        raise ValueError("loss.ctc_reduction: this model has no ctc head")
+    if (reduction := loss.transducer_reduction or loss.reduction) and heads != ("ctc",):
+        config["rnnt_reduction"] = reduction
+    if (reduction := loss.ctc_reduction or loss.reduction) and "ctc" in heads:
+        config.get("aux_ctc", config)["ctc_reduction"] = reduction
+    if loss.interctc_layers is not None:
+        config["interctc"] = {
+            "loss_weights": list(loss.interctc_weights),
+            "apply_at_layers": list(loss.interctc_layers),
+        }
     if loss.ctc_weight is not None:
         if len(heads) < 2:
             raise ValueError(f"loss.ctc_weight belongs to hybrids, this model has {heads[0]} only")

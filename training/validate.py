@@ -6,6 +6,7 @@ import torch
 
 from fastconformer.metrics import char_errors, word_errors
 from training.data import AudioStore, batches_ahead
+from training.ranks import ONE, Ranks
 from training.recipe import Recipe
 
 log = logging.getLogger("finetune")
@@ -14,8 +15,11 @@ SAMPLES_SHOWN = 3  # predictions printed for each validation set
 
 
 @torch.no_grad()
-def predict(model, store, heads, recipe: Recipe, check_stop) -> tuple[list[str], dict]:
-    """Greedy texts of a validation set: (references, {head: hypotheses}); model in eval mode."""
+def predict(
+    model, store, heads, recipe: Recipe, check_stop, ranks: Ranks = ONE
+) -> tuple[list[str], dict]:
+    """Greedy texts of a validation set: (references, {head: hypotheses}); model in eval mode. Each
+    process reads its share, and all get all."""
     durations = [u.duration_s for u in store.utterances]
     waiting = sorted(range(len(durations)), key=lambda i: (-durations[i], i))
     batches = []
@@ -29,7 +33,7 @@ def predict(model, store, heads, recipe: Recipe, check_stop) -> tuple[list[str],
     device = next(model.parameters()).device
     bf16 = recipe.trainer.precision == "bf16"
     texts = {}  # line -> (reference, text of each head)
-    for batch in batches_ahead(store, batches, recipe.data.num_workers):
+    for batch in batches_ahead(store, batches[ranks.rank :: ranks.world], recipe.data.num_workers):
         check_stop()
         if batch is None:
             continue
@@ -41,6 +45,7 @@ def predict(model, store, heads, recipe: Recipe, check_stop) -> tuple[list[str],
         for utterance, *hypotheses in zip(batch.utterances, *found, strict=True):
             decoded = [model.tokenizer.decode(hypothesis.tokens) for hypothesis in hypotheses]
             texts[utterance.line] = (utterance.text, *decoded)
+    texts = {line: text for share in ranks.gather(texts) for line, text in share.items()}
     if not texts:
         raise ValueError("no clip of a validation set can be read; see dropped.jsonl")
     # In the manifest's order, so that the samples shown stay the same from run to run.
@@ -48,12 +53,14 @@ def predict(model, store, heads, recipe: Recipe, check_stop) -> tuple[list[str],
     return list(references), {h: list(t) for h, t in zip(heads, by_head, strict=True)}
 
 
-def evaluate(model, validation: dict[str, AudioStore], heads, recipe, check_stop) -> dict:
+def evaluate(
+    model, validation: dict[str, AudioStore], heads, recipe, check_stop, ranks: Ranks = ONE
+) -> dict:
     """{"sets": {name: {head: {"wer", "cer"}}}, "all": {head: {...}}}; prints a few predictions."""
     model.eval()
     sets, all_references, all_hypotheses = {}, [], {head: [] for head in heads}
     for name, store in validation.items():
-        references, hypotheses = predict(model, store, heads, recipe, check_stop)
+        references, hypotheses = predict(model, store, heads, recipe, check_stop, ranks)
         sets[name] = {head: _rates(references, hypotheses[head]) for head in heads}
         for head in heads:
             all_hypotheses[head] += hypotheses[head]
@@ -62,10 +69,26 @@ def evaluate(model, validation: dict[str, AudioStore], heads, recipe, check_stop
             log.info("  %s  said: %s", name, references[i])
             for head in heads:
                 log.info("  %s  %4s: %s", " " * len(name), head, hypotheses[head][i])
-        for head in heads:
-            rates = sets[name][head]
-            log.info("  %s  %s  WER %.2f %%  CER %.2f %%", name, head, *percent(rates))
     return {"sets": sets, "all": {h: _rates(all_references, all_hypotheses[h]) for h in heads}}
+
+
+def results_table(record: dict, baseline: dict | None = None) -> str:
+    """Error rates in percent of every set and head, one a line, beside the untouched model's."""
+    rows = [("set", "head", "WER %", "CER %", "WER before", "CER before")]
+    sets = {**record["sets"], "all": record["all"]}
+    before = {**baseline["sets"], "all": baseline["all"]} if baseline else {}
+    for name, heads in sets.items():
+        for head, rates in heads.items():
+            old = before.get(name, {}).get(head)
+            old = percent(old) if old else ()
+            cells = [f"{value:.2f}" for value in (*percent(rates), *old)]
+            rows.append((name, head, *cells, *[""] * (4 - len(cells))))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for name, head, *cells in rows if before else [row[:4] for row in rows]:
+        numbers = (f"{cell:>{width}}" for cell, width in zip(cells, widths[2:], strict=False))
+        lines.append("  ".join((f"  {name:<{widths[0]}}", f"{head:<{widths[1]}}", *numbers)))
+    return "\n".join(lines)
 
 
 def _rates(references: list[str], hypotheses: list[str]) -> dict[str, float]:
