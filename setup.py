@@ -18,7 +18,9 @@ setup(
     description="FastConformer and Parakeet speech recognition in plain PyTorch",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=find_packages(include=["fastconformer*", "training*", "converters*", "benchmarks*"]),
+    packages=find_packages(
+        include=["fastconformer*", "rwkv_cuda*", "training*", "converters*", "benchmarks*"]
+    ),
     install_requires=[
         "torch>=2.6,<3",  # 2.6: nn.utils.get_total_norm, which training.finetune calls
         "numpy>=1.26,<3",

@@ -1,0 +1,5 @@
+"""Compiles the kernels of csrc/. The kernels are not here yet."""
+
+
+def usable(x) -> bool:
+    return False

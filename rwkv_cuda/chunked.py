@@ -1,0 +1,371 @@
+"""WKV7 in chunks: matrix products in plain PyTorch, forward and backward, on any device.
+
+A chunk of C frames turns its entry state M = S^T (key, value) into its outputs and exit state by
+
+    U  = T (A~ M + A_ak V)          T = (I - A_ab)^-1, the triangular (WY) form of the a b^T updates
+    Y  = R~ M + A_rk V + A_rb U
+    M' = diag(d) M + K-^T V + B-^T U
+
+where A_xy[t, s] = sum_n x_tn y_sn prod(decay_jn, s < j < t) for s < t (r also takes in its own
+decay, and the diagonal), A~ and R~ carry the decay since the chunk's start, K- and B- that to its
+end, and d that of the whole chunk.
+
+Decays may be anything in [0, 1]. The usual factorisation, exp(G_t) times exp(-G_s) of a cumulative
+log decay G, overflows for strong ones. Here the scores come from a binary tree: two frames whose
+paths part at a node have between them (product over the right block's frames before t) times
+(product over the left block's frames after s). Both are products of decays, never a quotient or a
+difference of sums: nothing overflows and errors stay relative. The same tree inverts I - A_ab.
+
+Rows are chunks of one clip and head, (M, C, N). Clips are sorted by falling length and the chunk
+index is outermost, so the clips still running are a prefix, and padding is not computed. States are
+kept every SEGMENT frames; backward computes those between again.
+Letters: B clips, T frames, H heads, N head width, C frames of a chunk, M rows. An axis of 2 holds
+the queries (a, r), the keys (k, b) or the values (v, u).
+Source of the chunk form: RWKV-7 (arXiv:2503.14456), Yang et al. 2024 (arXiv:2406.06484).
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+CHUNK = 32  # frames; a power of two
+SEGMENT = 512  # frames between saved states: N * N / 512 numbers a frame and head
+ROWS = 512  # chunks at work at once, about: bounds the working memory
+LARGEST_W = 80.0  # exp of more is no float32; the decay is exactly 0 from w = 5 on
+
+
+def n_segments(frames: int) -> int:
+    """How many states `forward` saves for a clip of so many frames."""
+    return -(-frames // SEGMENT)
+
+
+def forward(
+    r: Tensor,
+    w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    reverse: bool = False,
+    lengths: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    save_states: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `wkv7_reference`; also returns the states that `backward` starts from.
+
+    Returns:
+        y (B, T, H, N) in the dtype of r; the last state (B, H, N, N), [value, key]; the states at
+        the start of each segment in the order of the recurrence, (segments, B, H, N, N), [key,
+        value], 0 where the clip has ended; none unless save_states. States are float32, or float64
+        if r is.
+    """
+    batch, frames, heads, width = r.shape
+    dtype = torch.promote_types(r.dtype, torch.float32)
+    inputs = [x.contiguous() for x in (r, w, k, v, a, b)]
+    y = torch.zeros_like(inputs[0])
+    state = r.new_zeros(batch, heads, width, width, dtype=dtype)
+    if initial_state is not None:
+        state.copy_(initial_state.mT)
+    saved = state.new_zeros(n_segments(frames) if save_states else 0, *state.shape)
+    for stretch in _stretches(r, lengths, reverse):
+        entry = state[stretch.clips]
+        part = stretch.part(inputs, dtype)
+        outputs, before, exit_state = part.run(stretch.rows_of_chunk, entry.flatten(0, 1))
+        stretch.scatter(outputs, y)
+        state[stretch.clips] = exit_state.view_as(entry)
+        if save_states:
+            for i in range(0, len(before), SEGMENT // CHUNK):
+                states = before[i].unflatten(0, (-1, heads))
+                segment = (stretch.first_chunk + i) // (SEGMENT // CHUNK)
+                saved[segment, stretch.clips[: len(states)]] = states
+    return y, state.mT.contiguous(), saved
+
+
+def backward(
+    grad_y: Tensor,
+    grad_state: Tensor | None,
+    r: Tensor,
+    w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    saved: Tensor,
+    reverse: bool = False,
+    lengths: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """Gradients of r, w, k, v, a, b, in their dtypes, and of the initial state, in that of states.
+
+    Args:
+        grad_y: (B, T, H, N).
+        grad_state: gradient of the last state, (B, H, N, N), [value, key]; None for zero.
+        saved: from `forward` with save_states and the same other arguments.
+    """
+    dtype = saved.dtype
+    inputs = [x.contiguous() for x in (r, w, k, v, a, b)]
+    grad_y = grad_y.contiguous()
+    grads = [torch.zeros_like(x) for x in inputs]
+    if grad_state is None:
+        grad_state = saved.new_zeros(saved.shape[1:])
+    else:
+        grad_state = grad_state.to(dtype).mT.contiguous()
+    for stretch in reversed(list(_stretches(r, lengths, reverse))):
+        part = stretch.part(inputs, dtype)
+        entry = saved[stretch.first_chunk // (SEGMENT // CHUNK), stretch.clips]
+        _, before, _ = part.run(stretch.rows_of_chunk, entry.flatten(0, 1))
+        exit_grad = grad_state[stretch.clips]
+        *input_grads, entry_grad = part.run_backward(
+            stretch.rows_of_chunk,
+            before,
+            stretch.gather(grad_y, dtype),
+            exit_grad.flatten(0, 1),
+        )
+        for rows, grad in zip(input_grads, grads):
+            stretch.scatter(rows, grad)
+        grad_state[stretch.clips] = entry_grad.view_as(exit_grad)
+    return *grads, grad_state.mT.contiguous()
+
+
+@dataclass(frozen=True)
+class _Stretch:
+    """Consecutive chunks of some clips: as much as is worked on at once."""
+
+    clips: Tensor  # (clips,) those that run at its start, longest first
+    first_chunk: int
+    rows_of_chunk: list[int]  # rows of each chunk index: running clips times heads
+    frames: Tensor  # (chunks * C,) index into B * T of every frame, any valid one for padding
+    padding: Tensor | None  # which of `frames` are padding
+    present: Tensor | None  # the others; None for both: no padding
+
+    def gather(self, x: Tensor, dtype: torch.dtype, fill: float = 0.0) -> Tensor:
+        """(B, T, H, N) to (M, C, N), `fill` on padding."""
+        rows = x.flatten(0, 1).index_select(0, self.frames)
+        if self.padding is not None:
+            rows.index_fill_(0, self.padding, fill)
+        rows = rows.unflatten(0, (-1, CHUNK)).transpose(1, 2)
+        return rows.to(dtype).contiguous().flatten(0, 1)
+
+    def part(self, inputs: list[Tensor], dtype: torch.dtype) -> "_Part":
+        """A raw decay of -inf on padding: it keeps the state."""
+        r, w, k, v, a, b = inputs
+        w = self.gather(w, dtype, fill=-torch.inf)
+        r, k, v, a, b = (self.gather(x, dtype) for x in (r, k, v, a, b))
+        return _Part(r, w, k, v, a, b)
+
+    def scatter(self, rows: Tensor, x: Tensor) -> None:
+        """(M, C, N) into the frames of x, (B, T, H, N); frames of padding stay."""
+        rows = rows.unflatten(0, (-1, x.shape[2])).transpose(1, 2).to(x.dtype).flatten(0, 1)
+        frames = self.frames
+        if self.present is not None:
+            rows, frames = rows[self.present], frames[self.present]
+        x.view(-1, *x.shape[2:]).index_copy_(0, frames, rows)
+
+
+def _stretches(x: Tensor, lengths: Tensor | None, reverse: bool) -> Iterator[_Stretch]:
+    """Cut (B, T, H, N) into stretches, each clip's in the order of its recurrence."""
+    batch, frames, heads, _ = x.shape
+    if lengths is None:
+        lengths = torch.full((batch,), frames)
+    lengths, order = lengths.cpu().sort(descending=True, stable=True)
+    counts = -(-lengths // CHUNK)
+    step = SEGMENT // CHUNK
+    clips_at_once = max(1, ROWS // (heads * step))
+    for group, group_lengths, group_counts in zip(
+        order.split(clips_at_once), lengths.split(clips_at_once), counts.split(clips_at_once)
+    ):
+        first = 0
+        while (running := int((group_counts > first).sum())) > 0:
+            # Few clips and heads take several segments at once, so that no operator is tiny.
+            last = first + step * max(1, ROWS // (running * heads * step))
+            indices = range(first, min(last, int(group_counts[0])))
+            running_at = [int((group_counts > i).sum()) for i in indices]
+            members = torch.cat([torch.arange(n) for n in running_at])
+            start = torch.tensor(indices).repeat_interleave(torch.tensor(running_at)) * CHUNK
+            position = (start[:, None] + torch.arange(CHUNK)).flatten()
+            members = members.repeat_interleave(CHUNK)
+            length = group_lengths[members]
+            present = position < length
+            frame = length - 1 - position if reverse else position
+            index = group[members] * frames + frame.clamp(0, frames - 1)
+            padded = not bool(present.all())
+            yield _Stretch(
+                group[:running].to(x.device),
+                first,
+                [n * heads for n in running_at],
+                index.to(x.device),
+                (~present).nonzero()[:, 0].to(x.device) if padded else None,
+                present.nonzero()[:, 0].to(x.device) if padded else None,
+            )
+            first = last
+
+
+@dataclass(frozen=True)
+class _Level:
+    """A level of the tree: pairs of blocks of `size` frames; P pairs in all."""
+
+    size: int
+    queries: Tensor  # (P, 2 * size, N), of the right blocks, with the decay since their start
+    keys: Tensor  # (P, 2 * size, N), of the left blocks, with the decay to their end
+    prefix: Tensor  # (P, size, 1, N), that decay: before each frame of the right block
+    suffix: Tensor  # (P, size, 1, N), after each frame of the left block
+
+
+class _Part:
+    """The chunks of a stretch: what the recurrence needs of them, all of them at once."""
+
+    def __init__(self, r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor) -> None:
+        """Inputs (M, C, N)."""
+        rows, chunk, width = r.shape
+        self.r = r
+        self.log_decay = -torch.exp(w.clamp(max=LARGEST_W))
+        self.decay = torch.exp(self.log_decay)
+        self.raw_queries = torch.stack([a, r * self.decay], dim=2)
+        self.raw_keys = torch.stack([k, b], dim=2)
+        self.values = torch.stack([v, v], dim=2)  # u takes the second place in `run`
+        scores = self.decay.new_zeros(rows, 2 * chunk, 2 * chunk)  # row 2t + query, column 2s + key
+        diagonal = scores.view(rows, chunk, 2, chunk, 2).diagonal(dim1=1, dim2=3)  # (M, 2, 2, C)
+        diagonal[:, 1] = (self.r[:, :, None] * self.raw_keys).sum(-1).mT
+        prefix = suffix = torch.ones_like(self.decay)
+        total = self.decay  # (M, blocks, N)
+        inverse = self.decay.new_ones(rows * chunk, 1, 1)
+        self.levels = []
+        size = 1
+        while size < chunk:
+            # (pairs, left or right, frames of a block, ...)
+            halves = (-1, 2, size, 2, width)
+            left, right = total.view(-1, 2, 1, width).unbind(1)
+            prefix, suffix = prefix.view(-1, 2, size, width), suffix.view(-1, 2, size, width)
+            before, after = prefix[:, 1, :, None], suffix[:, 0, :, None]
+            queries = (self.raw_queries.view(halves)[:, 1] * before).flatten(1, 2)
+            keys = (self.raw_keys.view(halves)[:, 0] * after).flatten(1, 2)
+            self.levels.append(_Level(size, queries, keys, before, after))
+            block = queries @ keys.mT
+            _lower_blocks(scores, size).copy_(block.unflatten(0, (rows, -1)))
+            inverse = _join(inverse, block.view(-1, size, 2, size, 2)[:, :, 0, :, 1])
+            prefix = torch.stack([prefix[:, 0], prefix[:, 1] * left], dim=1)
+            suffix = torch.stack([suffix[:, 0] * right, suffix[:, 1]], dim=1)
+            total = left * right
+            size *= 2
+        self.prefix = prefix.view(-1, chunk, 1, width)
+        self.suffix = suffix.view(-1, chunk, 1, width)
+        self.total = total.view(-1, width, 1)
+        self.queries = (self.raw_queries * self.prefix).flatten(1, 2)  # (M, 2 * C, N)
+        self.keys = (self.raw_keys * self.suffix).flatten(1, 2)
+        self.inverse = inverse
+        scores = scores.view(-1, chunk, 2, 2 * chunk)
+        self.scores_a, self.scores_r = scores.unbind(2)  # (M, C, 2 * C) each
+        self.scores_ak = self.scores_a.unflatten(2, (chunk, 2))[..., 0]  # (M, C, C)
+
+    def run(
+        self, rows_of_chunk: list[int], state: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
+        """From the entry state (rows, N, N), [key, value], through all chunks.
+
+        Returns: y (M, C, N), the entry state of each chunk index, the exit state.
+        """
+        chunk = self.decay.shape[1]
+        from_values = self.scores_ak @ self.values[:, :, 0]
+        split = [x.split(rows_of_chunk) for x in (self.queries, self.keys, self.total)]
+        from_state, before = [], []
+        for queries, keys, total, inverse, known, values in zip(
+            *split, *(x.split(rows_of_chunk) for x in (self.inverse, from_values, self.values))
+        ):
+            ended = state[len(queries) :]
+            state = state[: len(queries)]
+            before.append(state)
+            x = torch.bmm(queries, state).unflatten(1, (chunk, 2))
+            from_state.append(x[:, :, 1])
+            values[:, :, 1] = torch.bmm(inverse, x[:, :, 0] + known)
+            state = torch.baddbmm(total * state, keys.mT, values.flatten(1, 2))
+            if len(ended):
+                state = torch.cat([state, ended])
+        y = torch.baddbmm(torch.cat(from_state), self.scores_r, self.values.flatten(1, 2))
+        return y, tuple(before), state
+
+    def run_backward(
+        self,
+        rows_of_chunk: list[int],
+        before: tuple[Tensor, ...],
+        grad_y: Tensor,
+        grad_state: Tensor,
+    ) -> tuple[Tensor, ...]:
+        """Gradients of r, w, k, v, a, b, (M, C, N), and of the entry state, after `run`.
+
+        Args:
+            before: each chunk's entry state, from `run`.
+            grad_y: (M, C, N).
+            grad_state: of the exit state, (rows, N, N), [key, value].
+        """
+        rows, chunk, width = self.decay.shape
+        values = self.values.flatten(1, 2)
+        grad_values = self.scores_r.mT @ grad_y  # (M, 2 * C, N)
+        # Gradient of (A~ M + A_ak V, y), the queries' products.
+        grad_products = torch.stack([grad_y, grad_y], dim=2)
+        after = []  # gradient of each chunk's exit state
+        parts = (self.queries, self.keys, self.total, self.inverse, grad_values, grad_products)
+        for queries, keys, total, inverse, value_grad, product_grad in reversed(
+            list(zip(*(x.split(rows_of_chunk) for x in parts)))
+        ):
+            ended = grad_state[len(queries) :]
+            grad_state = grad_state[: len(queries)]
+            after.append(grad_state)
+            value_grad.baddbmm_(keys, grad_state)
+            product_grad[:, :, 0] = torch.bmm(inverse.mT, value_grad[:, 1::2])
+            grad_state = torch.baddbmm(total * grad_state, queries.mT, product_grad.flatten(1, 2))
+            if len(ended):
+                grad_state = torch.cat([grad_state, ended])
+        before, after = torch.cat(before), torch.cat(after[::-1])
+        grad_v = grad_values[:, ::2] + self.scores_ak.mT @ grad_products[:, :, 0]
+        grad_products = grad_products.flatten(1, 2)
+        grad_scores = grad_products @ values.mT
+        grad_queries = grad_products @ before.mT  # of those with decay
+        grad_keys = values @ after.mT
+        # From here on the gradients of decays are those of their logarithms, x * dx: a decay of 0
+        # needs no care, and sums run within a block, so no large parts cancel.
+        by_query = (grad_queries * self.queries).view(rows, chunk, 2, width)
+        by_prefix, by_suffix = by_query.sum(2), (grad_keys * self.keys).view_as(by_query).sum(2)
+        by_total = ((before * after).sum(-1) * self.total[..., 0])[:, None]  # (M, 1, N)
+        grad_queries = grad_queries.view(rows, chunk, 2, width) * self.prefix
+        grad_keys = grad_keys.view(rows, chunk, 2, width) * self.suffix
+        for level in reversed(self.levels):
+            halves = (-1, 2, level.size, width)
+            by_right, by_left = by_prefix.view(halves)[:, 1], by_suffix.view(halves)[:, 0]
+            by_total = torch.stack([by_right.sum(1), by_left.sum(1)], dim=1) + by_total.view(
+                -1, 1, width
+            )
+            block = _lower_blocks(grad_scores, level.size).flatten(0, 1)
+            of_queries, of_keys = block @ level.keys, block.mT @ level.queries
+            by_right += (of_queries * level.queries).view(-1, level.size, 2, width).sum(2)
+            by_left += (of_keys * level.keys).view(-1, level.size, 2, width).sum(2)
+            halves = (-1, 2, level.size, 2, width)
+            of_queries, of_keys = (x.view(-1, level.size, 2, width) for x in (of_queries, of_keys))
+            grad_queries.view(halves)[:, 1].addcmul_(of_queries, level.prefix)
+            grad_keys.view(halves)[:, 0].addcmul_(of_keys, level.suffix)
+        grad_a, grad_decayed_r = grad_queries.unbind(2)
+        by_decay = by_total.view(rows, chunk, width) + grad_decayed_r * self.raw_queries[:, :, 1]
+        diagonal = grad_scores.view(rows, chunk, 2, chunk, 2).diagonal(dim1=1, dim2=3)[:, 1]
+        diagonal = diagonal.mT[..., None]  # (M, C, 2, 1)
+        grad_r = grad_decayed_r * self.decay + (diagonal * self.raw_keys).sum(2)
+        grad_keys.addcmul_(diagonal, self.r[:, :, None])
+        grad_k, grad_b = grad_keys.unbind(2)
+        return grad_r, by_decay * self.log_decay, grad_k, grad_v, grad_a, grad_b, grad_state
+
+
+def _lower_blocks(scores: Tensor, size: int) -> Tensor:
+    """View of (M, 2C, 2C): each pair's right queries by left keys, (M, pairs, 2 size, 2 size)."""
+    pairs = scores.shape[1] // (4 * size)
+    blocks = scores.unflatten(2, (pairs, 2, 2 * size)).unflatten(1, (pairs, 2, 2 * size))
+    return blocks[:, :, 1, :, :, 0].diagonal(dim1=1, dim2=3).movedim(-1, 1)
+
+
+def _join(inverse: Tensor, block: Tensor) -> Tensor:
+    """Inverses of I - L of blocks, (2P, s, s), to those of pairs, (P, 2s, 2s), `block` below."""
+    left, right = inverse.unflatten(0, (-1, 2)).unbind(1)
+    size = block.shape[-1]
+    joined = inverse.new_zeros(len(left), 2 * size, 2 * size)
+    joined[:, :size, :size] = left
+    joined[:, size:, size:] = right
+    joined[:, size:, :size] = right @ block @ left
+    return joined
