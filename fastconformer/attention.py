@@ -13,6 +13,8 @@ from torch.nn import functional as F
 
 from .linear import Linear
 
+SCORE_BYTES, SCORE_BYTES_GPU = 1 << 26, 1 << 29  # of the scores that are in memory at once
+
 
 def position_encoding(positions: torch.Tensor, d_model: int) -> torch.Tensor:
     """Sines and cosines of `positions` (P,), interleaved: (P, D) float32."""
@@ -61,26 +63,40 @@ class RelPositionMultiHeadAttention(nn.Module):
         """x (B, T, D), pos_emb (2T-1, D) for distances T-1 ... -(T-1); `hidden` (B, 1, 1 or T, T)
         is True where a key may not be seen. Returns (B, T, D)."""
         q, k, v = (self._heads(f(x)) for f in (self.linear_q, self.linear_k, self.linear_v))
-        p = self._heads(self.linear_pos(pos_emb)[None])  # (1, H, 2T-1, K)
-        scale = self.d_head**-0.5
-        position = (q + self.pos_bias_v[:, None]) @ (p * scale).transpose(-2, -1)  # (B, H, T, 2T-1)
-        position = _relative_shift(position)
-        position = position.masked_fill(hidden, _masked_value(position.dtype))
-        out = F.scaled_dot_product_attention(
-            q + self.pos_bias_u[:, None],
-            k,
-            v,
-            attn_mask=position,
-            dropout_p=self.dropout if self.training else 0.0,
-        )
-        return self.linear_out(out.transpose(1, 2).flatten(2))
+        p = self._heads(self.linear_pos(pos_emb)[None]) * self.d_head**-0.5  # (1, H, 2T-1, K)
+        t, pieces = x.shape[1], []
+        rows = t
+        if not torch.is_grad_enabled():  # queries in pieces: memory grows with T, not with its square
+            limit = SCORE_BYTES_GPU if x.is_cuda else SCORE_BYTES
+            rows = max(16, limit // (x.shape[0] * self.n_heads * 2 * t * x.element_size()))
+        for start in range(0, t, rows):
+            stop = min(start + rows, t)
+            query = q[:, :, start:stop]
+            # the distances between these queries and any key
+            position = (query + self.pos_bias_v[:, None]) @ p[
+                :, :, t - stop : 2 * t - 1 - start
+            ].transpose(-2, -1)
+            unseen = hidden if hidden.shape[2] == 1 else hidden[:, :, start:stop]
+            position = _relative_shift(position, t).masked_fill(
+                unseen, _masked_value(position.dtype)
+            )
+            out = F.scaled_dot_product_attention(
+                query + self.pos_bias_u[:, None],
+                k,
+                v,
+                attn_mask=position,
+                dropout_p=self.dropout if self.training else 0.0,
+            )
+            pieces.append(out.transpose(1, 2).flatten(2))
+        return self.linear_out(pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1))
 
 
-def _relative_shift(x: torch.Tensor) -> torch.Tensor:
-    """(B, H, T, 2T-1) by distance -> (B, H, T, T) by key: row i takes columns T-1-i ... 2T-2-i."""
-    b, h, t, n = x.shape
+def _relative_shift(x: torch.Tensor, t: int) -> torch.Tensor:
+    """Scores of N successive queries by falling distance, (B, H, N, T+N-1), -> by key,
+    (B, H, N, T): row i takes columns N-1-i ... N-1-i+T-1."""
+    b, h, n, w = x.shape
     x = x.contiguous()
-    return x.as_strided((b, h, t, t), (h * t * n, t * n, n - 1, 1), x.storage_offset() + t - 1)
+    return x.as_strided((b, h, n, t), (h * n * w, n * w, w - 1, 1), x.storage_offset() + n - 1)
 
 
 class LocalRelPositionMultiHeadAttention(RelPositionMultiHeadAttention):

@@ -1,0 +1,143 @@
+"""Recordings too long for one pass: the encoder runs over windows, the decoder over their seams.
+
+A window is a piece of the features with context on both sides; of what the encoder makes of it only
+the middle is kept, and the middles are joined to one sequence. The decoder then reads that sequence
+once, from its first frame to its last, with its state carried along. So no text is merged: a word
+across a border is neither lost nor doubled, whatever the border. Borders are moved to the quietest
+place nearby. Features are normalised over the whole recording, as in a single pass.
+
+Source of the idea: buffered inference with partial hypotheses in NeMo
+(`examples/asr/asr_chunked_inference`), which carries the decoder's state in the same way.
+"""
+
+import os
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+
+from .memory import memory_estimate
+from .subsampling import output_length
+
+MODES = ("auto", "full", "chunks", "local")
+WINDOW_S, CONTEXT_S = 40.0, 12.0  # kept, and seen on each side of it
+CUT_SEARCH = 0.2  # share of a window in which its end looks for silence
+LOCAL_CONTEXT_FRAMES = 128  # on each side; what NVIDIA recommends for long files with full models
+FULL_ATTENTION_S = 24 * 60.0  # beyond it full attention is neither trained nor worth its time
+
+
+@dataclass(frozen=True)
+class Window:
+    """Feature frames [start, end) that the encoder sees; of its output, `count` encoder frames from
+    `first` on are kept."""
+
+    start: int
+    end: int
+    first: int
+    count: int
+
+
+def available_bytes(device: torch.device) -> int:
+    """What a pass may take: most of the GPU's free memory, or half of the machine's."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(0.85 * (free + cached))
+    try:
+        with open("/proc/meminfo") as file:
+            for line in file:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024 // 2
+    except OSError:
+        pass
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
+
+
+def choose_mode(config, duration_s: float, budget_bytes: int, dtype: torch.dtype) -> str:
+    """How a clip of this length goes through the encoder: "full" (one pass) or "chunks".
+
+    One pass where its memory fits the budget. An encoder of linear cost (local attention, BiRWKV7)
+    goes through in one pass at any length that fits; full attention only up to 24 minutes, since
+    beyond it the scores cost more than all else and no checkpoint was trained for it.
+    """
+    linear = config.encoder.self_attention_model != "rel_pos"
+    if not linear and duration_s > FULL_ATTENTION_S:
+        return "chunks"
+    return "full" if memory_estimate(config, duration_s, dtype) <= budget_bytes else "chunks"
+
+
+def plan_windows(
+    n_frames: int,
+    window_frames: int,
+    context_frames: int,
+    factor: int,
+    causal: bool = False,
+    energy: torch.Tensor | None = None,
+) -> list[Window]:
+    """Windows over `n_frames` feature frames whose kept parts follow one another without a gap.
+
+    Args:
+        window_frames: length of the kept part; with `energy` at most a fifth less.
+        context_frames: frames that the encoder sees before and after it.
+        factor: the encoder's subsampling; borders are multiples of it.
+        energy: (n_frames,) loudness; a border moves back to where it is least.
+    Raises:
+        ValueError: the window is shorter than one encoder frame.
+    """
+    if window_frames < factor or context_frames < 0:
+        raise ValueError(
+            f"a window of {window_frames} frames with a context of {context_frames}: expected at "
+            f"least {factor}, one encoder frame, and 0"
+        )
+    window, context = window_frames // factor, -(-context_frames // factor)
+    total = int(output_length(torch.tensor(n_frames), factor, causal))
+    if energy is not None and n_frames > 5 * factor:  # smoothed over five encoder frames
+        energy = F.avg_pool1d(energy[None, None].float(), 5 * factor, 1)
+        energy = F.pad(energy, (2 * factor, 3 * factor), mode="replicate")[0, 0]
+    windows, begin = [], 0
+    while begin < total:
+        end = min(begin + window, total)
+        if energy is not None and end < total:
+            earliest = max(begin + 1, end - int(window * CUT_SEARCH))
+            quiet = energy[earliest * factor : end * factor + 1 : factor]
+            end = earliest + int(quiet.argmin())
+        start = max(0, begin - context) * factor
+        stop = n_frames if end + context >= total else (end + context) * factor
+        windows.append(Window(start, stop, begin - start // factor, end - begin))
+        begin = end
+    return windows
+
+
+@torch.no_grad()
+def encode_in_windows(
+    model,
+    features: torch.Tensor,
+    window_s: float = WINDOW_S,
+    context_s: float = CONTEXT_S,
+    batch_size: int = 16,
+) -> torch.Tensor:
+    """features (M, T) of one recording, all valid -> encoded (1, T', D), as one pass would give
+    where `context_s` holds all that a frame depends on.
+
+    Windows are encoded `batch_size` at a time, so memory does not grow with T but for the result.
+    """
+    encoder, stride_s = model.config.encoder, model.config.preprocessor.hop_samples / model.sample_rate
+    energy = features.mean(0)
+    windows = plan_windows(
+        features.shape[1],
+        int(window_s / stride_s),
+        int(context_s / stride_s),
+        encoder.subsampling_factor,
+        encoder.causal_downsampling,
+        energy,
+    )
+    kept = []
+    for first in range(0, len(windows), batch_size):
+        group = windows[first : first + batch_size]
+        lengths = torch.tensor([w.end - w.start for w in group], device=features.device)
+        batch = features.new_zeros(len(group), features.shape[0], int(lengths.max()))
+        for row, window in zip(batch, group, strict=True):
+            row[:, : window.end - window.start] = features[:, window.start : window.end]
+        encoded, _ = model.encode(batch, lengths)
+        kept += [e[w.first : w.first + w.count] for e, w in zip(encoded, group, strict=True)]
+    return torch.cat(kept)[None]
