@@ -10,17 +10,20 @@ Source of the idea: buffered inference with partial hypotheses in NeMo
 (`examples/asr/asr_chunked_inference`), which carries the decoder's state in the same way.
 """
 
+import copy
 import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch.nn import functional as F
 
+from .config import ModelConfig
 from .memory import memory_estimate
 from .subsampling import output_length
 
 MODES = ("auto", "full", "chunks", "local")
-WINDOW_S, CONTEXT_S = 40.0, 12.0  # kept, and seen on each side of it
+WINDOW_S, CONTEXT_S = 120.0, 20.0  # kept, and seen on each side of it
 CUT_SEARCH = 0.2  # share of a window in which its end looks for silence
 LOCAL_CONTEXT_FRAMES = 128  # on each side; what NVIDIA recommends for long files with full models
 FULL_ATTENTION_S = 24 * 60.0  # beyond it full attention is neither trained nor worth its time
@@ -63,7 +66,55 @@ def choose_mode(config, duration_s: float, budget_bytes: int, dtype: torch.dtype
     linear = config.encoder.self_attention_model != "rel_pos"
     if not linear and duration_s > FULL_ATTENTION_S:
         return "chunks"
-    return "full" if memory_estimate(config, duration_s, dtype) <= budget_bytes else "chunks"
+    fits = memory_estimate(config, duration_s, dtype) <= budget_bytes
+    return "full" if fits else "chunks"
+
+
+def batches(
+    config,
+    durations_s: Sequence[float],
+    batch_size: int,
+    budget_bytes: int,
+    dtype: torch.dtype,
+    long: str = "auto",
+) -> Iterator[tuple[list[int], bool]]:
+    """(clips, whether in windows) of every pass, longest first; a clip in windows goes alone.
+
+    A pass takes at most `batch_size` clips, and no more than fit the budget, each padded to the
+    longest; a clip that alone is too much for it and may not be cut goes alone.
+    """
+
+    def in_windows(duration_s):
+        if long == "auto":
+            return choose_mode(config, duration_s, budget_bytes, dtype) == "chunks"
+        return long == "chunks"
+
+    order = sorted(range(len(durations_s)), key=lambda i: -durations_s[i])
+    while order:
+        longest_s = durations_s[order[0]]
+        chunked, count = in_windows(longest_s), 1
+        if not chunked:
+            fitting = budget_bytes // memory_estimate(config, longest_s, dtype)
+            count = max(1, min(batch_size, len(order), fitting))
+        yield order[:count], chunked
+        order = order[count:]
+
+
+def with_local_attention(model, context_frames: int = LOCAL_CONTEXT_FRAMES):
+    """A model that shares all tensors with this one, with local attention on both sides; itself
+    where its attention is not full. Source: NeMo's `change_attention_model`."""
+    from .model import ASRModel, _skeleton  # it imports this module
+
+    if model.config.encoder.self_attention_model != "rel_pos":
+        return model
+    nemo = copy.deepcopy(model.config.nemo)
+    nemo["encoder"]["self_attention_model"] = "rel_pos_local_attn"
+    nemo["encoder"]["att_context_size"] = [context_frames, context_frames]
+    local: ASRModel = _skeleton(ModelConfig.from_nemo(nemo), model.state_dict())
+    local.load_state_dict(model.state_dict(), assign=True)
+    local.preprocessor = model.preprocessor
+    local.tokenizer, local.tokenizer_files = model.tokenizer, model.tokenizer_files
+    return local.eval()
 
 
 def plan_windows(

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from . import longform
 from .audio import load_audio
 from .checkpoint import Checkpoint, read_checkpoint, write_folder
 from .config import CTC_CLASSES, ModelConfig
@@ -91,6 +92,11 @@ class ASRModel(nn.Module):
     def sample_rate(self) -> int:
         """Hz."""
         return self.config.sample_rate
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.encoder.pre_encode.out.weight.device
 
     @property
     def heads(self) -> tuple[str, ...]:
@@ -332,18 +338,25 @@ class ASRModel(nn.Module):
         batch_size: int = 16,
         timestamps: bool = False,
         min_duration_s: float = 1.0,
+        long: str = "auto",
+        memory_gb: float | None = None,
         **decoding,
     ) -> list[Transcript]:
-        """Text of each input, in their order.
+        """Text of each input, in their order. Threads may call it together.
 
         Args:
             inputs: paths, or mono sample arrays at `sample_rate` (numpy or torch, float in [-1, 1]
                 or int16); a single one is taken as a list of one.
             head: "tdt", "rnnt" or "ctc"; None: the model's default.
-            batch_size: clips per pass; clips of similar length go together.
+            batch_size: most clips per pass; clips of similar length go together.
             timestamps: also give words and segments with times.
             min_duration_s: shorter clips get silence on both sides, as in NeMo 3.0; times stay the
                 input's.
+            long: how a clip goes through the encoder. "full": in one pass. "chunks": in windows
+                with context on both sides, decoded as one sequence. "local": in one pass of local
+                attention over 128 frames on both sides, with the same weights. "auto": "full" where
+                it fits the memory (see longform.choose_mode), "chunks" where not.
+            memory_gb: what a pass may take beside the weights; None: most of what is free now.
             decoding: fields of DecodingOptions: beam, lm, lm_weight, boost, allow, confidence ...
         Raises:
             ValueError, FileNotFoundError: unreadable audio, an empty clip, an unknown head, a
@@ -352,19 +365,36 @@ class ASRModel(nn.Module):
         head = head or self.heads[0]
         self._check_head(head)
         options = DecodingOptions(**decoding)
+        if long not in longform.MODES:
+            raise ValueError(f"long is {long!r}, expected one of {', '.join(longform.MODES)}")
         if isinstance(inputs, (str, os.PathLike, np.ndarray, torch.Tensor)):
             inputs = [inputs]
         clips = [self._samples(item) for item in inputs]
         transcripts: list[Transcript | None] = [None] * len(clips)
-        order = sorted(range(len(clips)), key=lambda i: -len(clips[i]))
-        training, device = self.training, self.encoder.pre_encode.out.weight.device
-        self.eval()
+        model = longform.with_local_attention(self) if long == "local" else self
+        device, dtype = self.device, self.encoder.pre_encode.out.weight.dtype
+        budget = longform.available_bytes(device) if memory_gb is None else int(memory_gb * 1e9)
+        training = self.training
+        if training:
+            model.eval()
         try:
-            for first in range(0, len(order), batch_size):
-                batch = order[first : first + batch_size]
+            for batch, chunked in longform.batches(
+                model.config,
+                [max(len(clip) / self.sample_rate, min_duration_s) for clip in clips],
+                batch_size,
+                budget,
+                dtype,
+                long,
+            ):
                 audio, lengths, shifts = self._collate([clips[i] for i in batch], min_duration_s)
-                features, lengths = self.featurize(audio.to(device), lengths.to(device))
-                encoded, lengths = self.encode(features, lengths)
+                features, lengths = model.featurize(
+                    audio.to(device, non_blocking=True), lengths.to(device)
+                )
+                if chunked:
+                    encoded = longform.encode_in_windows(model, features[0], batch_size=batch_size)
+                    lengths = torch.tensor([encoded.shape[1]], device=device)
+                else:
+                    encoded, lengths = model.encode(features, lengths)
                 found = self.decode(encoded, lengths, head, options)
                 for row, (i, shift, hypothesis) in enumerate(zip(batch, shifts, found)):
                     retries = []
@@ -376,7 +406,8 @@ class ASRModel(nn.Module):
                         hypothesis, head, seconds, timestamps, shift, options.confidence, retries
                     )
         finally:
-            self.train(training)
+            if training:
+                self.train()
         return transcripts
 
     def transcript(
