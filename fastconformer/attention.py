@@ -66,7 +66,9 @@ class RelPositionMultiHeadAttention(nn.Module):
         p = self._heads(self.linear_pos(pos_emb)[None]) * self.d_head**-0.5  # (1, H, 2T-1, K)
         t, pieces = x.shape[1], []
         rows = t
-        if not torch.is_grad_enabled():  # queries in pieces: memory grows with T, not with its square
+        if (
+            not torch.is_grad_enabled()
+        ):  # queries in pieces: memory grows with T, not with its square
             limit = SCORE_BYTES_GPU if x.is_cuda else SCORE_BYTES
             rows = max(16, limit // (x.shape[0] * self.n_heads * 2 * t * x.element_size()))
         for start in range(0, t, rows):

@@ -140,7 +140,8 @@ def plan_windows(
             f"a window of {window_frames} frames with a context of {context_frames}: expected at "
             f"least {factor}, one encoder frame, and 0"
         )
-    window, context = window_frames // factor, -(-context_frames // factor)
+    # two frames at least: what the convolutions of the subsampling see
+    window, context = window_frames // factor, max(2, -(-context_frames // factor))
     total = int(output_length(torch.tensor(n_frames), factor, causal))
     if energy is not None and n_frames > 5 * factor:  # smoothed over five encoder frames
         energy = F.avg_pool1d(energy[None, None].float(), 5 * factor, 1)
@@ -151,36 +152,54 @@ def plan_windows(
         if energy is not None and end < total:
             earliest = max(begin + 1, end - int(window * CUT_SEARCH))
             quiet = energy[earliest * factor : end * factor + 1 : factor]
-            end = earliest + int(quiet.argmin())
+            end = earliest + int(quiet.argmin()) if len(quiet) else end
         start = max(0, begin - context) * factor
-        stop = n_frames if end + context >= total else (end + context) * factor
+        stop = min(n_frames, (end + context) * factor)
         windows.append(Window(start, stop, begin - start // factor, end - begin))
         begin = end
     return windows
+
+
+def context_seconds(config) -> float:
+    """What an encoder frame should see on each side: all that it depends on where that is at most a
+    minute (local attention of few layers), else CONTEXT_S."""
+    encoder = config.encoder
+    if encoder.self_attention_model != "rel_pos_local_attn" or encoder.global_tokens:
+        return CONTEXT_S
+    frames = encoder.n_layers * (max(encoder.att_contexts[0]) + encoder.conv_kernel_size) + 2
+    return frames * config.frame_seconds if frames * config.frame_seconds <= 60 else CONTEXT_S
 
 
 @torch.no_grad()
 def encode_in_windows(
     model,
     features: torch.Tensor,
-    window_s: float = WINDOW_S,
-    context_s: float = CONTEXT_S,
     batch_size: int = 16,
+    window_s: float = WINDOW_S,
+    context_s: float | None = None,
+    budget_bytes: int | None = None,
 ) -> torch.Tensor:
     """features (M, T) of one recording, all valid -> encoded (1, T', D), as one pass would give
-    where `context_s` holds all that a frame depends on.
+    where `context_s` (None: `context_seconds`) holds all that a frame depends on.
 
-    Windows are encoded `batch_size` at a time, so memory does not grow with T but for the result.
+    Windows are encoded at most `batch_size` at a time, as the budget allows, so that memory does
+    not grow with T but for the result.
     """
-    encoder, stride_s = model.config.encoder, model.config.preprocessor.hop_samples / model.sample_rate
-    energy = features.mean(0)
+    config = model.config
+    stride_s = config.preprocessor.hop_samples / model.sample_rate
+    if context_s is None:
+        context_s = context_seconds(config)
+    if budget_bytes is not None:
+        dtype = model.encoder.pre_encode.out.weight.dtype
+        largest = memory_estimate(config, window_s + 2 * context_s, dtype)
+        batch_size = max(1, min(batch_size, budget_bytes // largest))
     windows = plan_windows(
         features.shape[1],
         int(window_s / stride_s),
         int(context_s / stride_s),
-        encoder.subsampling_factor,
-        encoder.causal_downsampling,
-        energy,
+        config.encoder.subsampling_factor,
+        config.encoder.causal_downsampling,
+        features.mean(0),
     )
     kept = []
     for first in range(0, len(windows), batch_size):

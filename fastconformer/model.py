@@ -391,7 +391,9 @@ class ASRModel(nn.Module):
                     audio.to(device, non_blocking=True), lengths.to(device)
                 )
                 if chunked:
-                    encoded = longform.encode_in_windows(model, features[0], batch_size=batch_size)
+                    encoded = longform.encode_in_windows(
+                        model, features[0, :, : lengths[0]], batch_size, budget_bytes=budget
+                    )
                     lengths = torch.tensor([encoded.shape[1]], device=device)
                 else:
                     encoded, lengths = model.encode(features, lengths)

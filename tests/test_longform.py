@@ -1,0 +1,171 @@
+"""Long recordings: windows against a single pass, the choice between them, memory, threads."""
+
+import json
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import golden
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import fastconformer
+from fastconformer import attention, longform
+from fastconformer.memory import memory_estimate
+from fastconformer.subsampling import output_length
+
+ROOT = Path(__file__).resolve().parent.parent
+BASE = ROOT / "models" / "base_tiny.nemo"
+
+
+@pytest.fixture(scope="module")
+def base():
+    return fastconformer.load_model(BASE)
+
+
+def babble(seconds: float, seed: int = 0) -> np.ndarray:
+    """Bursts of coloured noise between pauses: no speech, but a decoder says something to it."""
+    rng = np.random.default_rng(seed)
+    samples = np.cumsum(rng.standard_normal(int(seconds * 16000))).astype(np.float32)
+    samples -= np.convolve(samples, np.ones(64) / 64, "same")
+    bursts = np.repeat(rng.random(int(seconds * 4) + 1) > 0.3, 4000)[: len(samples)]
+    return (0.05 * samples * bursts / samples.std()).astype(np.float32)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    n=st.integers(1, 4000),
+    window=st.integers(8, 1500),
+    context=st.integers(0, 600),
+    factor=st.sampled_from([4, 8]),
+    causal=st.booleans(),
+    seed=st.none() | st.integers(0, 99),
+)
+def test_windows_keep_every_encoder_frame_once(n, window, context, factor, causal, seed):
+    energy = None if seed is None else torch.rand(n, generator=torch.Generator().manual_seed(seed))
+    windows = longform.plan_windows(n, window, context, factor, causal, energy)
+    total = output_length(n, factor, causal)
+    at = 0
+    for w in windows:
+        assert w.start % factor == 0 and 0 <= w.start < w.end <= n
+        assert w.start // factor + w.first == at and 1 <= w.count <= window // factor
+        assert w.first + w.count <= output_length(w.end - w.start, factor, causal)
+        assert w.first * factor >= min(context, at * factor)
+        at += w.count
+    assert at == total
+
+
+def test_borders_lie_where_it_is_quiet():
+    energy = torch.ones(4000)
+    energy[870:900] = 0
+    windows = longform.plan_windows(4000, 1000, 100, 8, energy=energy)
+    assert 870 - 8 <= windows[0].count * 8 <= 900
+
+
+@pytest.mark.parametrize("context", [[-1, -1], [20, 5]])
+def test_attention_in_pieces_equals_attention_at_once(base, monkeypatch, context):
+    layer = base.encoder.layers[0].self_attn
+    x = torch.randn(2, 150, layer.linear_q.in_features)
+    positions = torch.arange(149, -150, -1)
+    pos_emb = attention.position_encoding(positions, x.shape[2])
+    hidden = (torch.arange(150) >= torch.tensor([[150], [91]]))[:, None, None]
+    if context != [-1, -1]:
+        hidden = hidden | base.encoder._hidden(150, *context, x.device)
+    with torch.no_grad():
+        whole = layer(x, pos_emb, hidden)
+        monkeypatch.setattr(attention, "SCORE_BYTES", 1)  # 16 queries at a time
+        pieces = layer(x, pos_emb, hidden)
+    torch.testing.assert_close(pieces, whole, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("window_s", [3.0, 3.04, 3.4, 5.0, 7.7, 30.0])
+def test_windows_equal_a_single_pass_of_local_attention(base, window_s):
+    """With all that a frame depends on as context, borders anywhere change nothing."""
+    local = longform.with_local_attention(base, 8)
+    weights = [m.encoder.layers[0].self_attn.linear_q.weight.data_ptr() for m in (base, local)]
+    assert weights[0] == weights[1]
+    audio = torch.from_numpy(babble(20.0))[None]
+    features, lengths = local.featurize(audio, torch.tensor([audio.shape[1]]))
+    with torch.no_grad():
+        whole, encoded_lengths = local.encode(features, lengths)
+        whole = whole[:, : encoded_lengths[0]]
+    windows = longform.encode_in_windows(local, features[0, :, : lengths[0]], 4, window_s)
+    torch.testing.assert_close(windows, whole, rtol=1e-4, atol=1e-4)
+    for head in base.heads:
+        expected = local.decode_greedy(whole, encoded_lengths, head)[0]
+        found = local.decode_greedy(windows, encoded_lengths, head)[0]
+        assert found.tokens == expected.tokens and found.frames == expected.frames
+
+
+def test_batches_hold_every_clip_once_within_the_budget(base):
+    durations = [3.0, 700.0, 1.0, 90.0, 12.0, 12.0, 3000.0]
+    budget = memory_estimate(base.config, 100.0, torch.float32)
+    passes = list(longform.batches(base.config, durations, 4, budget, torch.float32))
+    assert sorted(i for clips, _ in passes for i in clips) == list(range(len(durations)))
+    for clips, chunked in passes:
+        longest = max(durations[i] for i in clips)
+        assert chunked == (memory_estimate(base.config, longest, torch.float32) > budget)
+        assert len(clips) <= (1 if chunked else 4)
+
+
+def test_full_attention_is_not_used_beyond_what_models_are_trained_for(base):
+    assert longform.choose_mode(base.config, 60.0, 1 << 40, torch.float32) == "full"
+    assert longform.choose_mode(base.config, 3600.0, 1 << 40, torch.float32) == "chunks"
+    local = longform.with_local_attention(base, 8).config
+    assert longform.choose_mode(local, 3600.0, 1 << 40, torch.float32) == "full"
+
+
+def test_unknown_mode_is_refused(base):
+    with pytest.raises(ValueError, match="long is 'windows', expected one of auto"):
+        base.transcribe(np.zeros(16000, np.float32), long="windows")
+
+
+def test_times_of_windows_are_those_of_the_recording(base):
+    audio = babble(30.0)
+    whole = base.transcribe(audio, long="full", timestamps=True)[0]
+    chunks = base.transcribe(audio, long="chunks", timestamps=True)[0]
+    assert chunks.tokens == whole.tokens and chunks.words == whole.words  # one window holds it
+    assert chunks.duration == 30.0 and all(0 <= w.start <= w.end <= 30 for w in chunks.words)
+
+
+def test_a_budget_is_kept(tmp_path):
+    """Five minutes under a budget that one pass would break: peak memory beside the weights."""
+    script = (
+        "import json, resource, sys, numpy as np, torch, fastconformer\n"
+        "torch.set_num_threads(1)\n"
+        f"model = fastconformer.load_model({str(BASE)!r})\n"
+        "rng = np.random.default_rng(0)\n"
+        "short, long = (rng.standard_normal(16000 * s).astype('float32') for s in (1, 300))\n"
+        "model.transcribe(short, head='ctc')\n"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
+        "before = peak()\n"
+        "model.transcribe(long, head='ctc', memory_gb=float(sys.argv[1]))\n"
+        "print(json.dumps(peak() - before))\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", script, "0.5"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert json.loads(run.stdout) < 0.5e9
+
+
+def test_eight_threads_give_what_one_gives(base):
+    clips = [babble(2.0 + i / 3, seed=i) for i in range(16)]
+    alone = base.transcribe(clips, timestamps=True)
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda clip: base.transcribe(clip, timestamps=True)[0], clips * 2))
+    assert [t.text for t in found] == [t.text for t in alone] * 2
+    assert any(t.text for t in alone)
+    assert [t.words for t in found] == [t.words for t in alone] * 2
+
+
+def test_golden_clip_in_windows(base):
+    """A recorded model's text stays the same when its clip goes through windows."""
+    model = fastconformer.load_model(golden("hybrid_tdt_ctc_bpe") / "model.nemo")
+    audio = babble(8.0)
+    for head in model.heads:
+        chunks, full = (model.transcribe(audio, head, long=mode)[0] for mode in ("chunks", "full"))
+        assert chunks.tokens == full.tokens and chunks.token_frames == full.token_frames
