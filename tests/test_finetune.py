@@ -1,6 +1,5 @@
 """The loop itself, on a tiny model and the golden case's eight short clips."""
 
-import contextlib
 import json
 import os
 import random
@@ -11,12 +10,10 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
-import soundfile
 import torch
-from conftest import golden
-from safetensors.torch import load_file
+from conftest import golden, ledger, logged
+from processes import after_each
 
 from fastconformer import load_model
 from fastconformer.heads import CTCHead
@@ -31,52 +28,6 @@ from training.start import build_model, tokenizer_files
 from training.step import seed_step
 
 ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture
-def corpus(tmp_path):
-    """A recipe file for eight clips of the golden case; gives (recipe path, run folder)."""
-    folder = golden("train_parity")
-    tensors = load_file(folder / "golden.safetensors")
-    tokenizer = load_model(folder / "model.nemo").tokenizer
-    lines = []
-    for batch in range(3):
-        names = ("audio", "audio_len", "targets", "targets_len")
-        columns = (tensors[f"batch{batch}/{name}"] for name in names)
-        for audio, length, targets, n_targets in zip(*columns, strict=True):
-            path = tmp_path / f"clip{len(lines)}.wav"
-            samples = (audio[:length].numpy() * 32768).astype(np.int16)
-            soundfile.write(path, samples, 16000)
-            text = tokenizer.decode(targets[:n_targets].tolist()).split()[0]  # CTC: few frames
-            entry = {"audio_filepath": path.name, "duration": len(samples) / 16000, "text": text}
-            lines.append(json.dumps(entry) + "\n")
-    (tmp_path / "train.jsonl").write_text("".join(lines))
-    (tmp_path / "dev.jsonl").write_text("".join(lines[:2]))
-    recipe = {
-        "output": str(tmp_path / "run"),
-        "model": {"init_from": str(folder / "model.nemo")},
-        "data": {
-            "train": [str(tmp_path / "train.jsonl")],
-            "validation": {"dev": str(tmp_path / "dev.jsonl")},
-            "batch_size": 2,
-            "num_workers": 1,
-        },
-        "optim": {"lr": 1e-3},
-        "trainer": {"max_steps": 4, "threads": 1, "val_every_steps": 100, "device": "cpu"},
-    }
-    path = tmp_path / "recipe.yaml"
-    path.write_text(json.dumps(recipe))  # JSON is YAML
-    return path, tmp_path / "run"
-
-
-def logged(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-
-
-def ledger(run: Path) -> list[dict]:
-    """Evaluations, without the time they took."""
-    lines = (run / "ledger.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k != "minutes"} for line in lines]
 
 
 def test_a_run_leaves_what_it_promises(corpus, capsys):
@@ -189,21 +140,6 @@ def test_every_kind_of_step_resumes_bit_for_bit(corpus, tmp_path, option):
     shutil.copytree(run / "best", tmp_path / "again" / "best")
     assert main([str(recipe), *options, f"output={tmp_path / 'again'}"]) == 0
     assert logged(tmp_path / "again") == logged(run)[2:]
-
-
-@contextlib.contextmanager
-def after_each(module_type, action):
-    """Calls action(module, inputs, output) after every forward pass of a kind of module; what it
-    gives takes the output's place."""
-
-    def hook(module, inputs, output):
-        return action(module, inputs, output) if isinstance(module, module_type) else None
-
-    handle = torch.nn.modules.module.register_module_forward_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def test_a_step_that_fails_names_its_clips(corpus, capsys):

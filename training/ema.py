@@ -13,6 +13,7 @@ from torch import Tensor
 from fastconformer import ASRModel
 from fastconformer.checkpoint import Checkpoint
 from training.lora import LoRALinear, merge_lora
+from training.ranks import local
 
 
 class EMA:
@@ -38,8 +39,8 @@ class EMA:
     @torch.no_grad()
     def update(self, model: ASRModel) -> None:
         tensors = dict(model.named_parameters()) | dict(model.named_buffers())
-        now = [tensors[name].detach().float() for name in self.average]
-        torch._foreach_lerp_(list(self.average.values()), now, 1 - self.decay)
+        now = [local(tensors[name].detach()).float() for name in self.average]
+        torch._foreach_lerp_([local(a) for a in self.average.values()], now, 1 - self.decay)
 
     def state_dict(self) -> dict[str, Tensor]:
         return self.average

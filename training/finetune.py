@@ -296,6 +296,7 @@ def run(recipe: Recipe, ranks: Ranks, baseline: dict | None, entry: dict) -> Pro
                 names = [u.name for batch in batches for u in batch.utterances]
                 statistics = StepStatistics(model)
                 seed, step = trainer.seed, progress.step
+                optimizer.zero_grad(set_to_none=True)
                 together.gather_weights()
                 try:
                     result = gradients(model, batches, objective, seed, step, deal, statistics)
@@ -311,7 +312,7 @@ def run(recipe: Recipe, ranks: Ranks, baseline: dict | None, entry: dict) -> Pro
                 else:
                     together.release_weights()
                 progress.step += 1
-                progress.splits += result.splits
+                progress.splits += result.splits > 0
                 progress.seconds = time.monotonic() - started
                 entry |= summary(progress, recipe)
 

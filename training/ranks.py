@@ -18,7 +18,6 @@ import os
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce as differentiable_all_reduce
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map
 
@@ -177,11 +176,16 @@ class Together:
                 from torch.nn.parallel import DistributedDataParallel
 
                 self.wrapped = DistributedDataParallel(
-                    ZeroLoss(self.model), broadcast_buffers=False, gradient_as_bucket_view=True
+                    ZeroLoss(self.model), gradient_as_bucket_view=True
                 )
                 self._known = trainable
         self.wrapped().backward()
         self.release_weights()
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of a tensor that lies here: all of it, unless it is sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def whole(state):
@@ -216,6 +220,20 @@ def _cut(tensor, like):
 # --- BatchNorm ----------------------------------------------------------------------------------
 
 
+class Sum(torch.autograd.Function):
+    """Sum over all processes; what the sum does to the loss of any of them goes back to all."""
+
+    @staticmethod
+    def forward(ctx, tensor: Tensor) -> Tensor:
+        tensor = tensor.clone()
+        dist.all_reduce(tensor)
+        return tensor
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return Sum.apply(gradient)
+
+
 class SyncedBatchNorm(nn.BatchNorm1d):
     """BatchNorm1d whose training statistics are those of all processes' clips together.
 
@@ -227,11 +245,11 @@ class SyncedBatchNorm(nn.BatchNorm1d):
             return super().forward(x)
         wide = x.float()
         count = torch.tensor([x.numel() / x.shape[1]], device=x.device)
-        sums = differentiable_all_reduce(torch.cat([wide.sum((0, 2)), count]))
+        sums = Sum.apply(torch.cat([wide.sum((0, 2)), count]))
         count = sums[-1].detach()
         mean = sums[:-1] / count
         centred = wide - mean[:, None]
-        variance = differentiable_all_reduce((centred * centred).sum((0, 2))) / count
+        variance = Sum.apply((centred * centred).sum((0, 2))) / count
         with torch.no_grad():
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean.to(self.running_mean), self.momentum)

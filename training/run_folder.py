@@ -34,7 +34,7 @@ class Progress:
     best: dict | None = None  # the ledger's record of best/
     kept: Kept = dataclasses.field(default_factory=Kept)
     skipped: int = 0  # steps without an update: a loss or gradient was not finite
-    splits: int = 0  # times that memory ran out and a step was done again in pieces
+    splits: int = 0  # steps that ran out of memory and were done again in pieces
     seconds: float = 0.0
     losses: list[float] = dataclasses.field(default_factory=list)  # since the last evaluation
     ended: str | None = None  # why the run has ended before its last step
