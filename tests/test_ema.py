@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 from train_case import Run, changed, recipe_of, write_corpus
 
+from training.average import average_checkpoints
 from training.ema import EMA, plain_state_dict, plain_weights
 from training.finetune import main
 
@@ -85,6 +86,9 @@ def test_the_average_is_measured_saved_and_resumed(tmp_path):
 
     run = tmp_path / "half"
     assert main([str(recipe), *options, "trainer.ema_decay=0.5", f"output={run}"]) == 0
+    last = load_file(run / "last" / "model.safetensors")
+    averaged = average_checkpoints([run / "checkpoints" / "step_00000005.pt"]).state_dict
+    assert not changed(last, averaged)
     again = tmp_path / "again"
     (again / "checkpoints").mkdir(parents=True)
     name = "checkpoints/step_00000002.pt"

@@ -7,6 +7,7 @@ from safetensors.torch import load_file
 from train_case import Run, changed, recipe_of, write_corpus
 
 from fastconformer import load_model
+from training.average import average_checkpoints
 from training.ema import plain_state_dict, plain_weights
 from training.finetune import main
 from training.freeze import train_mode
@@ -135,7 +136,7 @@ def test_an_unknown_target_is_named():
 def test_a_run_saves_plain_models_and_resumes_bit_for_bit(tmp_path):
     recipe, run = write_corpus(tmp_path), tmp_path / "run"
     options = ["lora.rank=4", "lora.dropout=0.2", "trainer.save_every_steps=2"]
-    options += ["optim.lr=0.01", "trainer.max_steps=5", "trainer.keep_last=9"]
+    options += ["lora.alpha=4", "optim.lr=0.01", "trainer.max_steps=5", "trainer.keep_last=9"]
     assert main([str(recipe), *options]) == 0
     base = load_model(golden("train_parity") / "model.nemo").state_dict()
     for name in ("best", "last", "model.nemo"):
@@ -147,6 +148,7 @@ def test_a_run_saves_plain_models_and_resumes_bit_for_bit(tmp_path):
     path = "encoder.layers.0.self_attn.linear_q"
     expected = state[f"{path}.weight"] + state[f"{path}.lora_b"] @ state[f"{path}.lora_a"]
     torch.testing.assert_close(last[f"{path}.weight"], expected, rtol=1e-6, atol=1e-7)
+    assert not changed(last, average_checkpoints([run / "checkpoints/step_00000005.pt"]).state_dict)
     again = tmp_path / "again"
     (again / "checkpoints").mkdir(parents=True)
     name = "checkpoints/step_00000002.pt"

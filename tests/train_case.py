@@ -13,7 +13,9 @@ from safetensors.torch import load_file
 from fastconformer import ASRModel, load_model
 from training.data import Batch
 from training.freeze import Freezing, train_mode
+from training.objective import objective_of
 from training.optim import build_optimizer, schedule_of, set_learning_rates
+from training.ranks import ONE, StepStatistics, deal_of
 from training.recipe import Recipe, recipe_from_dict
 from training.start import build_model, prepare
 from training.step import gradients, update
@@ -26,6 +28,7 @@ def recipe_of(**sections) -> Recipe:
         "model": {"init_from": str(golden("train_parity") / "model.nemo")},
         "data": {"train": ["unused"]},
         "schedule": {"name": "constant"},
+        "spec_augment": {"freq_masks": 0, "time_masks": 0},
         "trainer": {"max_steps": 100},
     }
     return recipe_from_dict({**base, **{k: base.get(k, {}) | v for k, v in sections.items()}})
@@ -40,12 +43,13 @@ def batches() -> list[Batch]:
 class Run:
     """A model with its optimizer; `steps` takes optimizer steps on the case's batches."""
 
-    def __init__(self, recipe: Recipe, heads: tuple[str, ...] | None = None):
+    def __init__(self, recipe: Recipe):
         torch.set_num_threads(1)
         self.recipe = recipe
-        self.model: ASRModel = build_model(recipe.model, recipe.loss, recipe.trainer.seed)
-        self.heads = heads or self.model.heads
-        self.freezing: Freezing = prepare(self.model, recipe, self.heads)
+        seed = recipe.trainer.seed
+        self.model: ASRModel = build_model(recipe.model, recipe.loss, seed, recipe.encoder)
+        self.objective = objective_of(recipe, self.model)
+        self.freezing: Freezing = prepare(self.model, recipe, self.objective)
         self.optimizer = build_optimizer(self.model, recipe.optim, recipe.trainer.seed)
         self.step, self.batches, self.losses = 0, batches(), []
 
@@ -53,7 +57,11 @@ class Run:
         train_mode(self.model, self.freezing, self.step)
         self.optimizer.zero_grad()
         batch = self.batches[self.step % len(self.batches)]
-        return gradients(self.model, [batch], self.heads, None, self.recipe, self.step)
+        seed, deal = self.recipe.trainer.seed, deal_of(ONE, 1, False)
+        statistics = StepStatistics(self.model)
+        return gradients(
+            self.model, [batch], self.objective, seed, self.step, deal, statistics
+        ).losses
 
     def steps(self, count: int) -> "Run":
         schedule, trainer = self.recipe.schedule, self.recipe.trainer

@@ -2,7 +2,8 @@
 
     python -m training.average runs/a/top/step_00000800 runs/a/top/step_00001000 -o runs/a/average
 
-Each is a model folder, a `.nemo` archive or a `.pt` checkpoint of a run. BatchNorm's statistics are
+Each is a model folder, a `.nemo` archive or a `.pt` checkpoint of a run (its moving average, where
+it has one, with LoRA merged). BatchNorm's statistics are
 averaged like weights; its counter is the highest.
 """
 
@@ -15,6 +16,8 @@ from pathlib import Path
 import torch
 
 from fastconformer.checkpoint import Checkpoint, check_finite, read_checkpoint, write_folder
+from training.ema import plain_tensors
+from training.lora import lora_scale
 
 
 def average_checkpoints(paths: Sequence[str | Path]) -> Checkpoint:
@@ -55,7 +58,10 @@ def read_any(path: str | Path) -> Checkpoint:
         raise FileNotFoundError(f"{path} is not a file")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        checkpoint = Checkpoint(state["config"], state["model"], state["tokenizer_files"])
+        lora = state["recipe"]["lora"]
+        scale = lora_scale(lora["rank"], lora["alpha"])
+        tensors = plain_tensors(state["model"], state["ema"], scale)
+        checkpoint = Checkpoint(state["config"], tensors, state["tokenizer_files"])
         check_finite(checkpoint.state_dict)
     except (RuntimeError, KeyError, ValueError, pickle.UnpicklingError) as error:
         detail = " ".join(str(error).split())[:200]

@@ -62,10 +62,17 @@ class EMA:
 def plain_state_dict(model: ASRModel, ema: EMA | None = None) -> dict[str, Tensor]:
     """The model's tensors under a stock model's names: averaged, merged, in float32 where training
     holds them in bfloat16."""
-    state = model.state_dict()
-    if ema is not None:
-        state |= ema.average
-    state = merge_lora(model, state)
+    scales = [m.scale for m in model.modules() if isinstance(m, LoRALinear)]
+    average = None if ema is None else ema.average
+    return plain_tensors(model.state_dict(), average, scales[0] if scales else 1.0)
+
+
+@torch.no_grad()
+def plain_tensors(
+    state: dict[str, Tensor], average: dict[str, Tensor] | None, lora_scale: float
+) -> dict[str, Tensor]:
+    """`plain_state_dict` of a checkpoint's tensors."""
+    state = merge_lora(state | (average or {}), lora_scale)
     return {k: v.float() if v.dtype == torch.bfloat16 else v for k, v in state.items()}
 
 

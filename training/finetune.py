@@ -161,7 +161,7 @@ def run(recipe: Recipe, ranks: Ranks, baseline: dict | None, entry: dict) -> Pro
     deal = deal_of(ranks, trainer.accumulate, trainer.sync_batchnorm)
     if deal.synced:
         sync_batchnorm(model)
-    freezing = prepare(model, recipe, heads)
+    freezing = prepare(model, recipe, objective)
     check_metric(recipe.keep.metric, recipe.data.validation, heads)
     main_file = out / "dropped.jsonl" if ranks.is_main else None
     train, validation = load_data(recipe, model, heads, main_file)

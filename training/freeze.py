@@ -13,6 +13,7 @@ from torch import nn
 
 from fastconformer import ASRModel
 from training.lora import lora_paths
+from training.objective import Objective
 from training.recipe import FreezeRecipe, LoraRecipe
 
 # --- names of parts -----------------------------------------------------------------------------
@@ -96,16 +97,24 @@ def is_batch_norm(module: nn.Module) -> bool:
     return isinstance(module, nn.modules.batchnorm._BatchNorm)  # the synchronised one too
 
 
-def unreached(model: ASRModel, heads: tuple[str, ...]) -> tuple[str, ...]:
-    """Paths of the heads that a loss over `heads`, with the model's CTC weight, cannot reach."""
-    used = set(heads)
+def unreached(model: ASRModel, objective: Objective) -> tuple[str, ...]:
+    """Paths of the parts that the losses, with their weights, cannot reach: heads that are not
+    trained, and where InterCTC is all there is, the layers above it."""
+    used = set(objective.heads)
     if len(used) > 1 and "ctc" in used:
         weight = model.config.loss.ctc_weight
         used = {head for head in used if (weight < 1 if head != "ctc" else weight > 0)}
-    if (model.config.nemo.get("interctc") or {}).get("apply_at_layers"):
-        used.add("ctc")  # InterCTC goes through its head
+    inner = [layer for layer, weight in objective.interctc.items() if weight > 0]
+    unused = ()
+    if sum(objective.interctc.values()) >= 1:
+        used = set()
+        above = range(max(inner) + 1, len(model.encoder.layers))
+        unused = tuple(f"encoder.layers.{i}" for i in above)
+    if inner:
+        used.add("ctc")
     names = friendly_names(model)
-    unused = () if "ctc" in used or "ctc" not in model.heads else (names["ctc"],)
+    if "ctc" in names and "ctc" not in used:
+        unused += (names["ctc"],)
     if "prediction" in names and used <= {"ctc"}:
         unused += ("decoder", "joint")
     return unused

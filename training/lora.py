@@ -22,11 +22,11 @@ TARGETS = ("attention", "feed_forward")
 class LoRALinear(Linear):
     """A Linear that keeps its weight and bias, with an adapter beside it."""
 
-    def __init__(self, layer: nn.Linear, rank: int, alpha: float, dropout: float):
+    def __init__(self, layer: nn.Linear, rank: int, scale: float, dropout: float):
         nn.Module.__init__(self)
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self.weight, self.bias = layer.weight, layer.bias
-        self.scale = alpha / rank
+        self.scale = scale
         self.lora_a = nn.Parameter(self.weight.new_empty(rank, self.in_features))
         self.lora_b = nn.Parameter(self.weight.new_zeros(self.out_features, rank))
         self.lora_dropout = nn.Dropout(dropout)
@@ -59,11 +59,11 @@ def add_lora(model: ASRModel, recipe, seed: int) -> list[str]:
             )
         chosen += [path for path in paths if path not in chosen]
     torch.manual_seed(seed)
-    alpha = recipe.rank if recipe.alpha is None else recipe.alpha
+    scale = lora_scale(recipe.rank, recipe.alpha)
     for path in chosen:
         parent, _, name = path.rpartition(".")
         owner = model.get_submodule(parent)
-        setattr(owner, name, LoRALinear(getattr(owner, name), recipe.rank, alpha, recipe.dropout))
+        setattr(owner, name, LoRALinear(getattr(owner, name), recipe.rank, scale, recipe.dropout))
     return chosen
 
 
@@ -87,13 +87,20 @@ def lora_paths(model: nn.Module) -> list[str]:
     return [path for path in paths if path.rpartition(".")[2].startswith("lora_")]
 
 
-def merge_lora(model: nn.Module, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors without adapters: `W + (alpha / rank) * B A`, computed in float32 and of W's
-    type, in place of each W; everything else is passed on as it is."""
+def merge_lora(state_dict: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
+    """The same tensors without adapters: `W + scale * B A`, computed in float32 and of W's type, in
+    place of each W; everything else is passed on as it is. `scale` is `lora_scale` of the recipe.
+    """
     merged = {k: v for k, v in state_dict.items() if not k.rpartition(".")[2].startswith("lora_")}
-    for path, module in model.named_modules():
-        if isinstance(module, LoRALinear):
-            a, b = (state_dict[f"{path}.{name}"].float() for name in ("lora_a", "lora_b"))
-            weight = state_dict[f"{path}.weight"]
-            merged[f"{path}.weight"] = (weight.float() + module.scale * (b @ a)).to(weight.dtype)
+    for name, a in state_dict.items():
+        path, _, last = name.rpartition(".")
+        if last == "lora_a":
+            weight, b = state_dict[f"{path}.weight"], state_dict[f"{path}.lora_b"]
+            product = b.float() @ a.float()
+            merged[f"{path}.weight"] = (weight.float() + scale * product).to(weight.dtype)
     return merged
+
+
+def lora_scale(rank: int, alpha: float | None) -> float:
+    """What the product of the two matrices is multiplied by."""
+    return 1.0 if alpha is None or not rank else alpha / rank

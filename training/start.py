@@ -21,6 +21,7 @@ from fastconformer.tokenizer import load_tokenizer, sentencepiece_files
 from training.freeze import Freezing, freeze, is_batch_norm, unreached
 from training.lora import add_lora
 from training.narrowband import with_sample_rate
+from training.objective import Objective
 from training.recipe import EncoderRecipe, LossRecipe, ModelRecipe, Recipe
 
 ENCODER_DROPOUTS = ("dropout", "dropout_pre_encoder", "dropout_att")  # NeMo's keys
@@ -182,17 +183,20 @@ def tokenizer_files(path: str) -> dict[str, bytes]:
     return files
 
 
-def prepare(model: ASRModel, recipe: Recipe, heads: tuple[str, ...]) -> Freezing:
+def prepare(model: ASRModel, recipe: Recipe, objective: Objective) -> Freezing:
     """A model as it is trained: adapters, precision, recomputation and compilation as the recipe
     says, and what moves when. To be called once, before the optimizer is built.
 
     Raises:
-        ValueError: the recipe names a part that the model does not have.
+        ValueError: the recipe names a part that the model does not have, or options that do not go
+            together.
     """
     trainer = recipe.trainer
+    if trainer.compile and objective.interctc:
+        raise ValueError("trainer.compile and loss.interctc_layers do not go together; use one")
     if recipe.lora.rank:
         add_lora(model, recipe.lora, trainer.seed)
-    freezing = freeze(model, recipe.freeze, recipe.lora, unreached(model, heads))
+    freezing = freeze(model, recipe.freeze, recipe.lora, unreached(model, objective))
     if trainer.precision == "bf16_pure":
         to_bfloat16(model)
     model.encoder.recompute = trainer.activation_checkpointing
