@@ -201,21 +201,23 @@ class BiRWKV7(nn.Module):
     def _recurrence(self, inputs, lengths, carry):
         """(forward, backward) results (B, T, D); one of them None where direction dropout took it:
         in training one direction alone, with that probability, in a layer and batch."""
-        from rwkv_cuda import wkv7  # here: a model with attention needs no kernels
+        from rwkv_cuda import wkv7, wkv7_bidirectional  # here: attention needs no kernels
 
-        inputs = [x.unflatten(-1, (-1, self.wkv_head_size)) for x in inputs]
-        inputs[1] = inputs[1].to(inputs[0].dtype)
-        directions = (False, True)
+        dtype = inputs[0].dtype
+        given = torch.float32 if dtype == torch.float16 else dtype  # float16 holds no such decay
+        inputs = [x.to(given).unflatten(-1, (-1, self.wkv_head_size)) for x in inputs]
         if self.training and self.direction_dropout and torch.rand(()) < self.direction_dropout:
-            directions = (bool(torch.rand(()) < 0.5),)
-        results = [None, None]
-        for reverse in directions:
-            if carry is None or reverse:
-                y = wkv7(*inputs, reverse=reverse, lengths=lengths)
-            else:
-                y = self._carried(inputs, lengths, carry)
-            results[reverse] = y.flatten(2)
-        return results
+            reverse = bool(torch.rand(()) < 0.5)
+            results = [None, None]
+            results[reverse] = wkv7(*inputs, reverse=reverse, lengths=lengths)
+        elif carry is None:
+            results = wkv7_bidirectional(*inputs, lengths=lengths)
+        else:
+            results = (
+                self._carried(inputs, lengths, carry),
+                wkv7(*inputs, reverse=True, lengths=lengths),
+            )
+        return [None if y is None else y.flatten(2).to(dtype) for y in results]
 
     def _carried(self, inputs, lengths, carry):
         """The forward direction from the carried state, which moves on by the frames kept."""
