@@ -7,8 +7,6 @@ from conftest import load_case
 import fastconformer
 from fastconformer.birwkv7 import BiRWKV7
 
-pytest.importorskip("rwkv_cuda")
-
 BLOCKS = [
     ("c64_h1", 0),
     ("c64_h1", 2),

@@ -10,8 +10,6 @@ from fastconformer import load_model
 from fastconformer.checkpoint import read_checkpoint
 from fastconformer.model import model_of
 
-pytest.importorskip("rwkv_cuda")
-
 
 @pytest.mark.parametrize("case", ["ctc_bpe", "tdt_bpe", "local_attn_g1", "hybrid_rnnt_ctc_bpe"])
 def test_all_but_the_attention_stays(case, tmp_path):
