@@ -2,16 +2,21 @@
 
     python -m fastconformer.transcribe talk.wav --model model.nemo --format srt -o talk.srt
     python -m fastconformer.transcribe recordings/ more.flac --model FOLDER --timestamps
+    python -m fastconformer.transcribe archive/ --model FOLDER --format jsonl -o archive.jsonl
 
-AUDIO are files, folders (searched for audio, deeply) and NeMo manifests (.jsonl, .json). What
-cannot be read is told on stderr, one line each; the rest goes on, and the exit status is 1.
+AUDIO are files, folders (searched for audio, deeply), patterns in quotes ("calls/**/*.wav"), NeMo
+manifests (.jsonl, .json) and `-`: names from stdin, one a line. What cannot be read is told on
+stderr, one line each; the rest goes on, and the exit status is 1.
 
 Formats: `text` (several inputs: path, tab, text; with --timestamps then a line a word), `json` (all
-fields of every Transcript), `srt` and `vtt` (subtitles), `ctm` (NIST word times). The writers are
-functions Transcript -> str, at the top.
+fields of every Transcript), `jsonl` (the same, a line a clip, written as they come: started again,
+a job that was killed goes on where it was; under torchrun the processes share the clips), `srt` and
+`vtt` (subtitles), `ctm` (NIST word times). The writers are functions Transcript -> str, at the top.
 """
 
 import argparse
+import contextlib
+import glob
 import html
 import json
 import math
@@ -27,9 +32,11 @@ import torch
 
 import fastconformer
 
+from . import longform
 from .audio import load_audio
 from .decoding import Confidence, read_arpa, read_phrases, token_bias
 from .files import atomic_file
+from .job import Progress, all_results, merge_results, part_path, read_ahead, read_results
 from .model import ASRModel, Transcript
 from .timestamps import Span
 
@@ -274,6 +281,15 @@ def find_clips(inputs: Iterable[str]) -> tuple[list[Clip], list[tuple[str, str]]
             clips += [Clip(p, str(p)) for p in found if p.is_file()]
             if not found:
                 problems.append((name, "the folder holds no audio file"))
+        elif name == "-":
+            some, bad = find_clips(line.rstrip("\r\n") for line in sys.stdin if line.strip())
+            clips += some
+            problems += bad
+        elif glob.has_magic(name) and not path.exists():
+            found = sorted(p for p in glob.glob(name, recursive=True) if Path(p).is_file())
+            some, bad = find_clips(found)
+            clips += some
+            problems += bad if found else [(name, "no file is named like this")]
         elif path.suffix.lower() in MANIFEST_SUFFIXES:
             try:
                 some, bad = read_manifest(path)
@@ -286,8 +302,7 @@ def find_clips(inputs: Iterable[str]) -> tuple[list[Clip], list[tuple[str, str]]
     return clips, problems
 
 
-# What one round reads into memory, and what one batch may grow to with its padding.
-ROUND_SECONDS, BATCH_SECONDS = 3600.0, 1200.0
+ROUND_SECONDS = 3600.0  # of audio that is read into memory and sorted at a time
 
 
 def transcribe_clips(
@@ -296,30 +311,30 @@ def transcribe_clips(
     head: str | None = None,
     batch_size: int = 16,
     timestamps: bool = False,
-    **decoding,
+    workers: int = 2,
+    **options,
 ) -> Iterator[tuple[Clip, Transcript | None, str]]:
     """(clip, transcript, "") of each clip in order, or (clip, None, reason) where it has no text.
 
-    Reads about an hour of audio at a time, sorts it by length into batches of at most `batch_size`
-    clips and 20 minutes (with padding; a longer clip goes alone). `decoding`: see
-    DecodingOptions.
+    `workers` threads read about an hour of audio ahead; it is sorted by length into batches of at
+    most `batch_size` clips. `options`: see `ASRModel.transcribe`.
     """
-    options = {"head": head, "timestamps": timestamps} | decoding
-    batch: list[tuple[Clip, np.ndarray | None, str]] = []
-    seconds = 0.0
-    for clip in clips:
-        samples, reason = None, ""
+    options = {"head": head, "timestamps": timestamps} | options
+
+    def read(clip: Clip) -> tuple[Clip, np.ndarray | None, str]:
+        duration_s = None if clip.offset_s is None else clip.duration_s
         try:
-            duration_s = None if clip.offset_s is None else clip.duration_s
             samples = load_audio(clip.path, model.sample_rate, clip.offset_s or 0.0, duration_s)
-            seconds += len(samples) / model.sample_rate
+            return clip, samples, ""
         except (OSError, ValueError) as error:
-            reason = str(error)
-        batch.append((clip, samples, reason))
-        if seconds >= ROUND_SECONDS or len(batch) >= 16 * batch_size:
-            yield from _transcribe_round(model, batch, batch_size, options)
-            batch, seconds = [], 0.0
-    yield from _transcribe_round(model, batch, batch_size, options)
+            return clip, None, str(error)
+
+    def full(round_) -> bool:
+        n_samples = sum(len(samples) for _, samples, _ in round_ if samples is not None)
+        return n_samples >= ROUND_SECONDS * model.sample_rate or len(round_) >= 16 * batch_size
+
+    for round_ in read_ahead(clips, read, full, workers):
+        yield from _transcribe_round(model, round_, batch_size, options)
 
 
 def _transcribe_round(model, round_, batch_size, options):
@@ -327,10 +342,8 @@ def _transcribe_round(model, round_, batch_size, options):
     order = sorted(
         (k for k in range(len(round_)) if k not in results), key=lambda k: -len(round_[k][1])
     )
-    while order:
-        longest_s = len(round_[order[0]][1]) / model.sample_rate
-        size = max(1, min(batch_size, int(BATCH_SECONDS / longest_s)))
-        batch, order = order[:size], order[size:]
+    for first in range(0, len(order), batch_size):
+        batch = order[first : first + batch_size]
         results |= _transcribe_batch(model, batch, round_, options)
     for k, (clip, _, _) in enumerate(round_):
         yield clip, *results[k]
@@ -420,6 +433,8 @@ def load_model(args) -> ASRModel:
         device = torch.device(args.device)
     except RuntimeError:
         raise UsageError(f"--device is {args.device!r}, expected cpu, cuda or cuda:N") from None
+    if args.device == "cuda" and "LOCAL_RANK" in os.environ:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device is {args.device}, but this torch sees no GPU; use --device cpu")
     model = fastconformer.load_model(args.model, device=device, dtype=DTYPES[args.dtype])
@@ -435,10 +450,24 @@ def parse_arguments(argv=None) -> argparse.Namespace:
         epilog="example: python -m fastconformer.transcribe talk.wav --model model.nemo "
         "--format srt -o talk.srt",
     )
-    parser.add_argument("audio", nargs="+", metavar="AUDIO", help="file, folder or .jsonl manifest")
+    parser.add_argument(
+        "audio", nargs="+", metavar="AUDIO", help="file, folder, pattern, manifest, -"
+    )
     add_model_arguments(parser)
     add_decoding_arguments(parser)
     parser.add_argument("--timestamps", action="store_true", help="times of words and segments")
+    parser.add_argument(
+        "--long",
+        choices=longform.MODES,
+        default="auto",
+        help="long recordings: one pass, windows, or local attention; by memory (%(default)s)",
+    )
+    parser.add_argument(
+        "--memory-gb", type=float, help="what a pass may take beside the weights (what is free)"
+    )
+    parser.add_argument(
+        "--workers", type=int, default=2, help="threads that read audio ahead (%(default)s)"
+    )
     parser.add_argument(
         "--confidence",
         nargs="?",
@@ -449,7 +478,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--format",
-        choices=["text", "json", "srt", "vtt", "ctm"],
+        choices=["text", "json", "jsonl", "srt", "vtt", "ctm"],
         default="text",
         help="srt, vtt and ctm imply --timestamps (%(default)s)",
     )
@@ -489,6 +518,9 @@ def run(args) -> int:
         )
     if args.output and not folder:
         check_output(args.output)
+    rank, world_size = (int(os.environ.get(key, n)) for key, n in (("RANK", 0), ("WORLD_SIZE", 1)))
+    if world_size > 1 and (args.format != "jsonl" or args.output is None):
+        raise UsageError("several processes need --format jsonl and -o FILE")
     for name, reason in problems:
         _report(name, reason)
     failed = len(problems)
@@ -499,6 +531,11 @@ def run(args) -> int:
     if args.confidence:
         decoding["confidence"] = Confidence(args.confidence)
     timestamps = args.timestamps or args.format in ("srt", "vtt", "ctm")
+    decoding |= {"long": args.long, "memory_gb": args.memory_gb, "workers": args.workers}
+    if args.format == "jsonl":
+        failed += run_job(args, model, clips, timestamps, decoding, rank, world_size)
+        return 1 if failed else 0
+    progress = Progress(len(clips), False if args.output is None else None)
     results = transcribe_clips(model, clips, args.head, args.batch_size, timestamps, **decoding)
     names = _Names()
     pieces, objects = [], []
@@ -507,6 +544,7 @@ def run(args) -> int:
             _report(clip.audio, reason)
             failed += 1
             continue
+        progress.add(transcript.duration)
         if args.format == "json":
             section = {} if clip.offset_s is None else {"offset": clip.offset_s}
             objects.append(to_json(transcript, audio=clip.audio, **section))
@@ -524,6 +562,7 @@ def run(args) -> int:
             pieces.append(to_text(transcript, clip.audio if several else None))
             if args.output is None:  # a long run shows what it has
                 print(pieces.pop(), end="", flush=True)
+    progress.close()
     total = len(clips) + len(problems)
     if failed and total > 1:
         print(f"transcribe: {failed} of {total} inputs failed", file=sys.stderr)
@@ -537,6 +576,64 @@ def run(args) -> int:
     elif not folder:
         write_text(args.output, "".join(pieces))
     return 1 if failed else 0
+
+
+def run_job(args, model, clips, timestamps, options, rank: int, world_size: int) -> int:
+    """Appends a JSON line for each clip that has none yet; the number of clips that failed.
+
+    Every process of several takes its share and waits for the others, the first then merges.
+    """
+
+    def key(clip: Clip) -> tuple:
+        return str(clip.path), clip.offset_s, None if clip.offset_s is None else clip.duration_s
+
+    keys = list(dict.fromkeys(map(key, clips)))
+    clips = list({key(clip): clip for clip in reversed(clips)}.values())[::-1]
+    done = {} if args.output is None else all_results(args.output, mend=world_size == 1)
+    if world_size > 1:
+        import torch.distributed as dist
+
+        dist.init_process_group("gloo")
+        dist.barrier()  # everyone has read what was there before anyone writes
+    waiting = [clip for clip in clips if key(clip) not in done]
+    if len(waiting) < len(clips) and rank == 0:
+        n_done = len(clips) - len(waiting)
+        print(f"transcribe: {n_done} of {len(clips)} clips are in {args.output}", file=sys.stderr)
+    waiting = waiting[rank::world_size]
+    progress, failed = Progress(len(waiting), False if args.output is None else None), 0
+    with contextlib.ExitStack() as stack:
+        out = sys.stdout
+        if args.output is not None:
+            part = part_path(args.output, rank, world_size)
+            read_results(part, mend=True)
+            out = stack.enter_context(open(part, "a", encoding="utf-8"))
+        for clip, transcript, reason in transcribe_clips(
+            model, waiting, args.head, args.batch_size, timestamps, **options
+        ):
+            if transcript is None:
+                _report(clip.audio, reason)
+                failed += 1
+                continue
+            section = {}
+            if clip.offset_s is not None:
+                section = {"offset": clip.offset_s, "clip_duration": clip.duration_s}
+            fields = {"audio": clip.audio, "path": str(clip.path)} | section
+            line = json.dumps(to_json(transcript, **fields), ensure_ascii=False, allow_nan=False)
+            print(line, file=out, flush=True)
+            progress.add(transcript.duration)
+    progress.close()
+    if world_size > 1:
+        failures = torch.tensor(failed)
+        dist.all_reduce(failures)  # also waits for all
+        failed = int(failures)
+        if rank == 0:
+            merge_results(args.output, keys)
+        dist.destroy_process_group()
+    elif args.output is not None and any(args.output.parent.glob(f"{args.output.name}.part-*")):
+        merge_results(args.output, keys)  # of processes that were killed
+    if failed and rank == 0:
+        print(f"transcribe: {failed} of {len(clips)} inputs failed", file=sys.stderr)
+    return failed
 
 
 def _is_folder(path: Path | None) -> bool:

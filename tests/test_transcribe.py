@@ -252,7 +252,6 @@ def test_rounds_and_batches_change_nothing(nemo, recordings, monkeypatch):
         for clip, t, why in transcribe_clips(model, clips)
     ]
     monkeypatch.setattr("fastconformer.transcribe.ROUND_SECONDS", 2.0)
-    monkeypatch.setattr("fastconformer.transcribe.BATCH_SECONDS", 1.0)
     small = [
         (clip, t and (t.text, t.token_frames), why)
         for clip, t, why in transcribe_clips(model, clips)
