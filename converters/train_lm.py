@@ -118,10 +118,8 @@ def main(argv: list[str] | None = None) -> int:
 
     def job():
         texts = [line.rsplit("\t", 1)[-1] for path in args.inputs for line in read_texts(path)]
-        if args.tokens:
-            sentences = _pieces(texts, args.tokens)
-        else:
-            sentences = (text.split() for text in texts)
+        words = (text.split() for text in texts)
+        sentences = _pieces(texts, args.tokens) if args.tokens else words
         lines = "\n".join(train_lm(sentences, args.order)) + "\n"
         with atomic_file(args.output) as temporary:
             content = lines.encode()

@@ -23,9 +23,9 @@ from .decoding import (
     ctc_align,
     ctc_beam,
     ctc_greedy,
+    loudness,
     silent_stretches,
     speaks,
-    speech_frames,
     splice,
     transducer_beam,
     transducer_greedy,
@@ -250,10 +250,10 @@ class ASRModel(nn.Module):
         if head == "ctc" or not stretches:
             return []
         frame_samples = round(frame_s * self.sample_rate)
-        speech = speech_frames(samples.cpu(), frame_samples, len(encoded))
+        levels = loudness(samples.cpu(), frame_samples, len(encoded))
         mended = []
         for first, end in stretches:
-            if not speaks(speech[first:end], frame_s):
+            if not speaks(levels, first, end, frame_s):
                 continue
             part, length = encoded[None, first:end], torch.tensor([end - first])
             length = length.to(encoded.device)

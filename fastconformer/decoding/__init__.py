@@ -8,7 +8,7 @@ from .ctc_beam import ctc_beam
 from .hypothesis import Hypothesis
 from .ngram import NGramModel, read_arpa
 from .options import DecodingOptions, read_phrases
-from .stuck import silent_stretches, speaks, speech_frames, splice
+from .stuck import loudness, silent_stretches, speaks, splice
 from .transducer import GraphCache, transducer_greedy
 from .transducer_beam import transducer_beam
 
@@ -21,11 +21,11 @@ __all__ = [
     "ctc_align",
     "ctc_beam",
     "ctc_greedy",
+    "loudness",
     "read_arpa",
     "read_phrases",
     "silent_stretches",
     "speaks",
-    "speech_frames",
     "splice",
     "token_bias",
     "transducer_beam",

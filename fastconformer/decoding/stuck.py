@@ -11,22 +11,17 @@ from .hypothesis import Hypothesis
 SILENT_S = 4.0  # without a token: longer than speakers pause while speaking
 SPEECH_S = 1.5  # with the energy of speech in such a stretch, at least
 _SPEECH_SHARE = 0.3
-_LOUDEST, _FLOOR = 0.95, 0.1  # quantiles of a clip's frames: its speech, its background
-_BELOW_SPEECH_DB, _ABOVE_FLOOR_DB, _SILENCE_DB = 25.0, 9.0, -60.0
+_LOUDEST, _BELOW_LOUDEST_DB, _SILENCE_DB = 0.95, 25.0, -60.0
+_SPEECH_DEVIATION_DB = 4.0  # of loudness: syllables come and go, machines hum on
+_PARTS = 4  # of an encoder frame, 20 ms each
 
 
-def speech_frames(samples: torch.Tensor, frame_samples: int, n_frames: int) -> torch.Tensor:
-    """samples (L,) in [-1, 1] -> whether each encoder frame is as loud as speech, (n_frames,) bool.
-
-    Loud as speech is: within 25 dB of the clip's loud frames, 9 dB above its background, and not
-    below -60 dB of full scale.
-    """
+def loudness(samples: torch.Tensor, frame_samples: int, n_frames: int) -> torch.Tensor:
+    """samples (L,) in [-1, 1] -> dB of full scale of each encoder frame's quarters, (T', 4)."""
     padded = samples.new_zeros(n_frames * frame_samples)
     padded[: len(samples)] = samples[: len(padded)]
-    power = padded.view(n_frames, frame_samples).float().square().mean(1)
-    loudness = 10 * power.clamp(min=1e-10).log10()
-    loudest, floor = torch.quantile(loudness, torch.tensor([_LOUDEST, _FLOOR])).tolist()
-    return loudness > max(loudest - _BELOW_SPEECH_DB, floor + _ABOVE_FLOOR_DB, _SILENCE_DB)
+    parts = padded.view(n_frames, _PARTS, frame_samples // _PARTS)
+    return 10 * parts.float().square().mean(-1).clamp(min=1e-10).log10()
 
 
 def silent_stretches(hypothesis: Hypothesis, n_frames: int, frame_s: float) -> list[tuple]:
@@ -38,10 +33,14 @@ def silent_stretches(hypothesis: Hypothesis, n_frames: int, frame_s: float) -> l
     return [(first, end) for first, end in pairs if end - first >= least]
 
 
-def speaks(speech: torch.Tensor, frame_s: float) -> bool:
-    """Whether frames of a stretch, True where loud as speech, hold enough of it."""
-    n = int(speech.sum())
-    return n * frame_s >= SPEECH_S and n >= _SPEECH_SHARE * len(speech)
+def speaks(levels: torch.Tensor, first: int, end: int, frame_s: float) -> bool:
+    """Whether the stretch sounds like speech, by the `loudness` of the whole clip: enough of it is
+    within 25 dB of the clip's loud frames, and it rises and falls."""
+    of_frames, stretch = levels.amax(1), levels[first:end]
+    loudest = float(of_frames.sort().values[int(_LOUDEST * (len(of_frames) - 1))])
+    n = int((stretch.amax(1) > max(loudest - _BELOW_LOUDEST_DB, _SILENCE_DB)).sum())
+    enough = n * frame_s >= SPEECH_S and n >= _SPEECH_SHARE * len(stretch)
+    return enough and float(stretch.std()) >= _SPEECH_DEVIATION_DB
 
 
 def splice(hypothesis: Hypothesis, found: Hypothesis, first: int):
