@@ -23,6 +23,16 @@ import torch
 from torch import Tensor
 
 from fastconformer.losses import vectorised
+from fastconformer.losses.checks import (
+    check_batch,
+    check_classes,
+    check_durations,
+    check_options,
+    check_reduction,
+    check_targets,
+    describe,
+    reduce,
+)
 
 __all__ = ["rnnt_loss", "tdt_loss"]
 
@@ -66,10 +76,10 @@ def rnnt_loss(
         ValueError: shapes, types or lengths do not fit together, a target is the blank or not a
             token, a float option is out of range, or the reduction is unknown.
     """
-    n_classes = _check(logits, targets, logit_lengths, target_lengths, reduction)
-    if not 0 <= blank < n_classes:
-        raise ValueError(f"blank is {blank}, expected 0 to {n_classes - 1}, an index of the logits")
-    _check_targets(targets, target_lengths, n_classes, blank)
+    n_outputs = _check(logits, targets, logit_lengths, target_lengths, reduction)
+    n_classes = check_classes(n_outputs, None, blank)
+    check_options(0.0, 0.0, fastemit_lambda, clamp)
+    check_targets(targets, target_lengths, n_classes, blank)
     return _loss(
         logits, targets, logit_lengths, target_lengths, blank, n_classes, None, 0.0,
         fastemit_lambda, clamp, reduction,
@@ -117,22 +127,11 @@ def tdt_loss(
         ValueError: as in `rnnt_loss`, or the last dimension is not V+1+N, or a duration is negative
             or not an integer, or none is positive.
     """
-    durations = _check_durations(durations)
+    durations = check_durations(durations)
     n_outputs = _check(logits, targets, logit_lengths, target_lengths, reduction)
-    n_classes = n_outputs - len(durations)
-    # With blank in the middle a list of durations that is too short could not be told from tokens.
-    if n_classes < 1 or blank not in (0, n_classes - 1):
-        raise ValueError(
-            f"logits have {n_outputs} outputs and there are {len(durations)} durations, which "
-            f"leaves {n_classes} for tokens and blank, but blank is {blank}; expected V tokens, "
-            "blank, then one output for each duration, with blank the last of the first V+1 "
-            "(or index 0)"
-        )
-    if not math.isfinite(sigma):
-        raise ValueError(f"sigma is {sigma}, expected a finite number")
-    if not 0.0 <= omega <= 1.0:
-        raise ValueError(f"omega is {omega}, expected a probability from 0 to 1")
-    _check_targets(targets, target_lengths, n_classes, blank)
+    n_classes = check_classes(n_outputs, durations, blank)
+    check_options(sigma, omega, fastemit_lambda, clamp)
+    check_targets(targets, target_lengths, n_classes, blank)
     if omega > 0.0 and torch.rand((), dtype=torch.float32, device="cpu").item() < omega:
         durations, sigma = None, 0.0
     return _loss(
@@ -146,10 +145,6 @@ def _loss(
     fastemit_lambda, clamp, reduction,
 ):  # fmt: skip
     """The loss with checked arguments; durations None is RNNT on the first n_classes logits."""
-    if not (math.isfinite(fastemit_lambda) and fastemit_lambda >= 0.0):
-        raise ValueError(f"fastemit_lambda is {fastemit_lambda}, expected a number of at least 0")
-    if math.isnan(clamp):
-        raise ValueError("clamp is nan, expected a number; 0 or less means no clamping")
     backend = _cpu_backend() if logits.device.type == "cpu" else vectorised
     device = logits.device
     target_lengths = target_lengths.to(device, torch.int64)
@@ -165,13 +160,7 @@ def _loss(
         backend,
         needs_grad,
     )
-    if reduction == "mean_batch":
-        return losses.mean()
-    if reduction == "mean":
-        return (losses / target_lengths).mean()
-    if reduction == "mean_volume":
-        return losses.sum() / target_lengths.sum()
-    return losses.sum() if reduction == "sum" else losses
+    return reduce(losses, target_lengths, reduction)
 
 
 class _TransducerLoss(torch.autograd.Function):
@@ -212,59 +201,12 @@ def _cpu_backend() -> ModuleType:
 
 def _check(logits, targets, logit_lengths, target_lengths, reduction) -> int:
     """Shapes, types and lengths; returns the size of the last dimension."""
-    if reduction not in ("mean_batch", "mean", "mean_volume", "sum", "none", None):
-        raise ValueError(
-            f"reduction is {reduction!r}, expected mean_batch, mean, mean_volume, sum or none"
-        )
+    check_reduction(reduction)
     if logits.dim() != 4 or not logits.is_floating_point() or 0 in logits.shape:
         raise ValueError(
-            f"logits are {_describe(logits)}, expected a non-empty float tensor (B, T', U+1, V+1+N)"
+            f"logits are {describe(logits)}, expected a non-empty float tensor (B, T', U+1, V+1+N)"
         )
     batch, n_frames, n_rows, n_outputs = logits.shape
-    if targets.dim() != 2 or len(targets) != batch or not _is_integer(targets):
-        raise ValueError(f"targets are {_describe(targets)}, expected integers ({batch}, U)")
-    for name, lengths, low, high, of in (
-        ("logit_lengths", logit_lengths, 1, n_frames, "frames of the logits"),
-        ("target_lengths", target_lengths, 0, n_rows - 1, "logit rows less one"),
-        ("target_lengths", target_lengths, 0, targets.shape[1], "columns of targets"),
-    ):
-        if lengths.shape != (batch,) or not _is_integer(lengths):
-            raise ValueError(f"{name} are {_describe(lengths)}, expected integers ({batch},)")
-        for clip, length in enumerate(lengths.tolist()):
-            if not low <= length <= high:
-                raise ValueError(
-                    f"{name}[{clip}] is {length}, expected {low} to {high} (the {of}); "
-                    f"logits are {tuple(logits.shape)}, targets {tuple(targets.shape)}"
-                )
+    inputs = f"logits are {tuple(logits.shape)}"
+    check_batch(inputs, batch, n_frames, n_rows, targets, logit_lengths, target_lengths)
     return n_outputs
-
-
-def _check_targets(targets, target_lengths, n_classes, blank):
-    position = torch.arange(targets.shape[1], device=targets.device)
-    used = position < target_lengths.to(targets.device)[:, None]
-    bad = used & ((targets < 0) | (targets >= n_classes) | (targets == blank))
-    if bad.any():
-        clip, place = bad.nonzero()[0].tolist()
-        raise ValueError(
-            f"targets[{clip}, {place}] is {targets[clip, place].item()}, expected a token from 0 "
-            f"to {n_classes - 1} other than the blank {blank}"
-        )
-
-
-def _check_durations(durations) -> tuple[int, ...]:
-    durations = tuple(durations)
-    whole = all(isinstance(d, int) or (hasattr(d, "__index__")) for d in durations)
-    if not whole or any(d < 0 for d in durations) or not any(d > 0 for d in durations):
-        raise ValueError(
-            f"durations are {durations}, expected integers of at least 0, one of them positive "
-            f"(a blank must advance), for example (0, 1, 2, 3, 4)"
-        )
-    return tuple(int(d) for d in durations)
-
-
-def _is_integer(tensor) -> bool:
-    return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
-
-
-def _describe(tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"

@@ -58,13 +58,7 @@ def lattice(
     """Log-likelihood of each clip; arguments and result as in vectorised.py."""
     flat, strides = _flat(logits)
     shape = tuple(logits.shape[:3])
-    if durations is None:
-        n_durations = 0
-        arcs = [(0, 0, 1), (0, 1, 0)]  # class, frames, tokens
-    else:
-        n_durations = len(durations)
-        arcs = [(i, d, 1) for i, d in enumerate(durations)]
-        arcs += [(i, d, 0) for i, d in enumerate(durations) if d > 0]
+    n_durations = len(durations or ())
     targets, logit_lengths, target_lengths = (
         x.contiguous().numpy() for x in (targets, logit_lengths, target_lengths)
     )
@@ -82,7 +76,7 @@ def lattice(
             sigma, top, total, blank_scores, label_scores, duration_scores, n_threads,
         )  # fmt: skip
         _occupancies(
-            np.array(arcs, np.int64), blank_scores, label_scores, duration_scores,
+            arcs_of(durations), blank_scores, label_scores, duration_scores,
             logit_lengths, target_lengths, needs_grad, log_likelihood,
             blank_occupancy, label_occupancy, duration_occupancy, n_threads,
         )  # fmt: skip
@@ -104,6 +98,15 @@ def gradient(logits, state, grad_losses, fastemit_lambda, clamp) -> Tensor:
             grad, n_threads,
         )  # fmt: skip
     return torch.from_numpy(grad).to(logits.dtype)
+
+
+def arcs_of(durations) -> np.ndarray:
+    """Each arc's class of duration, frames and tokens, (K, 3)."""
+    if durations is None:
+        return np.array([(0, 0, 1), (0, 1, 0)], np.int64)
+    arcs = [(i, d, 1) for i, d in enumerate(durations)]
+    arcs += [(i, d, 0) for i, d in enumerate(durations) if d > 0]
+    return np.array(arcs, np.int64)
 
 
 def _flat(logits) -> tuple[np.ndarray, tuple[int, int, int]]:
@@ -248,66 +251,94 @@ def _statistics(
                         duration_scores[b, t, u, i] = row[i] - offset
 
 
+@njit(error_model="numpy")
+def occupancies_of_clip(
+    arcs, blank_scores, label_scores, duration_scores, needs_grad,
+    blank_occupancy, label_occupancy, duration_occupancy,
+):  # fmt: skip
+    """Log-likelihood of one clip of (T', R) nodes and, if needed, the occupancies of its arcs,
+    which may be written over the scores."""
+    n_frames, n_rows = blank_scores.shape
+    n_arcs = len(arcs)
+    beta = np.empty((n_frames, n_rows))
+    reach = np.empty(n_arcs)
+    for t in range(n_frames - 1, -1, -1):
+        for u in range(n_rows - 1, -1, -1):
+            best = _reach(t, u, arcs, blank_scores, label_scores, duration_scores, beta, reach)
+            if best == -np.inf:
+                beta[t, u] = -np.inf
+                continue
+            sum_exp = 0.0
+            for k in range(n_arcs):
+                sum_exp += math.exp(reach[k] - best)
+            beta[t, u] = best + math.log(sum_exp)
+    log_likelihood = beta[0, 0]
+    if not needs_grad:
+        return log_likelihood
+
+    passing = np.zeros((n_frames, n_rows))
+    passing[0, 0] = 1.0
+    for t in range(n_frames):
+        for u in range(n_rows):
+            of_blank = 0.0
+            of_label = 0.0
+            best = -np.inf
+            if beta[t, u] != -np.inf and passing[t, u] != 0.0:
+                best = _reach(t, u, arcs, blank_scores, label_scores, duration_scores, beta, reach)
+            duration_occupancy[t, u] = 0.0
+            if best != -np.inf:
+                for k in range(n_arcs):
+                    flow = passing[t, u] * math.exp(reach[k] - beta[t, u])
+                    if arcs[k, 2]:
+                        of_label += flow
+                    else:
+                        of_blank += flow
+                    duration_occupancy[t, u, arcs[k, 0]] += flow
+                    end_t, end_u = t + arcs[k, 1], u + arcs[k, 2]
+                    if end_t < n_frames and end_u < n_rows:
+                        passing[end_t, end_u] += flow
+            blank_occupancy[t, u] = of_blank
+            label_occupancy[t, u] = of_label
+    return log_likelihood
+
+
+@njit(error_model="numpy")
+def _reach(t, u, arcs, blank_scores, label_scores, duration_scores, beta, reach):
+    """Score of each arc of a node with all that follows, into `reach`; returns the best."""
+    n_frames, n_rows = beta.shape
+    best = -np.inf
+    for k in range(len(arcs)):
+        end_t, end_u = t + arcs[k, 1], u + arcs[k, 2]
+        if end_t < n_frames and end_u < n_rows:
+            score = beta[end_t, end_u]
+        elif end_t > n_frames or u < n_rows - 1 or arcs[k, 2]:
+            score = -np.inf  # only the last blank lands on T'
+        else:
+            score = 0.0
+        if score != -np.inf:
+            score += label_scores[t, u] if arcs[k, 2] else blank_scores[t, u]
+            score += duration_scores[t, u, arcs[k, 0]]
+        reach[k] = score
+        if score > best or math.isnan(score):
+            best = score
+    return best
+
+
 @_kernel
 def _occupancies(
     arcs, blank_scores, label_scores, duration_scores, logit_lengths, target_lengths, needs_grad,
     log_likelihood, blank_occupancy, label_occupancy, duration_occupancy, n_threads,
 ):  # fmt: skip
-    n_clips = len(logit_lengths)
-    n_arcs = len(arcs)
     for thread in prange(n_threads):
-        for b in range(thread, n_clips, n_threads):
-            n_frames, n_tokens = logit_lengths[b], target_lengths[b]
-            beta = np.empty((n_frames, n_tokens + 1))
-            share = np.empty((n_frames, n_tokens + 1, n_arcs))
-            reach = np.empty(n_arcs)
-            for t in range(n_frames - 1, -1, -1):
-                for u in range(n_tokens, -1, -1):
-                    best = -np.inf
-                    for k in range(n_arcs):
-                        end_t, end_u = t + arcs[k, 1], u + arcs[k, 2]
-                        score = label_scores[b, t, u] if arcs[k, 2] else blank_scores[b, t, u]
-                        score += duration_scores[b, t, u, arcs[k, 0]]
-                        if end_t < n_frames and end_u <= n_tokens:
-                            score += beta[end_t, end_u]
-                        elif end_t > n_frames or u < n_tokens or arcs[k, 2]:
-                            score = -np.inf  # only the last blank lands on T'
-                        reach[k] = score
-                        if score > best or math.isnan(score):
-                            best = score
-                    sum_exp = 0.0
-                    if best != -np.inf:
-                        for k in range(n_arcs):
-                            reach[k] = math.exp(reach[k] - best)
-                            sum_exp += reach[k]
-                        beta[t, u] = best + math.log(sum_exp)
-                        for k in range(n_arcs):
-                            share[t, u, k] = reach[k] / sum_exp
-                    else:
-                        beta[t, u] = -np.inf
-                        share[t, u] = 0.0
-            log_likelihood[b] = beta[0, 0]
-            if not needs_grad:
-                continue
-
-            passing = np.zeros((n_frames, n_tokens + 1))
-            passing[0, 0] = 1.0
-            for t in range(n_frames):
-                for u in range(n_tokens + 1):
-                    of_blank = 0.0
-                    of_label = 0.0
-                    for k in range(n_arcs):
-                        flow = passing[t, u] * share[t, u, k]
-                        if arcs[k, 2]:
-                            of_label += flow
-                        else:
-                            of_blank += flow
-                        duration_occupancy[b, t, u, arcs[k, 0]] += flow
-                        end_t, end_u = t + arcs[k, 1], u + arcs[k, 2]
-                        if end_t < n_frames and end_u <= n_tokens:
-                            passing[end_t, end_u] += flow
-                    blank_occupancy[b, t, u] = of_blank
-                    label_occupancy[b, t, u] = of_label
+        for b in range(thread, len(logit_lengths), n_threads):
+            n_frames, n_rows = logit_lengths[b], target_lengths[b] + 1
+            of = b if needs_grad else 0  # else all are dummies
+            log_likelihood[b] = occupancies_of_clip(
+                arcs, blank_scores[b, :n_frames, :n_rows], label_scores[b, :n_frames, :n_rows],
+                duration_scores[b, :n_frames, :n_rows], needs_grad,
+                blank_occupancy[of, :n_frames, :n_rows], label_occupancy[of, :n_frames, :n_rows],
+                duration_occupancy[of, :n_frames, :n_rows],
+            )  # fmt: skip
 
 
 @_kernel

@@ -67,16 +67,42 @@ def lattice(
     offset = top.double() + total.double().log() + sigma
     blank_score = tokens[..., blank].double() - offset
     label_score = tokens.gather(-1, _index(targets, n_frames))[..., 0].double() - offset
+    duration_score = None
+    if durations is not None:
+        duration_score = logits[..., n_classes:].double().log_softmax(-1)
+    log_likelihood, occupancy = occupancies(
+        blank_score, label_score, duration_score, durations, logit_lengths, target_lengths,
+        needs_grad,
+    )  # fmt: skip
+    if not needs_grad:
+        return log_likelihood, None
+    frame = torch.arange(n_frames, device=device)[:, None]
+    padding = (frame >= logit_lengths[:, None, None]) | (row > target_lengths[:, None, None])
+    return log_likelihood, State(targets, padding, top, total, blank, n_classes, *occupancy)
+
+
+def occupancies(
+    blank_score, label_score, duration_score, durations, logit_lengths, target_lengths, needs_grad
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor | None] | None]:
+    """The lattice by itself.
+
+    Args:
+        blank_score, label_score: log-probabilities, (B, T', U+1), float64.
+        duration_score: (B, T', U+1, N), or None with durations None for RNNT.
+        durations, logit_lengths, target_lengths, needs_grad: as in `lattice`.
+    Returns:
+        Log-likelihood (B,), and the occupancies of blanks, of tokens, (B, T', U+1) each, and of
+        duration classes, (B, T', U+1, N), or None; or None in their place.
+    """
+    _, n_frames, n_rows = blank_score.shape
+    device = blank_score.device
     if durations is None:
         arcs = [(0, 0, True), (0, 1, False)]  # class, frames, with a token
-        duration_score = torch.zeros_like(offset)[..., None]
     else:
         arcs = [(i, d, True) for i, d in enumerate(durations)]
         arcs += [(i, d, False) for i, d in enumerate(durations) if d > 0]
-        duration_score = logits[..., n_classes:].double().log_softmax(-1)
-
     frames_left = logit_lengths[:, None, None] - torch.arange(n_frames, device=device)[:, None]
-    rows_left = (target_lengths[:, None] - row)[:, None]  # (B, 1, U+1)
+    rows_left = (target_lengths[:, None] - torch.arange(n_rows, device=device))[:, None]
     scores = []
     for i, d, with_token in arcs:
         if with_token:
@@ -85,24 +111,23 @@ def lattice(
             allowed = (rows_left >= 0) & (
                 (frames_left > d) | ((frames_left == d) & (rows_left == 0))
             )
-        score = (label_score if with_token else blank_score) + duration_score[..., i]
+        score = label_score if with_token else blank_score
+        if duration_score is not None:
+            score = score + duration_score[..., i]
         scores.append(score.masked_fill(~allowed, -torch.inf))
     final = logit_lengths * n_rows + target_lengths
     steps = [(d, int(with_token)) for _, d, with_token in arcs]
     log_likelihood, occupancy = _sweep(torch.stack(scores), final, steps, needs_grad)
     if not needs_grad:
         return log_likelihood, None
-
     duration_occupancy = None
-    if durations is not None:
+    if duration_score is not None:
         duration_occupancy = torch.zeros_like(duration_score)
         for (i, _, _), of_arc in zip(arcs, occupancy, strict=True):
             duration_occupancy[..., i] += of_arc
     n_label = sum(with_token for _, _, with_token in arcs)
-    return log_likelihood, State(
-        targets, (frames_left <= 0) | (rows_left < 0), top, total, blank, n_classes,
-        occupancy[n_label:].sum(0), occupancy[:n_label].sum(0), duration_occupancy,
-    )  # fmt: skip
+    blank_occupancy, label_occupancy = occupancy[n_label:].sum(0), occupancy[:n_label].sum(0)
+    return log_likelihood, (blank_occupancy, label_occupancy, duration_occupancy)
 
 
 def _sweep(scores, final, steps, needs_grad) -> tuple[Tensor, Tensor | None]:
