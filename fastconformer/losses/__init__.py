@@ -33,8 +33,9 @@ from fastconformer.losses.checks import (
     describe,
     reduce,
 )
+from fastconformer.losses.fused import fused_transducer_loss
 
-__all__ = ["rnnt_loss", "tdt_loss"]
+__all__ = ["fused_transducer_loss", "rnnt_loss", "tdt_loss"]
 
 log = logging.getLogger(__name__)
 

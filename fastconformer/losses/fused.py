@@ -1,0 +1,510 @@
+"""The transducer loss from the joint's two projected inputs, without the joint tensor.
+
+    hidden(t, u) = dropout(act(enc_proj[t] + pred_proj[u]))          (H,)
+    z(t, u)      = out_weight hidden(t, u) + out_bias                (V+1+N,)
+
+z for all (t, u) is the tensor of (B, T', U+1, V+1+N) that fills the memory in training. Neither the
+loss nor its gradient needs all of it at once. The valid cells (t <= T-1, u <= U of each clip) stand
+in one line over the batch, by clip, frame, row, and tiles of at most `tile_cells` of them are
+visited twice:
+
+1. Forward. A tile's hidden and z are made; of each cell remain the maximum of the token logits and
+   their sum of exponentials, log p(blank), log p(label) and log q(duration_i): 4 + N numbers, where
+   z has V+1+N. p is the softmax over tokens and blank, q that over the durations.
+2. The lattice, on these numbers alone. With a(t, u) the log-probability of arriving at a cell and
+   b(t, u) that of reaching the end from it (reference.py has the recursion), each arc k from
+   a cell c has the probability of lying on the alignment, its occupancy:
+       g_k(c) = exp(a(c) + score_k(c) + b(end of k) - log p(targets))
+   Summed by kind they replace the scores: blank g_b, label g_l, duration class g_i.
+3. Backward. The tile's hidden and z are made again, the logits become their gradient in place
+       d loss / d z_v = (g_b + g_l) p_v - [v is blank] g_b - [v is label] g_l
+       d loss / d z_i = (g_b + g_l) q_i - g_i
+   (g_l times 1 + lambda for FastEmit among tokens; then clamp; then the clip's weight) and three
+   products follow: d out_weight += dz^T hidden, d hidden = dz out_weight, and with act' and the
+   same dropout mask d hidden summed over u and over t gives the gradients of the two inputs.
+
+Memory beside inputs and gradients is one tile and about 4 * (8 + N) bytes a cell. The price is the
+first product made twice: four products where the joint tensor needs three.
+
+Dropout's mask is a hash of seed, cell and channel (`keep` in fused_vectorised.py), so that the two
+visits agree without storing it. No sum depends on scheduling: the same call gives the same bits.
+
+Skipping cells: with eps > 0 the backward pass visits only cells with occupancy g_b + g_l >= eps
+(g is at most 1, and sums to at least 1 over a clip's cells). The error is bounded: a skipped cell's
+dz has an L1 norm below 4 (1 + lambda) eps, as each of its two softmaxes moves at most twice the
+cell's occupancy, so that a clip of T frames and U tokens loses at most 4 (1 + lambda) eps T (U+1)
+of dz in L1 (before its weight in the loss), and |out_weight|_max times that of d hidden. What was
+skipped in fact is reported. Clips that are trained already have a few active cells per frame.
+
+The same arithmetic stands in fused_cpu.py (numba, CPU), fused_triton.py (CUDA) and
+fused_vectorised.py (plain PyTorch, anywhere).
+
+Sources: Graves 2012 (arXiv:1211.3711); Xu et al. 2023 (arXiv:2304.06795); Yu et al. 2021 (FastEmit,
+arXiv:2010.11148); the gradient past the softmax: Li et al. 2019 (arXiv:1909.12415); one sample at
+a time: Braun et al. 2022 (arXiv:2211.16270); tiles and recomputation over packed cells for RNNT:
+NeMo pull request 16040; the numbers: NeMo 3.0's RNNTLoss and TDTLossNumba.
+
+Letters besides the style guide's: H joint width, R = U+1 rows of a frame, C cells.
+"""
+
+import functools
+import logging
+import math
+from collections.abc import Sequence
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastconformer.losses import fused_vectorised
+from fastconformer.losses.checks import (
+    check_batch,
+    check_classes,
+    check_durations,
+    check_options,
+    check_reduction,
+    check_targets,
+    describe,
+    reduce,
+)
+
+log = logging.getLogger(__name__)
+
+ACTIVATIONS = ("relu", "tanh", "sigmoid")
+
+# Logits of a tile: large enough for full speed of the products, small beside everything else.
+_TILE_BYTES = {"cpu": 32 << 20, "cuda": 128 << 20}
+_TILE_CELLS = {"cpu": 2048, "cuda": 32768}
+
+
+def fused_transducer_loss(
+    enc_proj: Tensor,
+    pred_proj: Tensor,
+    out_weight: Tensor,
+    out_bias: Tensor | None,
+    targets: Tensor,
+    logit_lengths: Tensor,
+    target_lengths: Tensor,
+    durations: Sequence[int] | None = None,
+    blank: int | None = None,
+    sigma: float = 0.0,
+    omega: float = 0.0,
+    fastemit_lambda: float = 0.0,
+    clamp: float = -1.0,
+    activation: str = "relu",
+    dropout: float = 0.0,
+    eps: float = 0.0,
+    reduction: str | None = "none",
+    tile_cells: int | None = None,
+    report: dict[str, Tensor] | None = None,
+) -> Tensor:
+    """The RNNT (`durations` None) or TDT loss of a joint network, its logits never all in memory.
+
+    Equal to `rnnt_loss` or `tdt_loss` of the logits
+    `linear(dropout(act(enc_proj[:, :, None] + pred_proj[:, None])), out_weight, out_bias)`.
+
+    Args:
+        enc_proj: projected encoder frames, (B, T', H); float32, float64, bfloat16 or float16.
+        pred_proj: projected prediction states, (B, U+1, H).
+        out_weight, out_bias: the joint's output layer, (V+1+N, H) and (V+1+N,) or None; outputs
+            are V tokens, blank, then the durations.
+        targets, logit_lengths, target_lengths: as in `rnnt_loss`.
+        durations: as in `tdt_loss`; None for RNNT.
+        blank: index of blank; None: the last of tokens and blank, as NeMo has it.
+        sigma, omega, fastemit_lambda, clamp, reduction: as in `tdt_loss` (sigma and omega are
+            TDT's alone); the losses of the clips by default.
+        activation: "relu", "tanh" or "sigmoid".
+        dropout: probability of a hidden channel being zeroed, in every call (give 0 outside
+            training). The seed is one draw from torch's default CPU generator; none for 0.
+        eps: gradients skip cells less occupied than this; 0 skips none. Bound: module docstring.
+        tile_cells: cells whose logits are in memory at once; None: by the device.
+        report: gets "active_share" (of cells that the gradient visits) and "skipped_occupancy"
+            (share of all occupancy in those it does not), scalar tensors on the device.
+    Returns:
+        float32 (float64 for float64 inputs), (B,) or a scalar. The products are in the inputs'
+        common type, or autocast's; everything between them in float32 (float64). Gradients come in
+        each input's own type.
+    Raises:
+        ValueError: as in `tdt_loss`, or the inputs' shapes, types or devices do not fit together,
+            or an option is out of range.
+    """
+    check_reduction(reduction)
+    check_options(sigma, omega, fastemit_lambda, clamp)
+    if durations is not None:
+        durations = check_durations(durations)
+    elif sigma or omega:
+        raise ValueError(f"sigma is {sigma} and omega {omega} without durations; they are TDT's")
+    _check_inputs(enc_proj, pred_proj, out_weight, out_bias, activation, dropout, eps, tile_cells)
+    n_outputs = len(out_weight)
+    if blank is None:
+        blank = n_outputs - len(durations or ()) - 1
+    check_classes(n_outputs, durations, blank)
+
+    device = enc_proj.device
+    dtype = torch.promote_types(
+        torch.promote_types(enc_proj.dtype, pred_proj.dtype), out_weight.dtype
+    )
+    if torch.is_autocast_enabled(device.type) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device.type)
+    if dtype == torch.float16 and device.type == "cpu":
+        dtype = torch.float32
+    if out_bias is None:
+        out_bias = out_weight.new_zeros(n_outputs)
+    differentiable = (enc_proj, pred_proj, out_weight, out_bias)
+    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in differentiable)
+    options = Options(
+        sigma, omega, fastemit_lambda, clamp if clamp > 0.0 else math.inf, dropout, eps
+    )
+    losses, *_, activity = _forward(
+        *differentiable,
+        targets,
+        logit_lengths,
+        target_lengths,
+        # Drawn here and not inside: an operator that draws would not be a function of its inputs.
+        torch.rand((), dtype=torch.float32, device="cpu") if omega > 0.0 else None,
+        torch.randint(0, 2**62, (), device="cpu") if dropout > 0.0 else None,
+        durations,
+        blank,
+        activation,
+        list(options),
+        dtype,
+        tile_cells or 0,
+        needs_grad,
+    )
+    if report is not None:
+        report["active_share"], report["skipped_occupancy"] = activity.detach().unbind()
+    return reduce(losses, target_lengths.to(device), reduction)
+
+
+def _check_inputs(enc_proj, pred_proj, weight, bias, activation, dropout, eps, tile_cells):
+    for name, tensor in (("enc_proj", enc_proj), ("pred_proj", pred_proj)):
+        if tensor.dim() != 3 or not tensor.is_floating_point() or 0 in tensor.shape:
+            raise ValueError(f"{name} is {describe(tensor)}, expected floats, not empty (B, n, H)")
+    width = enc_proj.shape[2]
+    if pred_proj.shape[0] != enc_proj.shape[0] or pred_proj.shape[2] != width:
+        raise ValueError(
+            f"enc_proj is {tuple(enc_proj.shape)} and pred_proj {tuple(pred_proj.shape)}, expected "
+            "(B, T', H) and (B, U+1, H) with the same B and H"
+        )
+    if weight.dim() != 2 or weight.shape[1] != width or not len(weight):
+        raise ValueError(f"out_weight is {describe(weight)}, expected floats (V+1+N, {width})")
+    if bias is not None and bias.shape != (len(weight),):
+        raise ValueError(f"out_bias is {describe(bias)}, expected floats ({len(weight)},) or None")
+    devices = {str(x.device) for x in (enc_proj, pred_proj, weight, bias) if x is not None}
+    if len(devices) > 1:
+        raise ValueError(f"inputs lie on {' and '.join(sorted(devices))}, expected one device")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation is {activation!r}, expected {', '.join(ACTIVATIONS)}")
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"dropout is {dropout}, expected a probability below 1")
+    if not 0.0 <= eps < 1.0:
+        raise ValueError(f"eps is {eps}, expected an occupancy from 0 to below 1")
+    if tile_cells is not None and tile_cells < 1:
+        raise ValueError(f"tile_cells is {tile_cells}, expected at least 1, or None")
+
+
+class Options(NamedTuple):
+    sigma: float
+    omega: float
+    fastemit_lambda: float
+    clamp: float  # inf for none
+    dropout: float
+    eps: float
+
+
+class Job(NamedTuple):
+    """What the passes over tiles share. Tensors are contiguous, on one device."""
+
+    enc: Tensor  # (B * T', H), in the type of the products
+    pred: Tensor  # (B * R, H)
+    weight: Tensor  # (outputs in use, H)
+    bias: Tensor
+    targets: Tensor  # (B, R), int64, 0 where there is none
+    frames: Tensor  # (B,), int64
+    rows: Tensor  # (B,), U+1 of each clip
+    offsets: Tensor  # (B,), first cell of each clip
+    n_frames: int  # T' of the tensors
+    n_rows: int  # R of the tensors
+    n_cells: int
+    blank: int
+    n_classes: int  # V + 1
+    durations: tuple[int, ...] | None
+    sigma: float
+    activation: str
+    dropout: float
+    seed: int
+
+
+class Cells(NamedTuple):
+    """What is kept of each cell, (C,) or (C, N); past the valid ones undefined."""
+
+    top: Tensor  # maximum of the token logits
+    total: Tensor  # sum of exp(logit - top)
+    blank: Tensor  # log p(blank); after the lattice its occupancy
+    label: Tensor
+    duration: Tensor
+
+
+def _job(
+    enc, pred, weight, bias, targets, logit_lengths, target_lengths, coin, seed, durations, blank,
+    activation, options, dtype,
+) -> Job:  # fmt: skip
+    device, width, n_rows = enc.device, enc.shape[2], pred.shape[1]
+    n_classes = len(weight) - len(durations or ())
+    sigma = options.sigma
+    if coin is not None and coin.item() < options.omega:
+        durations, sigma = None, 0.0
+        weight, bias = weight[:n_classes], bias[:n_classes]
+    frames = logit_lengths.to(device, torch.int64)
+    rows = target_lengths.to(device, torch.int64) + 1
+    ends = (frames * rows).cumsum(0)
+    targets = F.pad(targets.to(device, torch.int64), (0, max(0, n_rows - targets.shape[1])))
+    none = torch.arange(n_rows, device=device) >= rows[:, None] - 1
+    return Job(
+        enc.to(dtype).reshape(-1, width).contiguous(),
+        pred.to(dtype).reshape(-1, width).contiguous(),
+        weight.to(dtype).contiguous(),
+        bias.to(dtype).contiguous(),
+        targets[:, :n_rows].masked_fill(none, 0).contiguous(),
+        frames,
+        rows,
+        ends - frames * rows,
+        enc.shape[1],
+        n_rows,
+        int(ends[-1]),
+        blank,
+        n_classes,
+        None if durations is None else tuple(durations),
+        sigma,
+        activation,
+        options.dropout,
+        0 if seed is None else int(seed),
+    )
+
+
+@torch.library.custom_op("fastconformer::transducer_forward", mutates_args=())
+def _forward(
+    enc: Tensor,
+    pred: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    targets: Tensor,
+    logit_lengths: Tensor,
+    target_lengths: Tensor,
+    coin: Tensor | None,
+    seed: Tensor | None,
+    durations: Sequence[int] | None,
+    blank: int,
+    activation: str,
+    options: Sequence[float],
+    dtype: torch.dtype,
+    tile_cells: int,
+    needs_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The losses (B,), the five tensors of Cells, and (active share, skipped occupancy)."""
+    batch, n_frames, _ = enc.shape
+    inputs = f"enc_proj is {tuple(enc.shape)}, pred_proj {tuple(pred.shape)}"
+    check_batch(
+        inputs, batch, n_frames, pred.shape[1], targets, logit_lengths, target_lengths
+    )  # fmt: skip
+    check_targets(targets, target_lengths, len(weight) - len(durations or ()), blank)
+    options = Options(*options)
+    with torch.autocast(enc.device.type, enabled=False):
+        job = _job(
+            enc, pred, weight, bias, targets, logit_lengths, target_lengths, coin, seed, durations,
+            blank, activation, options, dtype,
+        )  # fmt: skip
+        backend = _backend(enc.device)
+        cells = _empty_cells(enc, len(job.enc) * job.n_rows, len(durations or ()), dtype)
+        for lo, hi in _tiles(job, job.n_cells, tile_cells):
+            backend.scores(job, torch.arange(lo, hi, device=enc.device), cells)
+        log_likelihood = backend.lattice(job, cells, needs_grad)
+    activity = cells.top.new_tensor([1.0, 0.0])
+    if needs_grad and options.eps > 0.0:
+        passing = (cells.blank + cells.label)[: job.n_cells]
+        skipped = passing < options.eps
+        lost = passing.masked_fill(~skipped, 0.0).sum() / passing.sum()
+        activity = torch.stack([1.0 - skipped.mean(dtype=passing.dtype), lost])
+    # NeMo has this factor in float32: 1e-8 of the loss in float64.
+    factor = torch.tensor(1.0 + options.fastemit_lambda, dtype=torch.float32).item()
+    return (-factor * log_likelihood).to(cells.top.dtype), *cells, activity
+
+
+@_forward.register_fake
+def _(
+    enc, pred, weight, bias, targets, logit_lengths, target_lengths, coin, seed, durations, blank,
+    activation, options, dtype, tile_cells, needs_grad,
+):  # fmt: skip
+    size = enc.shape[0] * enc.shape[1] * pred.shape[1]
+    cells = _empty_cells(enc, size, len(durations or ()), dtype)
+    return cells.top.new_empty(enc.shape[0]), *cells, cells.top.new_empty(2)
+
+
+def _empty_cells(enc, size, n_durations, dtype) -> Cells:
+    # As many as the padded batch has, so that the shapes follow from those of the inputs; on a CPU
+    # memory that is not touched costs nothing.
+    dtype = _wide(dtype)
+    one = [enc.new_empty(size, dtype=dtype) for _ in range(4)]
+    return Cells(*one, enc.new_empty((size, n_durations), dtype=dtype))
+
+
+@torch.library.custom_op("fastconformer::transducer_backward", mutates_args=())
+def _backward(
+    grad_losses: Tensor,
+    cells: Sequence[Tensor],
+    enc: Tensor,
+    pred: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    targets: Tensor,
+    logit_lengths: Tensor,
+    target_lengths: Tensor,
+    coin: Tensor | None,
+    seed: Tensor | None,
+    durations: Sequence[int] | None,
+    blank: int,
+    activation: str,
+    options: Sequence[float],
+    dtype: torch.dtype,
+    tile_cells: int,
+    wants_states: bool,
+    wants_output: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of the first four inputs; empty where not wanted."""
+    options, cells, wide = Options(*options), Cells(*cells), _wide(dtype)
+    with torch.autocast(enc.device.type, enabled=False):
+        job = _job(
+            enc, pred, weight, bias, targets, logit_lengths, target_lengths, coin, seed, durations,
+            blank, activation, options, dtype,
+        )  # fmt: skip
+        backend = _backend(enc.device)
+        # The products get weights of at most 1, so that a scaled loss does not overflow half types.
+        largest = grad_losses.abs().amax().to(wide)
+        weights = (grad_losses / largest.masked_fill(largest == 0.0, 1.0)).to(wide).contiguous()
+        active, n_cells = None, job.n_cells
+        if options.eps > 0.0:
+            skipped = (cells.blank + cells.label)[:n_cells] < options.eps
+            active = skipped.logical_not_().nonzero()[:, 0]
+            n_cells = len(active)
+        sums = [
+            torch.zeros(x.shape if wanted else 0, dtype=wide, device=x.device)
+            for x, wanted in (
+                (job.enc, wants_states), (job.pred, wants_states),
+                (weight, wants_output), (bias, wants_output),
+            )
+        ]  # fmt: skip
+        n_outputs = len(job.weight)  # omega's branch leaves the durations alone
+        for lo, hi in _tiles(job, n_cells, tile_cells):
+            index = torch.arange(lo, hi, device=enc.device) if active is None else active[lo:hi]
+            hidden = backend.hidden(job, index)
+            grad = product(hidden, job.weight, job.bias)
+            backend.gradient(
+                job, index, cells, weights, options.fastemit_lambda, options.clamp, grad
+            )
+            if wants_output:
+                add_outer_product(sums[2][:n_outputs], grad, hidden)
+                sums[3][:n_outputs] += grad.sum(0, dtype=wide)
+            if wants_states:
+                d_hidden = product(grad, job.weight.t(), None)
+                backend.scatter(job, index, hidden, d_hidden, sums[0], sums[1])
+    return tuple(
+        (total * largest).to(x.dtype).view(x.shape if total.numel() else 0)
+        for total, x in zip(sums, (enc, pred, weight, bias), strict=True)
+    )
+
+
+@_backward.register_fake
+def _(
+    grad_losses, cells, enc, pred, weight, bias, targets, logit_lengths, target_lengths, coin, seed,
+    durations, blank, activation, options, dtype, tile_cells, wants_states, wants_output,
+):  # fmt: skip
+    wanted = (wants_states, wants_states, wants_output, wants_output)
+    return tuple(
+        x.new_empty(x.shape if w else 0)
+        for x, w in zip((enc, pred, weight, bias), wanted, strict=True)
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
+    tensors, (ctx.durations, ctx.blank, ctx.activation, ctx.options) = inputs[:9], inputs[9:13]
+    ctx.dtype, ctx.tile_cells, _ = inputs[13:]
+    ctx.save_for_backward(*tensors, *output[1:6])
+
+
+def _differentiate(ctx, grad_losses, *_):
+    if grad_losses is None:
+        return (None,) * 16
+    *tensors, top, total, of_blank, of_label, of_duration = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    wants_states, wants_output = needs[0] or needs[1], needs[2] or needs[3]
+    grads = _backward(
+        grad_losses, [top, total, of_blank, of_label, of_duration], *tensors, ctx.durations,
+        ctx.blank, ctx.activation, ctx.options, ctx.dtype, ctx.tile_cells, wants_states,
+        wants_output,
+    )  # fmt: skip
+    return *(g if need else None for g, need in zip(grads, needs)), *(None,) * 12
+
+
+_forward.register_autograd(_differentiate, setup_context=_setup_context)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _tiles(job: Job, n_cells: int, tile_cells: int) -> list[tuple[int, int]]:
+    if not tile_cells:
+        kind = "cpu" if job.enc.device.type == "cpu" else "cuda"
+        row_bytes = len(job.weight) * job.enc.element_size()
+        tile_cells = min(_TILE_CELLS[kind], max(128, _TILE_BYTES[kind] // row_bytes))
+    return [(lo, min(lo + tile_cells, n_cells)) for lo in range(0, n_cells, tile_cells)]
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x (C, D), weight (O, D) of any strides, bias (O,) -> (C, O)."""
+    if _onednn(x):  # several times faster than torch's own choice on some CPUs (linear.py)
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return F.linear(x, weight, bias)
+
+
+def add_outer_product(out: Tensor, grad: Tensor, hidden: Tensor):
+    """out (O, H) += grad (C, O)^T hidden (C, H), summed in out's type where the device can."""
+    if _onednn(grad):
+        transposed = hidden.t().contiguous()
+        out += torch.ops.mkldnn._linear_pointwise(transposed, grad.t(), None, "none", [], "").t()
+    elif out.dtype == grad.dtype:
+        torch.addmm(out, grad.t(), hidden, out=out)
+    elif grad.device.type == "cuda":
+        torch.addmm(out, grad.t(), hidden, out_dtype=out.dtype, out=out)
+    else:
+        out += grad.t() @ hidden
+
+
+def _onednn(x: Tensor) -> bool:
+    return (
+        x.device.type == "cpu"
+        and x.dtype == torch.float32
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    )
+
+
+@functools.cache
+def _backend_of(kind: str) -> ModuleType:
+    try:
+        if kind == "cpu":
+            from fastconformer.losses import fused_cpu as backend
+        elif kind == "cuda":
+            from fastconformer.losses import fused_triton as backend
+        else:
+            return fused_vectorised
+    except ImportError as error:
+        log.warning("the fused transducer loss runs on plain PyTorch, slower: %s", error)
+        return fused_vectorised
+    return backend
+
+
+def _backend(device: torch.device) -> ModuleType:
+    return _backend_of(device.type)

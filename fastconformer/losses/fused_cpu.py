@@ -1,0 +1,402 @@
+"""The tiles of the fused loss on CPU: numba kernels between the matrix products.
+
+The functions are those of fused_vectorised.py. Rows of hidden and of logits are read and written
+once, in loops that LLVM vectorises; bfloat16, which numba does not know, passes as its 16 bits. The
+lattice is that of cpu.py, on packed cells. What is summed over cells is summed in their order
+whatever the number of threads, which share the channels and not the cells.
+
+Importing this module needs numba. Kernels compile at their first call and are cached on disk.
+"""
+
+import math
+
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import njit, prange, types
+from numba.extending import intrinsic, overload
+from torch import Tensor
+
+from fastconformer.losses.cpu import (
+    _REORDER,
+    _exp,
+    _float32_of_bits,
+    _kernel,
+    _maximum,
+    _sum_exp,
+    _threads,
+    arcs_of,
+    occupancies_of_clip,
+)
+from fastconformer.losses.fused_vectorised import dropout_threshold
+
+_ACTIVATIONS = {"relu": 0, "tanh": 1, "sigmoid": 2}
+
+
+def hidden(job, index) -> Tensor:
+    out = torch.empty((len(index), job.enc.shape[1]), dtype=job.enc.dtype)
+    with _threads(out.numel()) as n_threads:
+        _hidden(
+            _array(job.enc), _array(job.pred), *_place(job, index), _ACTIVATIONS[job.activation],
+            *_dropout(job), _array(out), n_threads,
+        )  # fmt: skip
+    return out
+
+
+def scores(job, index, cells):
+    from fastconformer.losses.fused import product
+
+    logits = product(hidden(job, index), job.weight, job.bias)
+    with _threads(logits.numel()) as n_threads:
+        _scores(
+            _array(logits), *_place(job, index), job.targets.numpy(), job.blank, job.n_classes,
+            job.sigma, *(x.numpy() for x in cells), n_threads,
+        )  # fmt: skip
+
+
+def lattice(job, cells, needs_grad) -> Tensor:
+    log_likelihood = torch.empty(len(job.frames), dtype=torch.float64)
+    # One class of no score where RNNT has none.
+    duration = cells.duration if job.durations is not None else cells.top.new_zeros(job.n_cells, 1)
+    with _threads(100 * job.n_cells) as n_threads:
+        _lattice(
+            arcs_of(job.durations), job.frames.numpy(), job.rows.numpy(), job.offsets.numpy(),
+            cells.blank.numpy(), cells.label.numpy(), duration.numpy(), needs_grad,
+            log_likelihood.numpy(), n_threads,
+        )  # fmt: skip
+    return log_likelihood
+
+
+def gradient(job, index, cells, weights, fastemit_lambda, clamp, logits):
+    with _threads(logits.numel()) as n_threads:
+        _gradient(
+            _array(logits), *_place(job, index), job.targets.numpy(), job.blank, job.n_classes,
+            *(x.numpy() for x in cells), weights.numpy(), fastemit_lambda, clamp, n_threads,
+        )  # fmt: skip
+
+
+def scatter(job, index, hidden, d_hidden, d_enc, d_pred):
+    with _threads(hidden.numel()) as n_threads:
+        _scatter(
+            _array(hidden), _array(d_hidden), *_place(job, index), _ACTIVATIONS[job.activation],
+            *_dropout(job), d_enc.numpy(), d_pred.numpy(), n_threads,
+        )  # fmt: skip
+
+
+def _array(tensor) -> np.ndarray:
+    tensor = tensor.contiguous()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(np.uint16)
+    return tensor.numpy()
+
+
+def _place(job, index):
+    return index.numpy(), job.offsets.numpy(), job.rows.numpy(), job.n_frames, job.n_rows
+
+
+def _dropout(job):
+    threshold = dropout_threshold(job.dropout)
+    scale = 1.0 / (1.0 - job.dropout)
+    return np.uint32(job.seed & 0xFFFFFFFF), np.uint32(job.seed >> 32), threshold, scale
+
+
+@intrinsic
+def _bits_of_float32(typing_context, x):
+    def generate(context, builder, signature, arguments):
+        return builder.bitcast(arguments[0], ir.IntType(32))
+
+    return types.int32(types.float32), generate
+
+
+def _wide(x):
+    """A stored number as a float: float32 of bfloat16's bits, else itself."""
+    raise NotImplementedError
+
+
+@overload(_wide)
+def _wide_of_type(x):
+    if x == types.uint16:
+        return lambda x: _float32_of_bits(np.int32(np.int32(x) << np.int32(16)))
+    return lambda x: x
+
+
+def _put(out, i, value):
+    """Stores a float, rounded to the nearest bfloat16 (ties to even) where out is its bits."""
+    raise NotImplementedError
+
+
+@overload(_put)
+def _put_of_type(out, i, value):
+    if out.dtype == types.uint16:
+
+        def put(out, i, value):
+            bits = _bits_of_float32(np.float32(value))
+            tie = (bits >> np.int32(16)) & np.int32(1)
+            rounded = (bits + np.int32(0x7FFF) + tie) >> np.int32(16)
+            # A NaN of low bits alone would be rounded to infinity.
+            out[i] = np.uint16(rounded if value == value else np.int32(0x7FC0))
+
+    else:
+
+        def put(out, i, value):
+            out[i] = value
+
+    return put
+
+
+def _floats(row, scratch):
+    """The row as floats: itself, or read into scratch."""
+    raise NotImplementedError
+
+
+@overload(_floats)
+def _floats_of_type(row, scratch):
+    if row.dtype == types.uint16:
+
+        def floats(row, scratch):
+            for v in range(row.shape[0]):
+                scratch[v] = _wide(row[v])
+            return scratch[: row.shape[0]]
+
+    else:
+
+        def floats(row, scratch):
+            return row
+
+    return floats
+
+
+def _written(floats, row):
+    """Brings what was computed in `_floats(row)` back to the row."""
+    raise NotImplementedError
+
+
+@overload(_written)
+def _written_of_type(floats, row):
+    if row.dtype == types.uint16:
+
+        def written(floats, row):
+            for v in range(row.shape[0]):
+                _put(row, v, floats[v])
+
+    else:
+
+        def written(floats, row):
+            pass
+
+    return written
+
+
+@njit
+def _clip_of(cell, offsets):
+    b = len(offsets) - 1
+    while offsets[b] > cell:
+        b -= 1
+    return b
+
+
+@njit
+def _mix(x):
+    x = np.uint32((x ^ (x >> np.uint32(16))) * np.uint32(0x7FEB352D))
+    x = np.uint32((x ^ (x >> np.uint32(15))) * np.uint32(0x846CA68B))
+    return np.uint32(x ^ (x >> np.uint32(16)))
+
+
+@njit
+def _kept(key, channel, threshold):
+    channel = np.uint32(np.uint32(channel) * np.uint32(0x9E3779B9))
+    return _mix(np.uint32(key + channel)) >= threshold
+
+
+@njit
+def _key(cell, seed_low, seed_high):
+    return np.uint32(_mix(np.uint32(np.uint32(cell) ^ seed_low)) ^ seed_high)
+
+
+@njit(fastmath={"contract"})
+def _tanh(x):
+    e = _exp(-2 * abs(x))
+    y = (1 - e) / (1 + e)
+    return y if x >= 0 else -y
+
+
+@njit(fastmath={"contract"})
+def _sigmoid(x):
+    e = _exp(-abs(x))
+    y = 1 / (1 + e)
+    return y if x >= 0 else e * y
+
+
+@_kernel
+def _hidden(
+    enc, pred, index, offsets, rows, n_frames, n_rows, activation, seed_low, seed_high, threshold,
+    scale, out, n_threads,
+):  # fmt: skip
+    width = out.shape[1]
+    for thread in prange(n_threads):
+        for i in range(thread, len(index), n_threads):
+            b = _clip_of(index[i], offsets)
+            place = index[i] - offsets[b]
+            x = enc[b * n_frames + place // rows[b]]
+            y = pred[b * n_rows + place % rows[b]]
+            _activate(x, y, activation, out[i])
+            if threshold > 0:
+                key = _key(index[i], seed_low, seed_high)
+                for h in range(width):
+                    kept = _wide(out[i, h]) * scale if _kept(key, h, threshold) else 0.0
+                    _put(out[i], h, kept)
+
+
+@njit
+def _activate(x, y, activation, out):
+    if activation == 0:
+        for h in range(len(out)):
+            total = _wide(x[h]) + _wide(y[h])
+            _put(out, h, total * 0 if total < 0 else total)  # NaN stays
+    elif activation == 1:
+        for h in range(len(out)):
+            _put(out, h, _tanh(_wide(x[h]) + _wide(y[h])))
+    else:
+        for h in range(len(out)):
+            _put(out, h, _sigmoid(_wide(x[h]) + _wide(y[h])))
+
+
+@_kernel
+def _scores(
+    logits, index, offsets, rows, n_frames, n_rows, targets, blank, n_classes, sigma,
+    top, total, blank_scores, label_scores, duration_scores, n_threads,
+):  # fmt: skip
+    n_durations = logits.shape[1] - n_classes
+    for thread in prange(n_threads):
+        scratch = np.empty(logits.shape[1], top.dtype)
+        for i in range(thread, len(index), n_threads):
+            cell = index[i]
+            b = _clip_of(cell, offsets)
+            u = (cell - offsets[b]) % rows[b]
+            row = _floats(logits[i], scratch)
+            tokens = row[:n_classes]
+            row_top = _maximum(tokens)
+            row_total = np.float64(_sum_exp(tokens, row_top))
+            top[cell] = row_top
+            total[cell] = row_total
+            offset = math.log(row_total) + sigma
+            blank_scores[cell] = np.float64(row[blank] - row_top) - offset
+            label_scores[cell] = np.float64(row[targets[b, u]] - row_top) - offset
+            if n_durations > 0:
+                row_top = _maximum(row[n_classes:])
+                duration_total = 0.0
+                for d in range(n_durations):
+                    duration_total += math.exp(np.float64(row[n_classes + d] - row_top))
+                for d in range(n_durations):
+                    score = np.float64(row[n_classes + d] - row_top)
+                    duration_scores[cell, d] = score - math.log(duration_total)
+
+
+@_kernel
+def _lattice(
+    arcs, frames, rows, offsets, blank, label, duration, needs_grad, log_likelihood, n_threads
+):
+    for thread in prange(n_threads):
+        for b in range(thread, len(frames), n_threads):
+            first, last = offsets[b], offsets[b] + frames[b] * rows[b]
+            of_blank = blank[first:last].reshape((frames[b], rows[b]))
+            of_label = label[first:last].reshape((frames[b], rows[b]))
+            of_duration = duration[first:last].reshape((frames[b], rows[b], duration.shape[1]))
+            log_likelihood[b] = occupancies_of_clip(
+                arcs, of_blank, of_label, of_duration, needs_grad, of_blank, of_label, of_duration
+            )
+
+
+@njit(fastmath=_REORDER)
+def _scale_exp(row, top, weight, limit, scale):
+    # In place by one name: LLVM would not vectorise for two that may overlap.
+    for v in range(row.shape[0]):
+        y = weight * _exp(row[v] - top)
+        row[v] = scale * min(y, limit)
+
+
+@_kernel
+def _gradient(
+    logits, index, offsets, rows, n_frames, n_rows, targets, blank, n_classes,
+    top, total, blank_occupancy, label_occupancy, duration_occupancy, weights, fastemit_lambda,
+    clamp, n_threads,
+):  # fmt: skip
+    n_durations = logits.shape[1] - n_classes
+    number = top.dtype.type
+    for thread in prange(n_threads):
+        scratch = np.empty(logits.shape[1], top.dtype)
+        for i in range(thread, len(index), n_threads):
+            cell = index[i]
+            b = _clip_of(cell, offsets)
+            u = (cell - offsets[b]) % rows[b]
+            scale = np.float64(weights[b])
+            of_blank = np.float64(blank_occupancy[cell])
+            passing = of_blank + np.float64(label_occupancy[cell])
+            if scale == 0.0 or passing == 0.0:
+                logits[i] = 0
+                continue
+            of_label = np.float64(label_occupancy[cell]) * (1.0 + fastemit_lambda)
+            weight = (of_blank + of_label) / np.float64(total[cell])
+            row = _floats(logits[i], scratch)
+            v = targets[b, u]
+            y_blank = weight * _exp(row[blank] - top[cell]) - of_blank
+            y_label = weight * _exp(row[v] - top[cell]) - of_label
+            _scale_exp(row[:n_classes], top[cell], number(weight), number(clamp), number(scale))
+            if of_label != 0.0:
+                row[v] = scale * min(max(y_label, -clamp), clamp)
+            row[blank] = scale * min(max(y_blank, -clamp), clamp)
+            if n_durations > 0:
+                row_top = _maximum(row[n_classes:])
+                duration_total = 0.0
+                for d in range(n_durations):
+                    duration_total += math.exp(np.float64(row[n_classes + d] - row_top))
+                for d in range(n_durations):
+                    y = math.exp(np.float64(row[n_classes + d] - row_top)) / duration_total
+                    y = passing * y - np.float64(duration_occupancy[cell, d])
+                    row[n_classes + d] = scale * y
+            _written(row, logits[i])
+
+
+@_kernel
+def _scatter(
+    hidden, d_hidden, index, offsets, rows, n_frames, n_rows, activation, seed_low, seed_high,
+    threshold, scale, d_enc, d_pred, n_threads,
+):  # fmt: skip
+    width = hidden.shape[1]
+    for thread in prange(n_threads):
+        first, last = width * thread // n_threads, width * (thread + 1) // n_threads
+        grad = np.empty(last - first, d_enc.dtype)
+        for i in range(len(index)):
+            b = _clip_of(index[i], offsets)
+            place = index[i] - offsets[b]
+            _differentiate(hidden[i, first:last], d_hidden[i, first:last], activation, scale, grad)
+            if threshold > 0:
+                key = _key(index[i], seed_low, seed_high)
+                for h in range(first, last):
+                    if not _kept(key, h, threshold):
+                        grad[h - first] = 0.0
+            _add(grad, d_enc[b * n_frames + place // rows[b], first:last])
+            _add(grad, d_pred[b * n_rows + place % rows[b], first:last])
+
+
+@njit
+def _differentiate(value, slope, activation, scale, out):
+    """d activation / d input from the activation's value times `scale`, times the slope there."""
+    scale = out.dtype.type(scale)
+    if activation == 0:
+        for h in range(len(out)):
+            out[h] = _wide(slope[h]) * scale if _wide(value[h]) > 0 else _wide(slope[h]) * 0
+    elif activation == 1:
+        for h in range(len(out)):
+            y = _wide(value[h]) / scale
+            out[h] = _wide(slope[h]) * scale * (1 - y * y)
+    else:
+        for h in range(len(out)):
+            y = _wide(value[h]) / scale
+            out[h] = _wide(slope[h]) * scale * (y - y * y)
+
+
+@njit
+def _add(x, to):
+    for h in range(len(x)):
+        to[h] += x[h]
