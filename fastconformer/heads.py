@@ -115,12 +115,19 @@ class Joint(nn.Module):
         super().__init__()
         self.pred = Linear(config.pred_hidden, config.joint_hidden)
         self.enc = Linear(config.encoder_hidden, config.joint_hidden)
+        self.activation = config.activation
         n_out = config.vocab_size + 1 + config.n_durations
         # NeMo has no Dropout module where dropout is 0, which moves the output layer's index
         dropout = [nn.Dropout(config.dropout)] if config.dropout else []
         self.joint_net = nn.Sequential(
             _ACTIVATIONS[config.activation](), *dropout, nn.Linear(config.joint_hidden, n_out)
         )
+
+    @property
+    def dropout(self) -> float:
+        """Probability that a hidden channel is dropped now, in this mode."""
+        layers = (m for m in self.joint_net if isinstance(m, nn.Dropout) and m.training)
+        return sum(m.p for m in layers)
 
     def forward(self, encoded: torch.Tensor, predicted: torch.Tensor) -> torch.Tensor:
         """(B, T', D), (B, U+1, H) -> logits (B, T', U+1, V+1+N)."""

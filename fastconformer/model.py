@@ -133,10 +133,7 @@ class ASRModel(nn.Module):
         """
         self._check_head(self.heads[0] if self.config.joint else "rnnt or tdt")
         if target_lengths is not None:
-            beyond = (
-                torch.arange(targets.shape[1], device=targets.device) >= target_lengths[:, None]
-            )
-            targets = targets.masked_fill(beyond, 0)
+            targets = self._without_padding(targets, target_lengths)
         return self.joint(encoded, self.decoder(targets))
 
     def losses(
@@ -146,9 +143,12 @@ class ASRModel(nn.Module):
         targets: torch.Tensor,
         target_lengths: torch.Tensor,
         heads: tuple[str, ...] | None = None,
+        eps: float = 0.0,
+        report: dict[str, torch.Tensor] | None = None,
     ) -> dict[str, torch.Tensor]:
         """Negative log-likelihood of each clip in nats, (B,) per head, with the config's sigma,
-        FastEmit and clamp (and omega while training)."""
+        FastEmit and clamp (and omega while training). The joint's logits are never all in memory;
+        `eps` and `report` as in `fused_transducer_loss`."""
         losses = {}
         for head in heads or self.heads:
             self._check_head(head)
@@ -164,26 +164,40 @@ class ASRModel(nn.Module):
                 )
             else:
                 losses[head] = self._transducer_loss(
-                    encoded, encoded_lengths, targets, target_lengths
+                    encoded, encoded_lengths, targets, target_lengths, eps, report
                 )
         return losses
 
-    def _transducer_loss(self, encoded, encoded_lengths, targets, target_lengths):
-        from .losses import rnnt_loss, tdt_loss
+    def _transducer_loss(self, encoded, encoded_lengths, targets, target_lengths, eps, report):
+        from .losses import fused_transducer_loss
 
-        loss = self.config.loss
-        logits = self.joint_logits(encoded, targets, target_lengths)
-        options = dict(fastemit_lambda=loss.fastemit_lambda, clamp=loss.clamp, reduction="none")
-        if loss.durations:
-            options |= dict(
-                durations=loss.durations,
-                sigma=loss.sigma,
-                omega=loss.omega if self.training else 0.0,
-            )
-        function = tdt_loss if loss.durations else rnnt_loss
-        return function(
-            logits, targets, encoded_lengths, target_lengths, blank=self.blank_id, **options
+        loss, joint = self.config.loss, self.joint
+        predicted = self.decoder(self._without_padding(targets, target_lengths))
+        return fused_transducer_loss(
+            joint.enc(encoded),
+            joint.pred(predicted),
+            joint.joint_net[-1].weight,
+            joint.joint_net[-1].bias,
+            targets,
+            encoded_lengths,
+            target_lengths,
+            durations=loss.durations or None,
+            blank=self.blank_id,
+            sigma=loss.sigma if loss.durations else 0.0,
+            omega=loss.omega if loss.durations and self.training else 0.0,
+            fastemit_lambda=loss.fastemit_lambda,
+            clamp=loss.clamp,
+            activation=joint.activation,
+            dropout=joint.dropout,
+            eps=eps,
+            reduction="none",
+            report=report,
         )
+
+    @staticmethod
+    def _without_padding(targets, target_lengths):
+        beyond = torch.arange(targets.shape[1], device=targets.device) >= target_lengths[:, None]
+        return targets.masked_fill(beyond, 0)
 
     def decode_greedy(
         self, encoded: torch.Tensor, lengths: torch.Tensor, head: str | None = None

@@ -28,6 +28,7 @@ class Objective:
 
     heads: those whose loss is trained. interctc: {encoder layer, from 0: weight} (NeMo's InterCTC).
     cr_weight: of CR-CTC's consistency, None without it; warp_frames: reach of its time warp.
+    eps: of the transducer loss (`fused_transducer_loss`).
     """
 
     heads: tuple[str, ...]
@@ -36,12 +37,15 @@ class Objective:
     interctc: dict[int, float] = dataclasses.field(default_factory=dict)
     cr_weight: float | None = None
     warp_frames: int = 0
+    eps: float = 0.0
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """Names of the losses that are logged."""
+        """Names of what is logged: the losses, and how much of the transducer's lattice the
+        gradient visits."""
         consistent = () if self.cr_weight is None else ("cr",)
-        return (*self.heads, *(f"interctc_{layer}" for layer in self.interctc), *consistent)
+        visits = ("active_share",) if self.eps and set(self.heads) != {"ctc"} else ()
+        return (*self.heads, *(f"interctc_{i}" for i in self.interctc), *consistent, *visits)
 
 
 def objective_of(recipe: Recipe, model: ASRModel) -> Objective:
@@ -88,6 +92,7 @@ def objective_of(recipe: Recipe, model: ASRModel) -> Objective:
         interctc,
         loss.cr_ctc_weight if loss.use_cr_ctc else None,
         loss.cr_ctc_time_warp if loss.use_cr_ctc else 0,
+        loss.eps,
     )
 
 
@@ -162,7 +167,7 @@ def make_views(model: ASRModel, batch: Batch, objective: Objective) -> Views:
     config = model.config.loss
     weights = {
         name: clip_weights(batch.target_lengths, name)
-        for name in {config.ctc_reduction, config.rnnt_reduction}
+        for name in {config.ctc_reduction, config.rnnt_reduction, "mean_batch"}
     }
     return Views(features, lengths, batch, weights)
 
@@ -170,8 +175,9 @@ def make_views(model: ASRModel, batch: Batch, objective: Objective) -> Views:
 def views_loss(
     model: ASRModel, views: Views, objective: Objective
 ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-    """Loss of these clips as a scalar, its named parts, and (B,) whether each clip is finite."""
-    config, batch = model.config.loss, views.batch
+    """Loss of these clips as a scalar, its named parts (`objective.parts`), and (B,) whether each
+    clip is finite."""
+    config, batch, report = model.config.loss, views.batch, {}
     n_views = len(views.lengths) // len(batch.target_lengths)
     targets, target_lengths = (
         t.repeat(n_views, *[1] * (t.ndim - 1)) for t in (batch.targets, batch.target_lengths)
@@ -181,7 +187,9 @@ def views_loss(
         layer_outputs(model, tuple(objective.interctc)) as inner,
     ):
         encoded, lengths = model.encode(views.features, views.lengths)
-        by_clip = model.losses(encoded, lengths, targets, target_lengths, heads=objective.heads)
+        by_clip = model.losses(
+            encoded, lengths, targets, target_lengths, objective.heads, objective.eps, report
+        )
         for layer in objective.interctc:
             inner_encoded = inner[layer]
             if model.encoder.out_proj is not None:
@@ -212,6 +220,8 @@ def views_loss(
         total = total * (1 - sum(objective.interctc.values()))
         for layer, weight in objective.interctc.items():
             total = total + weight * parts[f"interctc_{layer}"]
+    if "active_share" in objective.parts:
+        parts["active_share"] = report["active_share"] * views.weights["mean_batch"].sum()
     return total, parts, finite
 
 

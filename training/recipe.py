@@ -76,6 +76,7 @@ class LossRecipe:
     sigma: float | None = None  # TDT only; null: the checkpoint's
     omega: float | None = None  # TDT only; null: the checkpoint's
     fastemit_lambda: float | None = None  # null: the checkpoint's
+    eps: float = 1e-7  # transducer: gradients skip cells of a lower occupancy; 0: none
     transducer_reduction: str | None = None  # null: the checkpoint's
     ctc_reduction: str | None = None  # null: the checkpoint's
     reduction: str | None = None  # of both, instead of the two above
@@ -355,6 +356,7 @@ ABOVE_ZERO = (
 SHARES = (
     "model.dropout",
     "encoder.direction_dropout",
+    "loss.eps",
     "loss.ctc_weight",
     "loss.omega",
     "lora.dropout",

@@ -465,14 +465,16 @@ def _tiles(job: Job, n_cells: int, tile_cells: int) -> list[tuple[int, int]]:
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x (C, D), weight (O, D) of any strides, bias (O,) -> (C, O)."""
-    if _onednn(x):  # several times faster than torch's own choice on some CPUs (linear.py)
+    if _onednn(
+        x, len(weight)
+    ):  # several times faster than torch's own choice on some CPUs (linear.py)
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
 
 
 def add_outer_product(out: Tensor, grad: Tensor, hidden: Tensor):
     """out (O, H) += grad (C, O)^T hidden (C, H), summed in out's type where the device can."""
-    if _onednn(grad):
+    if _onednn(grad, hidden.shape[1]):
         transposed = hidden.t().contiguous()
         out += torch.ops.mkldnn._linear_pointwise(transposed, grad.t(), None, "none", [], "").t()
     elif out.dtype == grad.dtype:
@@ -483,10 +485,12 @@ def add_outer_product(out: Tensor, grad: Tensor, hidden: Tensor):
         out += grad.t() @ hidden
 
 
-def _onednn(x: Tensor) -> bool:
+def _onednn(x: Tensor, n: int) -> bool:
+    """Whether a product of x with n columns goes there; small ones do not earn its set-up."""
     return (
         x.device.type == "cpu"
         and x.dtype == torch.float32
+        and x.numel() * n > 1 << 22
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     )
 
