@@ -92,7 +92,7 @@ def test_a_room_keeps_place_and_power():
 
 
 def test_hum_is_a_mains_frequency_and_its_harmonics():
-    hum = mains_hum(4 * RATE, RATE, 50.0, np.random.default_rng(0))
+    hum = mains_hum(4 * RATE, RATE, 50, np.random.default_rng(0))
     spectrum = np.abs(np.fft.rfft(hum)) ** 2
     harmonics = [50 * 4 * n for n in range(1, 13)]
     assert spectrum[harmonics].sum() > 0.999 * spectrum.sum() and spectrum[200] == spectrum.max()

@@ -77,16 +77,16 @@ def reverberate(samples: np.ndarray, response: np.ndarray) -> np.ndarray:
     return wet * np.float32(np.sqrt(before / after)) if before and after else samples
 
 
-def mains_hum(length: int, rate_hz: int, mains_hz: float, rng: np.random.Generator) -> np.ndarray:
+def mains_hum(length: int, rate_hz: int, mains_hz: int, rng: np.random.Generator) -> np.ndarray:
     """A mains frequency with its harmonics in random phases and falling strength, (length,)."""
-    time_s = np.arange(length) / rate_hz
-    hum = np.zeros(length)
     phases, strengths = rng.uniform(0, 2 * np.pi, HUM_HARMONICS), rng.uniform(0.3, 1, HUM_HARMONICS)
+    time_s = np.arange(rate_hz) / rate_hz  # whole Hz: every second is like the first
+    second = np.zeros(rate_hz)
     for number in range(1, HUM_HARMONICS + 1):
         if number * mains_hz < rate_hz / 2:
             wave = np.sin(2 * np.pi * number * mains_hz * time_s + phases[number - 1])
-            hum += strengths[number - 1] / number * wave
-    return hum.astype(np.float32)
+            second += strengths[number - 1] / number * wave
+    return np.resize(second.astype(np.float32), length)
 
 
 class WaveAugment:

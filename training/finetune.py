@@ -34,6 +34,7 @@ from fastconformer.nemo_archive import write_nemo
 from training.average import average_checkpoints
 from training.console import Lines, Stopped, progress_bar, stop_signals, tensorboard
 from training.ema import EMA, plain_checkpoint, plain_weights
+from training.find_batch import settled
 from training.freeze import GradientWatch, format_table, parameter_table, train_mode
 from training.keep import check_metric, guard_holds, metrics_of
 from training.load import batch_order, load_data, training_batches
@@ -167,6 +168,7 @@ def run(recipe: Recipe, ranks: Ranks, baseline: dict | None, entry: dict) -> Pro
     train, validation = load_data(recipe, model, heads, main_file)
 
     model.to(device)
+    recipe = settled(recipe, train, model, objective, freezing, ranks)
     together = Together(model, ranks, trainer.parallel, device)
     optimizer = build_optimizer(model, recipe.optim, trainer.seed)
     ema = None if trainer.ema_decay is None else EMA(model, trainer.ema_decay)

@@ -64,6 +64,7 @@ class DataRecipe:
     batch_size: int | None = 16  # most clips in a batch; null: no limit
     # Most seconds in a batch, padding included; "auto": the most that the device takes.
     batch_duration_s: float | str | None = None
+    batch_memory_gb: float | None = None  # what "auto" may take; null: nearly all that is free
     quadratic_duration_s: float | None = None  # a clip of d seconds counts d + d^2 / this
     num_workers: int = 2  # threads that read ahead; 0 reads in the loop
     cache_gb: float = 4.0  # decoded audio stays in memory when all of it fits in this
@@ -208,7 +209,7 @@ class BabbleRecipe:
 @dataclasses.dataclass(frozen=True)
 class HumRecipe:
     probability: float = 0.0
-    mains_hz: tuple[float, ...] = (50.0, 60.0)
+    mains_hz: tuple[int, ...] = (50, 60)
     snr_db: tuple[float, float] = (10.0, 30.0)
 
 
@@ -343,6 +344,7 @@ AT_LEAST = {
 ABOVE_ZERO = (
     "data.max_duration_s",
     "data.quadratic_duration_s",
+    "data.batch_memory_gb",
     "data.max_tokens_per_s",
     "data.max_chars_per_s",
     "data.max_tokens_per_frame",
@@ -713,6 +715,8 @@ def _check_data(recipe: Recipe, where: str):
         raise ValueError(f"{where}: data.batch_duration_s is {limit!r}; give seconds or auto")
     if data.quadratic_duration_s is not None and limit is None:
         raise ValueError(f"{where}: data.quadratic_duration_s needs data.batch_duration_s")
+    if data.batch_memory_gb is not None and limit != "auto":
+        raise ValueError(f"{where}: data.batch_memory_gb needs data.batch_duration_s: auto")
     for kind in ("tokens", "chars"):
         low, high = values[f"data.min_{kind}_per_s"], values[f"data.max_{kind}_per_s"]
         if low is not None and high is not None and low >= high:
