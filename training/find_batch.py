@@ -396,9 +396,9 @@ def main(arguments: list[str] | None = None) -> int:
         if recipe.trainer.threads is not None:
             torch.set_num_threads(recipe.trainer.threads)
         device = choose_device(recipe.trainer.device)
-        model = build_model(recipe.model, recipe.loss, recipe.trainer.seed)
+        model = build_model(recipe.model, recipe.loss, recipe.trainer.seed, recipe.encoder)
         objective = objective_of(recipe, model)
-        freezing = prepare(model, recipe, objective.heads)
+        freezing = prepare(model, recipe, objective)
         train, _ = load_data(recipe, model, objective.heads, None)
         step = training_step(model.to(device), objective, freezing, recipe)
         memory_gb = options.memory_gb or recipe.data.batch_memory_gb
