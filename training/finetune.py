@@ -377,6 +377,8 @@ def run(recipe: Recipe, ranks: Ranks, baseline: dict | None, entry: dict) -> Pro
         finally:
             stream.close()
 
+    if "steps" in entry:  # something was done in this call
+        entry |= summary(progress, recipe)
     best = out / "best" if validation else out / "last"
     if ranks.is_main:
         write_nemo(out / "model.nemo", read_checkpoint(best))
