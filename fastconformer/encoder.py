@@ -62,7 +62,7 @@ class Convolution(nn.Module):
 
     def forward(self, x: torch.Tensor, pad_mask: torch.Tensor) -> torch.Tensor:
         # width-1 convolutions as matrix products: no transposes, faster kernels
-        x = linear(x, self.pointwise_conv1.weight[..., 0], self.pointwise_conv1.bias)
+        x = linear(x, self.pointwise_conv1.weight, self.pointwise_conv1.bias)
         x = F.glu(x, dim=-1).masked_fill(pad_mask[..., None], 0.0)
         x = F.pad(x.transpose(1, 2), self.context)  # (B, D, T)
         norm, conv = self.batch_norm, self.depthwise_conv
@@ -79,7 +79,7 @@ class Convolution(nn.Module):
             x = norm(conv(x).transpose(1, 2))
         else:
             x = norm(conv(x)).transpose(1, 2)
-        return linear(F.silu(x), self.pointwise_conv2.weight[..., 0], self.pointwise_conv2.bias)
+        return linear(F.silu(x), self.pointwise_conv2.weight, self.pointwise_conv2.bias)
 
 
 class ConformerLayer(nn.Module):

@@ -2,7 +2,7 @@
 
 On x86 torch sends float32 matrix products to MKL, which runs at half of oneDNN's speed on AMD CPUs.
 oneDNN's kernel is in every CPU build of torch, as the operator that torch.compile uses; it has no
-gradient, so training takes the usual way.
+gradient, so training takes the usual way. Its int8 product is behind `Int8Weight`.
 """
 
 import torch
@@ -10,10 +10,48 @@ from torch import nn
 from torch.nn import functional as F
 
 
+class Int8Weight:
+    """A weight (D_out, D_in) as int8, with one scale for each output, packed for oneDNN.
+
+    The product quantises each row of its input to 8 bits by the row's own largest value, so that a
+    row's result does not depend on the other rows; sums are exact, in int32.
+    """
+
+    def __init__(self, weight: torch.Tensor):
+        weight = weight.detach().float()
+        self.scale = weight.abs().amax(1).clamp(min=1e-12) / 127
+        rounded = (weight / self.scale[:, None]).round().to(torch.int8)
+        self.packed = torch.ops.onednn.qlinear_prepack(rounded, None)
+        self.zero_points = torch.zeros(len(weight), dtype=torch.int64)
+        self.dtype = torch.int8
+
+    def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """x (..., D_in) float32 -> (..., D_out) float32."""
+        rows = x.flatten(0, -2)
+        scale = rows.abs().amax(1, keepdim=True).clamp_(min=1e-12).div_(127)
+        # unsigned with a zero point of 128: oneDNN's signed form is not vectorised on x86
+        eight_bit = (rows / scale).round_().add_(128).to(torch.uint8)
+        y = torch.ops.onednn.qlinear_pointwise(
+            *(eight_bit, 1.0, 128, self.packed, self.scale, self.zero_points),
+            *(None, 1.0, 0, torch.float32, "none", [], ""),
+        )
+        y = y.mul_(scale) if bias is None else torch.addcmul(bias, y, scale)
+        return y.unflatten(0, x.shape[:-1])
+
+
 def linear(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, silu: bool = False
+    x: torch.Tensor,
+    weight: torch.Tensor | Int8Weight,
+    bias: torch.Tensor | None = None,
+    silu: bool = False,
 ) -> torch.Tensor:
-    """x (..., D_in), weight (D_out, D_in) -> (..., D_out), then SiLU where asked for."""
+    """x (..., D_in), weight (D_out, D_in), or (D_out, D_in, 1) of a convolution of width 1 ->
+    (..., D_out), then SiLU where asked for."""
+    if isinstance(weight, Int8Weight):
+        y = weight.product(x, bias)
+        return F.silu(y, inplace=True) if silu else y
+    if weight.dim() == 3:
+        weight = weight[..., 0]
     if (
         x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
@@ -34,3 +72,22 @@ class Linear(nn.Linear):
 
     def forward(self, x, silu: bool = False):
         return linear(x, self.weight, self.bias, silu)
+
+
+def quantize(module: nn.Module) -> int:
+    """Puts int8 in place of the weights of every `Linear` and every convolution of width 1 within
+    `module`; the number replaced. For inference on a CPU; such a model cannot be saved or trained.
+
+    ValueError: this torch has no int8 product for this CPU.
+    """
+    if "onednn" not in torch.backends.quantized.supported_engines:
+        raise ValueError("int8 needs a torch built with oneDNN for a CPU; use bfloat16 or float32")
+    count = 0
+    for child in module.modules():
+        pointwise = isinstance(child, nn.Conv1d) and child.kernel_size == (1,)
+        if pointwise or isinstance(child, Linear):
+            weight = child.weight.detach()
+            del child.weight
+            child.weight = Int8Weight(weight[..., 0] if pointwise else weight)
+            count += 1
+    return count

@@ -33,6 +33,7 @@ from .decoding import (
 from .encoder import ConformerEncoder
 from .features import Preprocessor
 from .heads import CTCHead, Joint, PredictionNetwork
+from .linear import Int8Weight, quantize
 from .timestamps import Span, in_seconds, segment_spans, token_spans, word_spans
 from .tokenizer import Tokenizer, load_tokenizer
 
@@ -499,7 +500,10 @@ class ASRModel(nn.Module):
             raise ValueError(f"head is {head!r}, this model has {', '.join(self.heads)}")
 
     def to_checkpoint(self) -> Checkpoint:
-        """Config, weights and tokenizer files, as `save` and `write_nemo` take them."""
+        """Config, weights and tokenizer files, as `save` and `write_nemo` take them. ValueError:
+        the weights are int8."""
+        if any(isinstance(getattr(m, "weight", None), Int8Weight) for m in self.modules()):
+            raise ValueError("an int8 model cannot be saved; load it with another dtype for that")
         return Checkpoint(self.config.nemo, self.state_dict(), self.tokenizer_files)
 
     def save(self, folder: str | Path):
@@ -569,7 +573,8 @@ def load_model(
     """Reads a `.nemo` archive or a converted folder; gives the model in eval mode.
 
     Args:
-        dtype: precision of the encoder and the heads; features are always float32.
+        dtype: precision of the encoder and the heads; features are always float32. torch.int8, on
+            a CPU and for inference: 8-bit weights and inputs in the encoder's matrix products.
         stft_pad: "zeros" (NeMo 2.5 and newer) or "reflect" (features as before NeMo 2.5).
     Raises:
         FileNotFoundError: no such file or folder.
@@ -602,12 +607,19 @@ def model_of(
     model.load_state_dict(checkpoint.state_dict, assign=True)
     model.encoder.tie_biases()
     model.requires_grad_(True)
+    if dtype == torch.int8 and torch.device(device).type != "cpu":
+        raise ValueError(f"dtype int8 is for CPUs, device is {device}; use bfloat16 there")
     _cast(model, dtype)
     return model.to(device).eval()
 
 
 def _cast(model: ASRModel, dtype: torch.dtype):
-    """Parameters and statistics to `dtype`; the front end stays in float32."""
+    """Parameters and statistics to `dtype`; the front end stays in float32. int8: the encoder's
+    matrix products, all else in float32."""
+    if dtype == torch.int8:
+        _cast(model, torch.float32)
+        quantize(model.encoder.layers)
+        return
     model.preprocessor.float()
     for child in (
         model.encoder,

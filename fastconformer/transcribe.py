@@ -364,7 +364,12 @@ def _transcribe_batch(model, batch, round_, options):
     return {k: (transcript, "") for k, transcript in zip(batch, transcripts, strict=True)}
 
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "int8": torch.int8,
+}
 
 
 def add_model_arguments(parser: argparse.ArgumentParser):

@@ -1,0 +1,67 @@
+"""8-bit products of the encoder on a CPU: error, batches, what is refused."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import golden
+
+import fastconformer
+from fastconformer.linear import Int8Weight, linear
+
+MODEL = "hybrid_tdt_ctc_bpe"
+
+pytestmark = pytest.mark.skipif(
+    "onednn" not in torch.backends.quantized.supported_engines, reason="torch without oneDNN"
+)
+
+
+@pytest.mark.parametrize("shape", [(1, 8), (3, 7, 64), (1, 1, 1, 33)])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("silu", [True, False])
+def test_product_beside_float64(shape, bias, silu):
+    torch.manual_seed(0)
+    x, weight = torch.randn(shape), torch.randn(48, shape[-1])
+    b = torch.randn(48) if bias else None
+    exact = linear(x.double(), weight.double(), b if b is None else b.double(), silu)
+    found = linear(x, Int8Weight(weight), b, silu)
+    assert found.dtype == torch.float32 and found.shape == exact.shape
+    error = (found - exact).norm() / exact.norm()
+    assert 1e-5 < error < 0.02  # 8 bits: not exact, but near
+
+
+def test_the_product_is_of_the_rounded_numbers():
+    """With inputs and weights that 8 bits hold exactly, the result is exact."""
+    x = torch.tensor([[127.0, -3, 0, 64], [1, 127, -127, 5], [0, 0, 0, 0]])
+    weight = torch.tensor([[127.0, 1, 2, 3], [-127, 0, 127, 9]])
+    torch.testing.assert_close(linear(x, Int8Weight(weight)), x @ weight.T, rtol=0, atol=0)
+
+
+def test_a_row_does_not_depend_on_the_others():
+    weight = Int8Weight(torch.randn(32, 16))
+    x = torch.randn(5, 16) * torch.tensor([1e-3, 1, 1e3, 1e6, 0])[:, None]
+    alone = torch.cat([linear(row[None], weight) for row in x])
+    torch.testing.assert_close(linear(x, weight), alone, rtol=0, atol=0)
+
+
+def test_model_in_int8():
+    path = golden(MODEL) / "model.nemo"
+    exact, model = fastconformer.load_model(path), fastconformer.load_model(path, dtype=torch.int8)
+    audio = torch.randn(2, 32000) * 0.1
+    lengths = torch.tensor([32000, 20000])
+    with torch.no_grad():
+        expected, frames = exact.encode(*exact.featurize(audio, lengths))
+        found, _ = model.encode(*model.featurize(audio, lengths))
+        alone, _ = model.encode(*model.featurize(audio[1:, :20000], lengths[1:]))
+    n = int(frames[1])
+    assert 1e-4 < (found[1, :n] - expected[1, :n]).norm() / expected[1, :n].norm() < 0.1
+    torch.testing.assert_close(found[1, :n], alone[0, :n], rtol=1e-3, atol=1e-3)
+    assert isinstance(model.transcribe(np.zeros(16000, np.float32))[0].text, str)
+
+
+def test_what_int8_cannot_do(tmp_path):
+    model = fastconformer.load_model(golden(MODEL) / "model.nemo", dtype=torch.int8)
+    with pytest.raises(ValueError, match="an int8 model cannot be saved"):
+        model.save(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match="int8 is for CPUs"):
+        fastconformer.load_model(golden(MODEL) / "model.nemo", "meta", torch.int8)
