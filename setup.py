@@ -1,6 +1,37 @@
-"""Installs the packages; building needs no torch. The versions that CI runs: constraints.txt."""
+"""Installs the packages; building needs no torch. The versions that CI runs: constraints.txt.
+
+Where a CUDA torch and nvcc are (pip's --no-build-isolation lets it see them), the CUDA kernels are
+compiled too; elsewhere the first use compiles them, or plain PyTorch serves.
+"""
+
+import importlib.util
+import sys
+from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
+
+
+class BuildWithKernels(build_py):
+    def run(self) -> None:
+        super().run()
+        if importlib.util.find_spec("torch") is None:
+            return
+        import torch
+
+        if torch.version.cuda is None:
+            return
+        sys.path.insert(0, str(Path(__file__).parent))
+        from rwkv_cuda import build
+
+        if build.find_nvcc() is None:
+            return
+        path, _ = build.compile_library(build.local_arches() or build.TARGETS)
+        if not self.editable_mode:
+            target = Path(self.build_lib) / "rwkv_cuda" / "built"
+            target.mkdir(parents=True, exist_ok=True)
+            self.copy_file(str(path), str(target))
+
 
 TRAIN = [
     "omegaconf>=2.3",
@@ -21,6 +52,8 @@ setup(
     packages=find_packages(
         include=["fastconformer*", "rwkv_cuda*", "training*", "converters*", "benchmarks*"]
     ),
+    package_data={"rwkv_cuda": ["csrc/*"]},
+    cmdclass={"build_py": BuildWithKernels},
     install_requires=[
         "torch>=2.6,<3",  # 2.6: nn.utils.get_total_norm, which training.finetune calls
         "numpy>=1.26,<3",

@@ -117,6 +117,8 @@ def _check(
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}, expected one of {', '.join(BACKENDS)}")
     r = inputs[0]
+    if backend == "cuda" and not r.is_cuda:
+        raise ValueError(f"backend is 'cuda' and r on {r.device}; move the inputs to a CUDA device")
     if r.dim() != 4:
         raise ValueError(f"r has shape {tuple(r.shape)}, expected (B, T, H, N)")
     for name, x in zip(NAMES, inputs):
@@ -160,11 +162,19 @@ def _check_lengths(lengths: Tensor | None, frames: int) -> None:
 
 
 def _choose(x: Tensor) -> str:
-    if not x.is_cuda:
+    if not x.is_cuda or x.dtype == torch.float64 or x.shape[3] > 128:
         return "chunked"
-    from rwkv_cuda import build  # the compiler is looked for only where a GPU is
+    # Gradients of heads 128 wide take more shared memory than these GPUs have.
+    if x.shape[3] > 64 and torch.cuda.get_device_capability(x.device)[0] >= 12:
+        return "chunked"
+    return "cuda" if _kernels_usable() else "chunked"
 
-    return "cuda" if build.usable(x) else "chunked"
+
+@torch.compiler.assume_constant_result
+def _kernels_usable() -> bool:
+    from rwkv_cuda import build  # a compiler is looked for only where a GPU is
+
+    return build.usable()
 
 
 @torch.library.custom_op("rwkv_cuda::wkv7", mutates_args=())
@@ -183,11 +193,15 @@ def _forward_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y (D, B, T, H, N), last states (D, B, H, N, N), states for backward (D, segments, ...)."""
     _check_lengths(lengths, r.shape[1])
-    run = _implementation(backend).forward
+    if backend == "cuda":
+        from rwkv_cuda import cuda
+
+        inputs = (r, w, k, v, a, b)
+        return cuda.forward(inputs, lengths, initial_state, directions, save_states)
     states = [None] * len(directions) if initial_state is None else initial_state
     with torch.autocast(r.device.type, enabled=False):
         parts = [
-            run(r, w, k, v, a, b, reverse, lengths, state, save_states)
+            chunked.forward(r, w, k, v, a, b, reverse, lengths, state, save_states)
             for reverse, state in zip(directions, states)
         ]
     return tuple(x[0][None] if len(x) == 1 else torch.stack(x) for x in zip(*parts))
@@ -221,11 +235,15 @@ def _backward_op(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of r, w, k, v, a, b and of the initial states, (D, B, H, N, N)."""
-    run = _implementation(backend).backward
+    if backend == "cuda":
+        from rwkv_cuda import cuda
+
+        inputs = (r, w, k, v, a, b)
+        return cuda.backward(grad_y, grad_state, inputs, saved, lengths, directions)
     state_grads = [None] * len(directions) if grad_state is None else grad_state
     with torch.autocast(r.device.type, enabled=False):
         parts = [
-            run(y, state, r, w, k, v, a, b, kept, reverse, lengths)
+            chunked.backward(y, state, r, w, k, v, a, b, kept, reverse, lengths)
             for y, state, kept, reverse in zip(grad_y, state_grads, saved, directions)
         ]
     *grads, state_grad = zip(*parts)
@@ -258,11 +276,3 @@ def _backward(ctx, grad_y, grad_state, _):
 
 
 _forward_op.register_autograd(_backward, setup_context=_setup_context)
-
-
-def _implementation(backend: str):
-    if backend == "chunked":
-        return chunked
-    from rwkv_cuda import cuda
-
-    return cuda

@@ -260,7 +260,7 @@ def test_compiled_equals_eager():
         (dict(r=torch.zeros(8, 1, 32)), "expected \\(B, T, H, N\\)"),
         (dict(initial_state=torch.zeros(2, 32, 32)), "initial_state has shape"),
         (dict(initial_state=torch.zeros(2, 1, 32, 32).int()), "initial_state is torch.int32"),
-        (dict(backend="cuda"), "CUDA"),
+        (dict(backend="cuda"), "r on cpu; move the inputs to a CUDA device"),
     ],
 )
 def test_wrong_arguments(change, message):

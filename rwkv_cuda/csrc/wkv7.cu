@@ -1,0 +1,61 @@
+// The kernels on a GPU. No torch headers: compiles with nvcc alone, for sm_80 and later.
+#define WKV7_DEFINE_SIZES
+#include <cuda_runtime.h>
+
+#include "launch.h"
+
+using namespace wkv7;
+
+template <typename T, int N>
+__global__ void __launch_bounds__(THREADS, 2) forward_kernel(Arguments args, Mode mode) {
+    extern __shared__ float4 memory[];
+    forward_block<T, N>(args, mode, blockIdx.x, memory);
+}
+
+template <typename T, int N>
+__global__ void __launch_bounds__(THREADS, 2) backward_kernel(Arguments args, Mode mode) {
+    extern __shared__ float4 memory[];
+    backward_block<T, N>(args, mode, blockIdx.x, memory);
+}
+
+template <int N>
+__global__ void __launch_bounds__(THREADS, 2) scan_kernel(Arguments args, bool adjoint) {
+    extern __shared__ float4 memory[];
+    scan_block<N>(args, adjoint, blockIdx.x, memory);
+}
+
+template <class F, class... Rest>
+static int launch(F* function, int blocks, int bytes, void* stream, const Arguments& args,
+                  Rest... rest) {
+    if (blocks == 0) return 0;
+    cudaError_t error =
+        cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    if (error != cudaSuccess) {
+        cudaGetLastError();  // not for the next caller to find
+        return error;
+    }
+    function<<<blocks, THREADS, bytes, static_cast<cudaStream_t>(stream)>>>(args, rest...);
+    return cudaGetLastError();
+}
+
+template <int N>
+static int run(const Arguments& args, int kernel, Mode mode, int bf16, void* stream) {
+    const int blocks = wkv7_blocks(&args, kernel, mode, N), bytes = wkv7_shared_bytes(kernel, N);
+    if (kernel == SCAN || kernel == SCAN_BACK)
+        return launch(scan_kernel<N>, blocks, bytes, stream, args, kernel == SCAN_BACK);
+    if (kernel == FORWARD)
+        return bf16 ? launch(forward_kernel<wkv7::bf16, N>, blocks, bytes, stream, args, mode)
+                    : launch(forward_kernel<float, N>, blocks, bytes, stream, args, mode);
+    return bf16 ? launch(backward_kernel<wkv7::bf16, N>, blocks, bytes, stream, args, mode)
+                : launch(backward_kernel<float, N>, blocks, bytes, stream, args, mode);
+}
+
+extern "C" int wkv7_launch(const Arguments* args, int kernel, int mode, int bf16, int width,
+                           void* stream) {
+    return width == 32    ? run<32>(*args, kernel, Mode(mode), bf16, stream)
+           : width == 64  ? run<64>(*args, kernel, Mode(mode), bf16, stream)
+           : width == 128 ? run<128>(*args, kernel, Mode(mode), bf16, stream)
+                          : -1;
+}
+
+extern "C" const char* wkv7_error(int code) { return cudaGetErrorString(cudaError_t(code)); }
