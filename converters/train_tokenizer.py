@@ -1,4 +1,5 @@
-"""Trains a SentencePiece tokenizer on the text of manifests or of a plain text file.
+"""Trains a SentencePiece tokenizer on the text of manifests or of a plain text file; with --extend,
+adds to an existing one the characters of the text that it cannot write, and nothing else.
 
 Writes tokenizer.model, tokenizer.vocab and vocab.txt, the files a NeMo archive carries.
 """
@@ -7,12 +8,15 @@ import argparse
 import io
 import json
 import sys
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import sentencepiece
 
 from fastconformer.files import atomic_file
-from fastconformer.tokenizer import sentencepiece_files
+from fastconformer.sentencepiece_model import NORMAL, Piece, SentencePieceModel
+from fastconformer.tokenizer import SentencePieceTokenizer, sentencepiece_files
 
 
 def train_tokenizer(texts: list[str], vocab_size: int, kind: str = "bpe") -> bytes:
@@ -46,6 +50,35 @@ def train_tokenizer(texts: list[str], vocab_size: int, kind: str = "bpe") -> byt
     return model.getvalue()
 
 
+def extend_tokenizer(model: bytes, texts: list[str]) -> tuple[bytes, list[str]]:
+    """The model and one piece more for each character that it cannot write, most frequent first.
+
+    Its own pieces keep their ids, its rules stay, and a text without such characters is written as
+    before: no new piece joins with another, and none scores above the lowest of its own.
+
+    Returns:
+        The new model, and the characters.
+    Raises:
+        ValueError: not a SentencePiece model, no text, or the model can write every character.
+    """
+    if not any(text.strip() for text in texts):
+        raise ValueError("there is no text to take characters from")
+    old = SentencePieceModel.from_bytes(model)
+    normalize = SentencePieceTokenizer(model).processor.normalize
+    counts = Counter("".join(normalize(text) for text in texts))
+    known = {piece.text for piece in old.pieces}
+    missing = sorted((c for c in counts if c not in known and c != "▁"), key=lambda c: -counts[c])
+    if not missing:
+        raise ValueError(
+            f"the tokenizer already has all {len(counts)} characters of the text; "
+            "there is nothing to add"
+        )
+    lowest = min((piece.score for piece in old.pieces if piece.type == NORMAL), default=0.0)
+    added = [Piece(char, lowest) for char in missing]
+    # Stored samples of the old segmentation, which SentencePiece would check, go.
+    return replace(old, pieces=(*old.pieces, *added), rest=b"").to_bytes(), missing
+
+
 def read_texts(path: Path) -> list[str]:
     """`text` of every line of a .json/.jsonl manifest, or the lines of a text file."""
     lines = path.read_text(encoding="utf-8").splitlines()
@@ -68,13 +101,24 @@ def main(argv: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("inputs", nargs="+", type=Path, help="manifests (.jsonl) or text files")
-    parser.add_argument("--size", type=int, required=True, help="number of pieces")
+    parser.add_argument("--size", type=int, help="number of pieces")
     parser.add_argument("--type", choices=("bpe", "unigram"), default="bpe")
+    parser.add_argument(
+        "--extend", type=Path, metavar="MODEL", help="instead: add missing characters to this one"
+    )
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder to write")
     args = parser.parse_args(argv)
+    if (args.size is None) == (args.extend is None):
+        parser.error("give --size to train a tokenizer, or --extend to add characters to one")
     try:
         texts = [text for path in args.inputs for text in read_texts(path)]
-        files = sentencepiece_files(train_tokenizer(texts, args.size, args.type))
+        if args.extend is None:
+            model = train_tokenizer(texts, args.size, args.type)
+            made = f"{args.size} pieces"
+        else:
+            model, added = extend_tokenizer(args.extend.read_bytes(), texts)
+            made = f"{len(added)} new characters ({' '.join(added)})"
+        files = sentencepiece_files(model)
         args.output.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
             with atomic_file(args.output / name) as temporary:
@@ -82,7 +126,7 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"train_tokenizer: {error}", file=sys.stderr)
         return 1
-    print(f"{args.size} pieces from {len(texts)} lines -> {args.output}")
+    print(f"{made} from {len(texts)} lines -> {args.output}")
     return 0
 
 

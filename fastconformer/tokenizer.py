@@ -5,6 +5,8 @@ import unicodedata
 
 import sentencepiece
 
+from .sentencepiece_model import CONTROL, UNKNOWN, USER_DEFINED, SentencePieceModel
+
 
 class Tokenizer:
     """Common to both kinds: `pieces` (list of str), `vocab_size`, `unk_id` (None: cannot occur)."""
@@ -74,12 +76,17 @@ class CharTokenizer(Tokenizer):
 
 def sentencepiece_files(model: bytes) -> dict[str, bytes]:
     """The three files that a NeMo archive keeps of a SentencePiece model, by name: the model, its
-    pieces with scores, and a BERT-like list ("##" where no word starts; without the first piece,
-    <unk>). ValueError: not a SentencePiece model."""
+    pieces with scores, and a BERT-like list ("##" where no word starts; without unknown, control
+    and user-defined pieces; "▁" alone stays, where older NeMo versions wrote an empty line).
+    Source: NeMo's create_spt_model. ValueError: not a SentencePiece model."""
     tokenizer = SentencePieceTokenizer(model)
     pieces, score = tokenizer.pieces, tokenizer.processor.get_score
     scores = [f"{piece}\t{score(i):g}\n" for i, piece in enumerate(pieces)]
-    words = [(p[1:] or p) if p.startswith("▁") else f"##{p}" for p in pieces[1:]]
+    words = [
+        (piece.text[1:] or piece.text) if piece.text.startswith("▁") else f"##{piece.text}"
+        for piece in SentencePieceModel.from_bytes(model).pieces
+        if piece.type not in (UNKNOWN, CONTROL, USER_DEFINED)
+    ]
     return {
         "tokenizer.model": model,
         "tokenizer.vocab": "".join(scores).encode(),

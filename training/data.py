@@ -44,6 +44,7 @@ class Utterance:
     line: int  # from 1
     tokens: tuple[int, ...] = ()
     tar_member: str | None = None
+    lang: str | None = None
 
     @property
     def audio_name(self) -> str:
@@ -152,6 +153,7 @@ def _utterance(entry: dict, manifest: Path, line: int, tars: dict[int, str] | No
         manifest=str(manifest),
         line=line,
         tar_member=audio if tars else None,
+        lang=entry["lang"] if isinstance(entry.get("lang"), str) else None,
     )
 
 

@@ -42,6 +42,7 @@ from training.objective import objective_of
 from training.optim import build_optimizer, schedule_of, set_learning_rates
 from training.ranks import ONE, Deal, Ranks, StepStatistics, Together, deal_of, join, sync_batchnorm
 from training.recipe import Recipe, load_recipe, recipe_to_yaml, stage_recipes
+from training.retain import make_retain, new_rows_first, read_original
 from training.run_folder import (
     Progress,
     append_line,
@@ -162,13 +163,19 @@ def run(recipe: Recipe, ranks: Ranks, baseline: dict | None, entry: dict) -> Pro
     deal = deal_of(ranks, trainer.accumulate, trainer.sync_batchnorm)
     if deal.synced:
         sync_batchnorm(model)
-    freezing = prepare(model, recipe, objective)
     check_metric(recipe.keep.metric, recipe.data.validation, heads)
     main_file = out / "dropped.jsonl" if ranks.is_main else None
     train, validation = load_data(recipe, model, heads, main_file)
+    original, change = read_original(recipe, model, train, validation, not checkpoints)
+    freezing = prepare(model, recipe, objective)
+    if recipe.retain.new_rows_steps:
+        freezing = new_rows_first(model, freezing, recipe.retain.new_rows_steps)
 
     model.to(device)
     recipe = settled(recipe, train, model, objective, freezing, ranks)
+    retain = make_retain(model, original, change, recipe)
+    if retain:
+        objective = retain.objective(objective)
     together = Together(model, ranks, trainer.parallel, device)
     optimizer = build_optimizer(model, recipe.optim, trainer.seed)
     ema = None if trainer.ema_decay is None else EMA(model, trainer.ema_decay)
@@ -310,7 +317,11 @@ def run(recipe: Recipe, ranks: Ranks, baseline: dict | None, entry: dict) -> Pro
                 if math.isfinite(losses["loss"]):
                     together.average_gradients()
                     set_learning_rates(optimizer, lr_at, progress.step)
+                    if retain:
+                        retain.before_update(progress.step)
                     grad_norm = update(optimizer, trainer.clip_grad_norm)
+                    if retain:
+                        retain.after_update()
                 else:
                     together.release_weights()
                 progress.step += 1

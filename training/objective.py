@@ -29,6 +29,8 @@ class Objective:
     heads: those whose loss is trained. interctc: {encoder layer, from 0: weight} (NeMo's InterCTC).
     cr_weight: of CR-CTC's consistency, None without it; warp_frames: reach of its time warp.
     eps: of the transducer loss (`fused_transducer_loss`).
+    kept: (features, lengths, encoded, batch) -> {name: (B,)}, distances from a frozen original
+    (`training.retain.Retain.distances`), and kept_weights of them by name.
     """
 
     heads: tuple[str, ...]
@@ -38,6 +40,8 @@ class Objective:
     cr_weight: float | None = None
     warp_frames: int = 0
     eps: float = 0.0
+    kept: Callable | None = None
+    kept_weights: dict[str, float] = dataclasses.field(default_factory=dict)
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -45,7 +49,8 @@ class Objective:
         gradient visits."""
         consistent = () if self.cr_weight is None else ("cr",)
         visits = ("active_share",) if self.eps and set(self.heads) != {"ctc"} else ()
-        return (*self.heads, *(f"interctc_{i}" for i in self.interctc), *consistent, *visits)
+        inner = (f"interctc_{layer}" for layer in self.interctc)
+        return (*self.heads, *inner, *consistent, *self.kept_weights, *visits)
 
 
 def objective_of(recipe: Recipe, model: ASRModel) -> Objective:
@@ -198,6 +203,8 @@ def views_loss(
             by_clip[f"interctc_{layer}"] = losses["ctc"]
         if objective.cr_weight is not None:
             by_clip["cr"] = consistency(model.ctc_log_probs(encoded), lengths)
+        if objective.kept is not None:
+            by_clip |= objective.kept(views.features, views.lengths, encoded, batch)
     by_clip = {
         name: losses.float().view(-1, len(batch.target_lengths)).mean(0)
         for name, losses in by_clip.items()
@@ -207,6 +214,8 @@ def views_loss(
     for name, losses in by_clip.items():
         is_ctc = name in ("ctc", "cr") or name.startswith("interctc_")
         reduction = config.ctc_reduction if is_ctc else config.rnnt_reduction
+        if name in objective.kept_weights:
+            reduction = "mean_batch"
         parts[name] = (views.weights[reduction] * losses).sum()
     trained = {head: parts[head] for head in objective.heads}
     if objective.cr_weight is not None:
@@ -222,6 +231,8 @@ def views_loss(
             total = total + weight * parts[f"interctc_{layer}"]
     if "active_share" in objective.parts:
         parts["active_share"] = report["active_share"] * views.weights["mean_batch"].sum()
+    for name, weight in objective.kept_weights.items():
+        total = total + weight * parts[name]
     return total, parts, finite
 
 

@@ -21,7 +21,9 @@ from yaml import YAMLError
 class ModelRecipe:
     init_from: str | None = None  # .nemo file or converted folder
     config: str | dict | None = None  # from scratch instead: a NeMo-style model config
-    tokenizer: str | None = None  # from scratch: a tokenizer folder or .model file
+    tokenizer: str | None = None  # a folder or file; with init_from: change the vocabulary to it
+    transfer: str = "by_piece"  # rows to the new vocabulary: by_piece | none (all are random)
+    new_rows: str = "mean"  # of pieces without a row: mean | zeros | random
     dropout: float | None = None  # of all encoder layers; null: the checkpoint's
     sample_rate: int | None = None  # e.g. 8000: a front end of this rate on the same weights
 
@@ -258,6 +260,18 @@ class GuardRecipe:
 
 
 @dataclasses.dataclass(frozen=True)
+class RetainRecipe:
+    """Keeping what the checkpoint knows; see training/retain.py."""
+
+    lang: str | None = None  # the old language's `lang` in manifests; null: all clips are old
+    distill_ctc: float = 0.0  # weight of KL(original || model) of CTC posteriors, on old clips
+    distill_encoder: float = 0.0  # weight of the encoder states' relative squared distance
+    l2_to_start: float = 0.0  # gradient of this times (weight - where it started)
+    new_rows_steps: int = 0  # first steps, in which only the rows of new pieces move
+    check_clips: int = 32  # on which a changed vocabulary is proven before the first step; 0: none
+
+
+@dataclasses.dataclass(frozen=True)
 class Recipe:
     output: str = ""  # the run folder
     resume: str = "auto"  # auto: go on from the run folder's last checkpoint | never
@@ -269,6 +283,7 @@ class Recipe:
     lora: LoraRecipe = LoraRecipe()
     optim: OptimRecipe = OptimRecipe()
     schedule: ScheduleRecipe = ScheduleRecipe()
+    retain: RetainRecipe = RetainRecipe()
     trainer: TrainerRecipe = TrainerRecipe()
     spec_augment: SpecAugmentRecipe = SpecAugmentRecipe()
     augment: AugmentRecipe = AugmentRecipe()
@@ -280,6 +295,8 @@ class Recipe:
 
 CHOICES = {
     "resume": ("auto", "never"),
+    "model.transfer": ("by_piece", "none"),
+    "model.new_rows": ("mean", "zeros", "random"),
     "encoder.attention": (None, "birwkv7"),
     "loss.heads": ("all", "ctc", "transducer"),
     "loss.transducer_reduction": (None, "mean_batch", "mean", "mean_volume", "sum"),
@@ -304,6 +321,11 @@ AT_LEAST = {
     "loss.cr_ctc_weight": 0,
     "loss.cr_ctc_time_warp": 0,
     "optim.weight_decay": 0,
+    "retain.distill_ctc": 0,
+    "retain.distill_encoder": 0,
+    "retain.l2_to_start": 0,
+    "retain.new_rows_steps": 0,
+    "retain.check_clips": 0,
     "schedule.warmup_steps": 0,
     "schedule.hold_steps": 0,
     "schedule.d_model": 1,
@@ -671,8 +693,15 @@ def _check_values(recipe: Recipe, where: str):
         )
     if recipe.model.config is not None and recipe.model.tokenizer is None:
         raise ValueError(f"{where}: model.config (from scratch) needs model.tokenizer")
-    if recipe.model.init_from is not None and recipe.model.tokenizer is not None:
-        raise ValueError(f"{where}: model.tokenizer belongs to a model.config from scratch only")
+    changes = recipe.model.init_from is not None and recipe.model.tokenizer is not None
+    if recipe.retain.new_rows_steps and not changes:
+        raise ValueError(
+            f"{where}: retain.new_rows_steps needs new rows: model.init_from and model.tokenizer"
+        )
+    if recipe.model.init_from is None and (
+        recipe.retain.distill_ctc or recipe.retain.distill_encoder
+    ):
+        raise ValueError(f"{where}: retain.distill_* need an original: model.init_from")
     if (recipe.trainer.max_steps is None) == (recipe.trainer.epochs is None):
         raise ValueError(f"{where}: give either trainer.max_steps or trainer.epochs")
     if recipe.schedule.warmup_steps is not None and recipe.schedule.warmup_ratio is not None:

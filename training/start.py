@@ -17,12 +17,19 @@ from converters.to_birwkv7 import to_birwkv7
 from fastconformer import ASRModel, ModelConfig, load_model
 from fastconformer.encoder import ConformerEncoder
 from fastconformer.model import model_of
-from fastconformer.tokenizer import load_tokenizer, sentencepiece_files
+from fastconformer.tokenizer import (
+    CharTokenizer,
+    SentencePieceTokenizer,
+    Tokenizer,
+    load_tokenizer,
+    sentencepiece_files,
+)
 from training.freeze import Freezing, freeze, is_batch_norm, unreached
 from training.lora import add_lora
 from training.narrowband import with_sample_rate
 from training.objective import Objective
 from training.recipe import EncoderRecipe, LossRecipe, ModelRecipe, Recipe
+from training.vocabulary import change_vocabulary, with_vocabulary
 
 ENCODER_DROPOUTS = ("dropout", "dropout_pre_encoder", "dropout_att")  # NeMo's keys
 
@@ -40,6 +47,9 @@ def build_model(
     """
     if recipe.init_from is not None:
         model = load_model(recipe.init_from)
+        if recipe.tokenizer is not None:
+            tokenizer, files = read_tokenizer(recipe.tokenizer)
+            change_vocabulary(model, tokenizer, files, recipe.transfer, recipe.new_rows, seed)
     else:
         config, files = scratch_config(recipe.config, recipe.tokenizer)
         torch.manual_seed(seed)
@@ -141,19 +151,9 @@ def scratch_config(config: str | dict, tokenizer: str) -> tuple[dict, dict[str, 
     except OmegaConfBaseException as error:
         raise ValueError(f"model.config: {' '.join(str(error).split())}") from None
     config = config.get("model", config)
-    files = tokenizer_files(tokenizer)
-    config["tokenizer"] = {
-        "dir": "tokenizer",  # never read, but NeMo's restore_from wants the key
-        "type": "bpe",
-        "model_path": "nemo:tokenizer.model",
-        "vocab_path": "nemo:vocab.txt",
-        "spe_tokenizer_vocab": "nemo:tokenizer.vocab",
-    }
-    pieces = load_tokenizer(config, files).pieces
-    config["labels"] = pieces
+    read, files = read_tokenizer(tokenizer)
+    config = with_vocabulary(config, read)
     if "joint" in config:
-        config["decoder"]["vocab_size"] = len(pieces)
-        config["joint"] |= {"num_classes": len(pieces), "vocabulary": pieces}
         # NeMo builds the joint from these two, whatever the joint's own section says.
         widths = config["joint"].get("jointnet", {})
         defaults = {
@@ -161,10 +161,29 @@ def scratch_config(config: str | dict, tokenizer: str) -> tuple[dict, dict[str, 
             "pred_hidden": widths.get("pred_hidden"),
         }
         config["model_defaults"] = defaults | (config.get("model_defaults") or {})
-    ctc = config.get("aux_ctc", {}).get("decoder") if "joint" in config else config.get("decoder")
-    if ctc is not None:
-        ctc |= {"num_classes": len(pieces), "vocabulary": pieces}
     return config, files
+
+
+def read_tokenizer(path: str) -> tuple[Tokenizer, dict[str, bytes]]:
+    """A tokenizer and the files that a checkpoint keeps of it: a SentencePiece `.model`, a folder
+    with tokenizer.model, or characters: a text file or a folder with labels.txt, a label a line
+    (an empty line: the blank), of which no file is kept.
+
+    Raises:
+        FileNotFoundError, ValueError: no such file, or not what it should be.
+    """
+    folder = Path(path)
+    labels = folder / "labels.txt" if folder.is_dir() else folder
+    if labels.suffix == ".txt" and labels.is_file() and not (folder / "tokenizer.model").is_file():
+        listed = [line or " " for line in labels.read_text(encoding="utf-8").split("\n")]
+        listed = listed[:-1] if listed[-1] == " " else listed  # what follows the last line break
+        wrong = [label for label in listed if listed.count(label) > 1 or len(label) != 1]
+        if wrong or not listed:
+            what = f"{wrong[0]!r} is there twice or is no single character" if wrong else "empty"
+            raise ValueError(f"model.tokenizer: {labels}: {what}; expected a character a line")
+        return CharTokenizer(listed), {}
+    files = tokenizer_files(path)
+    return SentencePieceTokenizer(files["tokenizer.model"]), files
 
 
 def tokenizer_files(path: str) -> dict[str, bytes]:
