@@ -97,6 +97,19 @@ def test_the_resolved_recipe_reads_back_the_same(recipe_file, tmp_path):
         ("optim.betas=[0.9]", "optim.betas must be a list (2 values"),
         ("trainer.max_steps=1.5", "trainer.max_steps must be a whole number or null"),
         ("trainer.max_steps=true", "trainer.max_steps must be a whole number or null"),
+        ("optim={name: adamw8bit}", "adamw8bit does not go with trainer.parallel fsdp"),
+        ("trainer.precision=bf16_pure", "bf16_pure does not go with trainer.parallel fsdp"),
+        ("freeze.until={joint: -1}", "freeze.until.joint is -1"),
+        ("freeze.until={joint: half}", "freeze.until.joint must be a whole number"),
+        ("freeze.until=joint", "freeze.until must be a mapping from names to a whole number"),
+        ("freeze.batch_norm=free", "expected one of fixed, adapt, affine"),
+        ("lora={rank: 2, targets: []}", "lora.targets is empty"),
+        ("optim.lr_groups={joint: 0}", "optim.lr_groups.joint is 0.0, expected more than 0"),
+        ("optim.layer_decay=0", "optim.layer_decay is 0.0, expected more than 0"),
+        ("optim.layer_decay=1.1", "optim.layer_decay is 1.1, expected 0 to 1"),
+        ("schedule.name=step", "expected one of cosine, linear, inverse_sqrt, noam, wsd, constant"),
+        ("schedule={hold_steps: 1, hold_ratio: 0.1}", "hold_steps or schedule.hold_ratio, not"),
+        ("trainer.ema_decay=2", "trainer.ema_decay is 2.0, expected 0 to 1"),
         ("trainer.epochs=2", "either trainer.max_steps or trainer.epochs"),
         ("trainer.precision=fp16", "trainer.precision is 'fp16', expected one of fp32, bf16"),
         ("loss.ctc_weight=1.5", "loss.ctc_weight is 1.5, expected 0 to 1"),
@@ -109,8 +122,9 @@ def test_the_resolved_recipe_reads_back_the_same(recipe_file, tmp_path):
     ],
 )
 def test_wrong_values_are_named(recipe_file, override, expected):
+    overrides = ["trainer.parallel=fsdp"] * ("fsdp" in expected) + [override]
     with pytest.raises(ValueError) as error:
-        load_recipe(recipe_file(), [override])
+        load_recipe(recipe_file(), overrides)
     assert expected in str(error.value)
     assert "\n" not in str(error.value)
 

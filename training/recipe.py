@@ -706,6 +706,14 @@ def _check_values(recipe: Recipe, where: str):
         raise ValueError(f"{where}: give either trainer.max_steps or trainer.epochs")
     if recipe.schedule.warmup_steps is not None and recipe.schedule.warmup_ratio is not None:
         raise ValueError(f"{where}: give schedule.warmup_steps or schedule.warmup_ratio, not both")
+    if recipe.trainer.parallel == "fsdp":
+        # 8-bit blocks cannot be cut into shards, and FSDP2 wants one type of weights.
+        for key, value in (("optim.name", "adamw8bit"), ("trainer.precision", "bf16_pure")):
+            if values[key] == value:
+                raise ValueError(
+                    f"{where}: {key} {value} does not go with trainer.parallel fsdp; use ddp, or "
+                    "adamw and bf16"
+                )
     if recipe.schedule.hold_steps is not None and recipe.schedule.hold_ratio is not None:
         raise ValueError(f"{where}: give schedule.hold_steps or schedule.hold_ratio, not both")
     loss = recipe.loss
