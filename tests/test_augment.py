@@ -2,6 +2,8 @@ import pytest
 import torch
 
 from fastconformer.augment import spec_augment
+from training.objective import augmentation
+from training.recipe import SpecAugmentRecipe
 
 OPTIONS = {"freq_masks": 2, "time_masks": 3, "freq_width": 20, "time_width": 0.1}
 
@@ -95,3 +97,15 @@ def test_rectangles_are_cut_out_inside_each_clip():
     bands = augmented(features, lengths, freq_masks=2, time_masks=2) == 0
     both = augmented(features, lengths, freq_masks=2, time_masks=2, rect_masks=2) == 0
     assert (both & bands).sum() == bands.sum() < both.sum()
+
+
+@pytest.mark.parametrize("where", ["recipe", "checkpoint"])
+def test_rectangles_from_the_recipe_or_the_checkpoints_config(where):
+    options = {"rect_masks": 4, "rect_time": 30, "rect_freq": 20}
+    recipe = SpecAugmentRecipe(**(options if where == "recipe" else {}))
+    section = options if where == "checkpoint" else {"rect_masks": 0}
+    features, lengths = ones([200, 150])
+    torch.manual_seed(0)
+    masked = augmentation(recipe, {"spec_augment": section})(features, lengths) == 0
+    assert 0 < masked.float().mean() < 0.2 and not masked.all(dim=1).any()
+    assert augmentation(SpecAugmentRecipe(rect_masks=0), {"spec_augment": options}) is None

@@ -164,8 +164,10 @@ def run(recipe: Recipe, ranks: Ranks, baseline: dict | None, entry: dict) -> Pro
     if deal.synced:
         sync_batchnorm(model)
     check_metric(recipe.keep.metric, recipe.data.validation, heads)
-    main_file = out / "dropped.jsonl" if ranks.is_main else None
-    train, validation = load_data(recipe, model, heads, main_file)
+    # Where processes read the same clips, one of them says which cannot be read.
+    reports = ranks.is_main or not deal.by_clips
+    dropped = out / "dropped.jsonl" if reports else None
+    train, validation = load_data(recipe, model, heads, dropped, ranks.is_main)
     original, change = read_original(recipe, model, train, validation, not checkpoints)
     freezing = prepare(model, recipe, objective)
     if recipe.retain.new_rows_steps:

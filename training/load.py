@@ -50,9 +50,14 @@ class TrainingSet:
         return self.store.utterances
 
 
-def load_data(recipe: Recipe, model: ASRModel, heads, dropped_path: Path | None):
-    """(TrainingSet, {name: validation store}); what is left out goes to `dropped_path`, or nowhere
-    (a process beside the main one)."""
+def load_data(
+    recipe: Recipe, model: ASRModel, heads, dropped_path: Path | None, is_main: bool = True
+):
+    """(TrainingSet, {name: validation store}); what is left out goes to `dropped_path`, if any.
+
+    Of several processes the main one writes the lines that all of them leave out; the others add
+    the clips that only they read, and cannot.
+    """
     data, augment = recipe.data, recipe.augment
     fastest = max(augment.speeds, default=1.0)
 
@@ -86,7 +91,7 @@ def load_data(recipe: Recipe, model: ASRModel, heads, dropped_path: Path | None)
         if not validation[name]:
             raise ValueError(f"validation set {name}: no usable line in {manifest}; {_why(bad)}")
 
-    if dropped_path is not None:
+    if dropped_path is not None and is_main:
         with atomic_file(dropped_path) as temporary:
             lines = [json_line(dataclasses.asdict(item)) for item in dropped]
             temporary.write_text("".join(lines), encoding="utf-8")
