@@ -17,8 +17,9 @@ from fastconformer import load_model
 from training.finetune import main
 
 ROOT = Path(__file__).parent.parent
+WAIT_S = 400  # on a busy machine; nothing here may wait for ever
 HARD = [  # everything random is on, and steps cross the ends of epochs
-    "trainer.max_steps=9",
+    "trainer.max_steps=8",
     "trainer.accumulate=2",
     "trainer.val_every_steps=3",
     "trainer.save_every_steps=2",
@@ -60,8 +61,8 @@ def torchrun(folder: Path, jobs: list[dict]) -> subprocess.Popen:
 
 
 def finish(process: subprocess.Popen) -> str:
-    """Waits for its end, at most two minutes: nothing here may wait for ever."""
-    output, _ = process.communicate(timeout=120)
+    """Waits for its end."""
+    output, _ = process.communicate(timeout=WAIT_S)
     assert process.returncode == 0, output[-3000:]
     return output
 
@@ -82,16 +83,16 @@ def runs(tmp_path_factory):
         for name, options in JOBS.items()
     ]
     process = torchrun(folder, [job("broken", HARD)])
-    until = time.monotonic() + 120
+    until = time.monotonic() + WAIT_S
     log = folder / "broken" / "log.jsonl"
     while not (log.exists() and log.read_bytes().count(b"\n") >= 5):
-        assert process.poll() is None and time.monotonic() < until, process.communicate()[0]
-        time.sleep(0.002)
+        assert process.poll() is None and time.monotonic() < until, "it ended, or waits"
+        time.sleep(0.01)
     workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     for pid in (process.pid, *map(int, workers)):
         os.kill(pid, signal.SIGKILL)
     process.communicate()
-    assert len(logged(folder / "broken")) < 9
+    assert len(logged(folder / "broken")) < 8
     shutil.copytree(folder / "broken", folder / "broken_one")
     finish(torchrun(folder, [job("broken", HARD), *jobs]))
     for name in ("hard", "synced", "fsdp"):

@@ -99,7 +99,8 @@ def gradients(
     statistics.finish(n_batches, ranks)
     names = ("loss", *objective.parts)
     values = ranks.total(*(float(sums[name]) for name in names))
-    suspects = [name for names in ranks.gather(suspects) for name in names]
+    if not math.isfinite(values[0]):
+        suspects = [name for names in ranks.gather(suspects) for name in names]
     return StepResult(dict(zip(names, values, strict=True)), suspects, splits)
 
 
