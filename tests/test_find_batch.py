@@ -19,7 +19,6 @@ from training.find_batch import (
     as_it_was,
     find_batch_duration,
     give_back_memory,
-    is_out_of_memory,
     largest_limit,
     main,
     process_memory_gb,
@@ -186,7 +185,6 @@ def test_the_model_is_afterwards_as_it_was(case, tmp_path):
         model.encoder.layers[0].norm_out.weight.data.zero_()
         raise ZeroDivisionError
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
-    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
 
 
 def test_shapes_become_batches():

@@ -29,7 +29,7 @@ import torch
 from fastconformer.files import atomic_file
 from training.batching import effective_s
 from training.console import Lines
-from training.data import Batch
+from training.data import Batch, Utterance
 from training.ema import EMA
 from training.freeze import train_mode
 from training.load import TrainingSet, load_data
@@ -37,8 +37,10 @@ from training.objective import Objective, batch_loss, objective_of
 from training.optim import build_optimizer
 from training.ranks import ONE, Ranks
 from training.recipe import Recipe, load_recipe, recipe_to_yaml
+from training.retain import make_retain, read_original
 from training.run_folder import json_line
 from training.start import build_model, prepare
+from training.step import is_out_of_memory
 
 log = logging.getLogger("finetune")
 
@@ -87,15 +89,18 @@ def worst_shapes(
     return sorted(set(shapes), key=lambda s: (-s.clips * s.seconds * (1 + s.tokens), s.seconds))
 
 
-def synthetic_batch(shape: Shape, sample_rate_hz: int, vocab_size: int) -> Batch:
-    """Noise and random tokens in a shape."""
+def synthetic_batch(
+    shape: Shape, sample_rate_hz: int, vocab_size: int, lang: str | None = None
+) -> Batch:
+    """Noise and random tokens in a shape, all said to be of one language."""
     generator = torch.Generator().manual_seed(0)
     samples = round(shape.seconds * sample_rate_hz)
     audio = 0.1 * torch.randn(shape.clips, samples, generator=generator)
     size = (shape.clips, shape.tokens)
     targets = torch.randint(vocab_size, size, generator=generator)
     lengths = [torch.full((shape.clips,), count) for count in (samples, shape.tokens)]
-    return Batch((), audio, lengths[0], targets, lengths[1])
+    noise = Utterance("noise", "", shape.seconds, None, "", 0, lang=lang)
+    return Batch((noise,) * shape.clips, audio, lengths[0], targets, lengths[1])
 
 
 def largest_limit(
@@ -160,7 +165,9 @@ def find_batch_duration(
         for shape in shapes:
             if shape in known:
                 continue
-            batch = synthetic_batch(shape, model.sample_rate, model.config.vocab_size)
+            batch = synthetic_batch(
+                shape, model.sample_rate, model.config.vocab_size, recipe.retain.lang
+            )
             used_gb = memory.peak_gb(lambda batch=batch: step(batch.to(device)))
             log.info(
                 "  %6.0f s: %4d clips of %5.1f s with %3d tokens: %s",
@@ -255,13 +262,6 @@ def device_memory(device: torch.device, memory_gb: float | None) -> Iterator[Mem
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0, device)
         torch.cuda.empty_cache()
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Torch's own error on CUDA, and what its CPU allocator says."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return True
-    return "out of memory" in str(error).lower() or "can't allocate memory" in str(error)
 
 
 def process_memory_gb(key: str) -> float:
@@ -398,9 +398,14 @@ def main(arguments: list[str] | None = None) -> int:
         device = choose_device(recipe.trainer.device)
         model = build_model(recipe.model, recipe.loss, recipe.trainer.seed, recipe.encoder)
         objective = objective_of(recipe, model)
+        train, validation = load_data(recipe, model, objective.heads, None)
+        original, change = read_original(recipe, model, train, validation, False)
         freezing = prepare(model, recipe, objective)
-        train, _ = load_data(recipe, model, objective.heads, None)
-        step = training_step(model.to(device), objective, freezing, recipe)
+        model.to(device)
+        retain = make_retain(model, original, change, recipe)
+        if retain:
+            objective = retain.objective(objective)
+        step = training_step(model, objective, freezing, recipe)
         memory_gb = options.memory_gb or recipe.data.batch_memory_gb
         found = find_batch_duration(recipe, train, model, step, memory_gb)
         print(f"data.batch_duration_s: {found:g}")

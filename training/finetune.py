@@ -174,10 +174,10 @@ def run(recipe: Recipe, ranks: Ranks, baseline: dict | None, entry: dict) -> Pro
         freezing = new_rows_first(model, freezing, recipe.retain.new_rows_steps)
 
     model.to(device)
-    recipe = settled(recipe, train, model, objective, freezing, ranks)
     retain = make_retain(model, original, change, recipe)
     if retain:
         objective = retain.objective(objective)
+    recipe = settled(recipe, train, model, objective, freezing, ranks)
     together = Together(model, ranks, trainer.parallel, device)
     optimizer = build_optimizer(model, recipe.optim, trainer.seed)
     ema = None if trainer.ema_decay is None else EMA(model, trainer.ema_decay)
