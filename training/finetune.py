@@ -25,37 +25,22 @@ import time
 from collections import Counter
 from pathlib import Path
 
-import torch
-
-from fastconformer import load_model
+from fastconformer import ASRModel, load_model
 from fastconformer.checkpoint import read_checkpoint, write_folder
 from fastconformer.files import atomic_file
 from fastconformer.nemo_archive import write_nemo
 from training.average import average_checkpoints
-from training.console import Lines, Stopped, progress_bar, stop_signals, tensorboard
-from training.ema import EMA, plain_checkpoint, plain_weights
-from training.find_batch import settled
-from training.freeze import GradientWatch, format_table, parameter_table, train_mode
-from training.keep import check_metric, guard_holds, metrics_of
-from training.load import batch_order, load_data, training_batches
-from training.objective import objective_of
-from training.optim import build_optimizer, schedule_of, set_learning_rates
-from training.ranks import ONE, Deal, Ranks, StepStatistics, Together, deal_of, join, sync_batchnorm
+from training.console import Lines, Stopped, progress_bar, stop_signals
+from training.data import Batch
+from training.ema import plain_checkpoint, plain_weights
+from training.freeze import train_mode
+from training.keep import guard_holds, metrics_of
+from training.load import training_batches
+from training.optim import set_learning_rates
+from training.ranks import ONE, Deal, Ranks, StepStatistics, join, leave
 from training.recipe import Recipe, load_recipe, recipe_to_yaml, stage_recipes
-from training.retain import make_retain, new_rows_first, read_original
-from training.run_folder import (
-    Progress,
-    append_line,
-    checkpoint_paths,
-    keep_lines_until,
-    prune_top,
-    resume,
-    save_batch,
-    save_checkpoint,
-    save_model,
-    top_folder,
-)
-from training.start import build_model, prepare
+from training.run import Run, set_up
+from training.run_folder import Progress, append_line, save_batch, save_model, top_folder
 from training.step import gradients, update
 from training.validate import evaluate, results_table
 
@@ -147,281 +132,158 @@ def summary(progress: Progress, recipe: Recipe) -> dict:
 
 
 def run(recipe: Recipe, ranks: Ranks, baseline: dict | None, entry: dict) -> Progress:
-    """One stage: load, then evaluate, step, save, over and over."""
-    trainer, out = recipe.trainer, Path(recipe.output)
-    if trainer.threads is not None:
-        torch.set_num_threads(trainer.threads)
-    device = choose_device(trainer.device)
-    checkpoints = checkpoint_paths(out / "checkpoints")
-    if recipe.resume == "never" and checkpoints:
-        raise ValueError(
-            f"{out} already holds a run and resume is never; choose another output or remove it"
-        )
-    model = build_model(recipe.model, recipe.loss, trainer.seed, recipe.encoder)
-    objective = objective_of(recipe, model)
-    heads = objective.heads
-    deal = deal_of(ranks, trainer.accumulate, trainer.sync_batchnorm)
-    if deal.synced:
-        sync_batchnorm(model)
-    check_metric(recipe.keep.metric, recipe.data.validation, heads)
-    # Where processes read the same clips, one of them says which cannot be read.
-    reports = ranks.is_main or not deal.by_clips
-    dropped = out / "dropped.jsonl" if reports else None
-    train, validation = load_data(recipe, model, heads, dropped, ranks.is_main)
-    original, change = read_original(recipe, model, train, validation, not checkpoints)
-    freezing = prepare(model, recipe, objective)
-    if recipe.retain.new_rows_steps:
-        freezing = new_rows_first(model, freezing, recipe.retain.new_rows_steps)
-
-    model.to(device)
-    retain = make_retain(model, original, change, recipe)
-    if retain:
-        objective = retain.objective(objective)
-    recipe = settled(recipe, train, model, objective, freezing, ranks)
-    together = Together(model, ranks, trainer.parallel, device)
-    optimizer = build_optimizer(model, recipe.optim, trainer.seed)
-    ema = None if trainer.ema_decay is None else EMA(model, trainer.ema_decay)
-    table = format_table(parameter_table(model, freezing, optimizer))
-    if ranks.is_main:
-        with atomic_file(out / "trainable.txt") as temporary:
-            temporary.write_text(table, encoding="utf-8")
-    log.info("what is trained:\n%s", table)
-    watch = GradientWatch(model)
-    first_epoch = len(batch_order(train, recipe, 0))
-    if trainer.max_steps is not None:
-        max_steps = trainer.max_steps
-    else:
-        batches = sum(len(batch_order(train, recipe, e)) for e in range(trainer.epochs))
-        max_steps = max(1, batches // trainer.accumulate)
-    val_every = trainer.val_every_steps or max(1, first_epoch // trainer.accumulate)
-    save_every = trainer.save_every_steps or val_every
-    lr_at = schedule_of(recipe.schedule, recipe.optim.lr, max_steps, model.config.encoder.d_model)
-
-    progress = Progress()
-    if checkpoints:
-        progress = resume(checkpoints[-1], model, optimizer, ema, recipe)
-        log.info("resuming after step %d from %s", progress.step, checkpoints[-1])
-    ranks.barrier()  # nobody looks for checkpoints any more
-    if ranks.is_main:
-        for name in ("log.jsonl", "nonfinite.jsonl"):
-            keep_lines_until(out / name, progress.step)
-        keep_lines_until(out / "ledger.jsonl", progress.evaluated)
-    log.info(
-        "%d clips, %.2f h; %d batches an epoch, %d steps; %.2f M of %.2f M parameters move; "
-        "heads %s; %s, %d threads",
-        len(train.utterances),
-        sum(u.duration_s for u in train.utterances) / 3600,
-        first_epoch,
-        max_steps,
-        sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6,
-        sum(p.numel() for p in model.parameters()) / 1e6,
-        "+".join(heads),
-        device,
-        torch.get_num_threads(),
+    """One stage: evaluate, step, save, over and over. `entry` becomes a line of `runs.jsonl`."""
+    this = set_up(recipe, ranks, baseline)
+    progress, max_steps = this.progress, this.max_steps
+    stream = training_batches(
+        this.train, this.recipe, progress.epoch, progress.batch, *this.deal.turns
     )
-    if ranks.world > 1:
-        log.info(
-            "%d processes, %s: of the %d batches of a step each takes %s",
-            *(ranks.world, trainer.parallel, trainer.accumulate),
-            "some clips of all" if deal.by_clips else f"{trainer.accumulate // ranks.world}",
-        )
-
-    def save() -> Path:
-        path = save_checkpoint(out / "checkpoints", model, optimizer, ema, progress, recipe, ranks)
-        if ranks.is_main:
-            prune_top(out, progress.kept)
-        return path
-
-    def write(name: str, record: dict) -> None:
-        if ranks.is_main:
-            append_line(out / name, record)
-
-    started = time.monotonic() - progress.seconds
-    stream = training_batches(train, recipe, progress.epoch, progress.batch, *deal.turns)
-    board = tensorboard(out / "tensorboard", progress.step) if ranks.is_main else None
     with (
         stop_signals() as raise_stopped,
         progress_bar(max_steps, progress.step) as show,
-        board or contextlib.nullcontext(),
+        this.board or contextlib.nullcontext(),
     ):
-
-        def check_stop() -> None:
-            """Stops all processes when one of them was asked to."""
-            asked = None
-            try:
-                raise_stopped()
-            except Stopped as stop:
-                asked = stop
-            if any(ranks.total(asked is not None)):
-                raise asked or Stopped("stopped with another process")
-
         # In the middle of an evaluation the others would wait for this one's texts.
         stop_early = raise_stopped if ranks.world == 1 else lambda: None
-
-        def measure(candidate, facts: dict) -> dict:
-            """Evaluate, and write down; gives the ledger's record."""
-            log.info("step %d: evaluating", progress.step)
-            result = evaluate(candidate, validation, heads, recipe, stop_early, ranks)
-            record = ledger_record(progress, result, heads[0], started) | facts
-            if progress.baseline is None:
-                progress.baseline = baseline or record
-            record["guard_holds"] = guard_holds(record, progress.baseline, recipe.guard)
-            write("ledger.jsonl", record)
-            log.info("step %d:\n%s", progress.step, results_table(record, progress.baseline))
-            if not record["guard_holds"]:
-                log.info("%s is beyond guard.limit: not a candidate for best", recipe.guard.set)
-            return record
-
         try:
             while True:
-                # Evaluate: the untouched model first, so that all numbers stand beside it.
-                due = progress.step % val_every == 0 or progress.step == max_steps
-                if validation and due and progress.evaluated < progress.step:
-                    with plain_weights(model, ema):
-                        together.gather_weights()
-                        record = measure(model, {})
-                        together.release_weights()
-                    is_best = progress.kept.consider(record, recipe.keep, record["guard_holds"])
-                    if is_best:
-                        save_model(plain_checkpoint(model, ema), out / "best", ranks)
-                        progress.best = record
-                    kept_steps = [step for _, _, step in progress.kept.top]
-                    if recipe.keep.top_k > 1 and progress.step in kept_steps:
-                        folder = top_folder(out, progress.step)
-                        save_model(plain_checkpoint(model, ema), folder, ranks)
-                    if board is not None:
-                        for name, value in metrics_of(record).items():
-                            board.add_scalar(name, value, progress.step)
-                    progress.evaluated, progress.losses = progress.step, []
-                    progress.ended = progress.kept.reason_to_stop(recipe.keep, recipe.guard)
+                # The untouched model first, so that all numbers stand beside it.
+                due = progress.step % this.val_every == 0 or progress.step == max_steps
+                if this.validation and due and progress.evaluated < progress.step:
+                    keep_evaluation(this, stop_early)
                 if progress.step >= max_steps or progress.ended:
                     break
-
-                # One optimizer step over `accumulate` batches.
-                check_stop()
-                train_mode(model, freezing, progress.step)
+                stop_together(raise_stopped, ranks)
                 batches = []
-                while len(batches) < len(deal.mine):
+                while len(batches) < len(this.deal.mine):
                     progress.epoch, progress.batch, batch = next(stream)
-                    batches.append(batch.to(device))
-                names = [u.name for batch in batches for u in batch.utterances]
-                statistics = StepStatistics(model)
-                seed, step = trainer.seed, progress.step
-                optimizer.zero_grad(set_to_none=True)
-                together.gather_weights()
-                try:
-                    result = gradients(model, batches, objective, seed, step, deal, statistics)
-                except ValueError:
-                    append_line(out / "failed.jsonl", {"step": step, "utterances": names})
-                    save_failed(out / "failed", batches, deal, seed, step)
-                    raise
-                losses, lr, grad_norm = result.losses, lr_at(progress.step), math.nan
-                if math.isfinite(losses["loss"]):
-                    together.average_gradients()
-                    set_learning_rates(optimizer, lr_at, progress.step)
-                    if retain:
-                        retain.before_update(progress.step)
-                    grad_norm = update(optimizer, trainer.clip_grad_norm)
-                    if retain:
-                        retain.after_update()
-                else:
-                    together.release_weights()
-                progress.step += 1
-                progress.splits += result.splits > 0
-                progress.seconds = time.monotonic() - started
+                    batches.append(batch.to(this.device))
+                loss = step(this, batches)
+                show(progress.step, loss)
                 entry |= summary(progress, recipe)
-
-                if math.isfinite(grad_norm):
-                    watch.check()
-                    if ema is not None:
-                        ema.update(model)
-                    if validation:
-                        progress.losses.append(losses["loss"])
-                else:
-                    # The forward pass has already fed BatchNorm's running statistics.
-                    statistics.restore()
-                    progress.skipped += 1
-                    suspects = result.suspects or [
-                        n for share in ranks.gather(names) for n in share
-                    ]
-                    save_failed(out / "nonfinite", batches, deal, seed, step)
-                    bad = {"step": progress.step, "loss": str(losses["loss"])}
-                    write("nonfinite.jsonl", bad | {"utterances": suspects})
-                    log.warning(
-                        "step %d skipped: loss %s, gradient norm %s; its clips are in %s",
-                        *(progress.step, losses["loss"], grad_norm, out / "nonfinite.jsonl"),
-                    )
-                    ranks.barrier()
-                    if progress.skipped >= trainer.max_nonfinite_steps:
-                        raise ValueError(too_many_skipped(progress.skipped, out))
-                if result.splits:
-                    log.warning(
-                        "step %d ran out of memory and was done in pieces; %d such steps so far; "
-                        "a smaller data.batch_duration_s would be faster",
-                        *(progress.step, progress.splits),
-                    )
-                record = {"step": progress.step, "epoch": progress.epoch, **losses}
-                record |= {"lr": lr, "grad_norm": grad_norm}
-                record = {k: v if math.isfinite(v) else None for k, v in record.items()}
-                write("log.jsonl", record | ({"splits": result.splits} if result.splits else {}))
-                show(progress.step, losses["loss"])
-                if progress.step % trainer.log_every_steps == 0 or progress.step == max_steps:
-                    log.info(
-                        "step %d/%d  epoch %d  %s  lr %.2e  grad %.2f  %.1f min",
-                        *(progress.step, max_steps, progress.epoch),
-                        "  ".join(f"{name} {value:.3f}" for name, value in losses.items()),
-                        *(lr, grad_norm, progress.seconds / 60),
-                    )
-                    for key in (*losses, "lr", "grad_norm"):
-                        if board is not None and record[key] is not None:
-                            board.add_scalar(f"train/{key}", record[key], progress.step)
-                if progress.step % save_every == 0 or progress.step == max_steps:
-                    save()
+                if progress.step % this.save_every == 0 or progress.step == max_steps:
+                    this.save()
             if progress.ended:
                 log.info("step %d: the run ends here: %s", progress.step, progress.ended)
-            save_model(plain_checkpoint(model, ema), out / "last", ranks)
-            tops = [top_folder(out, step) for _, _, step in progress.kept.top]
-            if recipe.keep.average and len(tops) > 1 and not progress.averaged:
-                best_average(tops, out, device, progress, recipe, ranks, measure)
-            save()
+            save_model(plain_checkpoint(this.model, this.ema), this.out / "last", ranks)
+            if recipe.keep.average and len(progress.kept.top) > 1 and not progress.averaged:
+                keep_average(this, stop_early)
+            this.save()
         except Stopped as stop:
-            path = save()
+            path = this.save()
             raise Stopped(f"{stop}; saved {path}, the same command goes on from there") from None
         finally:
             stream.close()
 
     if "steps" in entry:  # something was done in this call
         entry |= summary(progress, recipe)
-    best = out / "best" if validation else out / "last"
+    best = this.out / "best" if this.validation else this.out / "last"
+    archive = this.out / "model.nemo"
     if ranks.is_main:
-        write_nemo(out / "model.nemo", read_checkpoint(best))
-    if validation:
-        log.info(
-            "best, step %d:\n%s",
-            *(progress.best["step"], results_table(progress.best, progress.baseline)),
-        )
-    log.info("done in %.1f minutes: %s is %s", progress.seconds / 60, out / "model.nemo", best)
+        write_nemo(archive, read_checkpoint(best))
+    if progress.best:
+        table = results_table(progress.best, progress.baseline)
+        log.info("best, step %d:\n%s", progress.best["step"], table)
+    log.info("done in %.1f minutes: %s is %s", progress.seconds / 60, archive, best)
     return progress
 
 
-def best_average(folders, out: Path, device, progress: Progress, recipe, ranks, measure) -> None:
-    """The mean of the best models' weights becomes `best/` if it is better than all of them."""
-    if ranks.is_main:
-        write_folder(out / "average", average_checkpoints(folders))
-    ranks.barrier()
-    model = load_model(out / "average", device)
-    record = measure(model, {"average_of": [int(f.name.removeprefix("step_")) for f in folders]})
-    metric = recipe.keep.metric
-    now, before = (metrics_of(r).get(metric, math.inf) for r in (record, progress.best))
-    better = record["guard_holds"] and (now, record["cer"]) < (before, progress.best["cer"])
-    log.info(
-        "average of %d: %s %.4f, the best single %.4f: %s",
-        *(len(folders), metric, now, before, "kept" if better else "not kept"),
+def stop_together(raise_stopped, ranks: Ranks) -> None:
+    """Raises Stopped in every process when one of them was asked to stop."""
+    asked = None
+    try:
+        raise_stopped()
+    except Stopped as stop:
+        asked = stop
+    if any(ranks.total(asked is not None)):
+        raise asked or Stopped("stopped with another process")
+
+
+# --- one step -----------------------------------------------------------------------------------
+
+
+def step(this: Run, batches: list[Batch]) -> float:
+    """One optimizer step over this process's batches; gives its loss."""
+    model, progress, deal, together = this.model, this.progress, this.deal, this.together
+    trainer, number = this.recipe.trainer, this.progress.step
+    train_mode(model, this.freezing, number)
+    statistics = StepStatistics(model)
+    this.optimizer.zero_grad(set_to_none=True)
+    together.gather_weights()
+    try:
+        result = gradients(model, batches, this.objective, trainer.seed, number, deal, statistics)
+    except ValueError:
+        names = [u.name for batch in batches for u in batch.utterances]
+        append_line(this.out / "failed.jsonl", {"step": number, "utterances": names})
+        save_failed(this.out / "failed", batches, deal, trainer.seed, number)
+        raise
+    losses, grad_norm = result.losses, math.nan
+    if math.isfinite(losses["loss"]):
+        together.average_gradients()
+        set_learning_rates(this.optimizer, this.lr_at, number)
+        if this.retain:
+            this.retain.before_update(number)
+        grad_norm = update(this.optimizer, trainer.clip_grad_norm)
+        if this.retain:
+            this.retain.after_update()
+    else:
+        together.release_weights()
+    progress.step += 1
+    progress.splits += result.splits > 0
+    progress.seconds = time.monotonic() - this.started
+
+    if math.isfinite(grad_norm):
+        this.watch.check()
+        if this.ema is not None:
+            this.ema.update(model)
+        if this.validation:
+            progress.losses.append(losses["loss"])
+    else:
+        # The forward pass has already fed BatchNorm's running statistics.
+        statistics.restore()
+        skip(this, batches, losses["loss"], grad_norm, result.suspects)
+    if result.splits:
+        log.warning(
+            "step %d ran out of memory and was done in pieces; %d such steps so far; a smaller "
+            "data.batch_duration_s would be faster",
+            *(progress.step, progress.splits),
+        )
+    log_step(this, losses | {"lr": this.lr_at(number), "grad_norm": grad_norm}, result.splits)
+    return losses["loss"]
+
+
+def skip(this: Run, batches, loss: float, grad_norm: float, suspects: list[str]) -> None:
+    """Write down a step that was not finite.
+
+    Raises:
+        ValueError: there were too many; names their clips.
+    """
+    progress, trainer, ranks = this.progress, this.recipe.trainer, this.ranks
+    progress.skipped += 1
+    if not suspects:  # the losses were finite, the gradient was not
+        names = [u.name for batch in batches for u in batch.utterances]
+        suspects = [name for share in ranks.gather(names) for name in share]
+    save_failed(this.out / "nonfinite", batches, this.deal, trainer.seed, progress.step - 1)
+    path = this.out / "nonfinite.jsonl"
+    this.write(path.name, {"step": progress.step, "loss": str(loss), "utterances": suspects})
+    log.warning(
+        "step %d skipped: loss %s, gradient norm %s; its clips are in %s",
+        *(progress.step, loss, grad_norm, path),
     )
-    if better:
-        save_model(model.to_checkpoint(), out / "best", ranks)
-        progress.best = record
-    progress.averaged = True
+    ranks.barrier()  # the line is written
+    if progress.skipped >= trainer.max_nonfinite_steps:
+        raise ValueError(too_many_skipped(progress.skipped, this.out))
+
+
+def too_many_skipped(count: int, out: Path) -> str:
+    lines = (out / "nonfinite.jsonl").read_text(encoding="utf-8").splitlines()
+    suspects = Counter(name for line in lines for name in json.loads(line)["utterances"])
+    worst = "; ".join(f"{name}, {n} times" for name, n in suspects.most_common(5))
+    more = f" and {len(suspects) - 5} more" if len(suspects) > 5 else ""
+    return (
+        f"{count} steps were not finite; lower optim.lr, or look at these clips: {worst}{more} "
+        f"(all in {out / 'nonfinite.jsonl'}, their batches in {out / 'nonfinite'})"
+    )
 
 
 def save_failed(folder: Path, batches, deal: Deal, seed: int, step: int) -> None:
@@ -434,15 +296,80 @@ def save_failed(folder: Path, batches, deal: Deal, seed: int, step: int) -> None
         )
 
 
-def too_many_skipped(count: int, out: Path) -> str:
-    lines = (out / "nonfinite.jsonl").read_text(encoding="utf-8").splitlines()
-    suspects = Counter(name for line in lines for name in json.loads(line)["utterances"])
-    worst = "; ".join(f"{name}, {n} times" for name, n in suspects.most_common(5))
-    more = f" and {len(suspects) - 5} more" if len(suspects) > 5 else ""
-    return (
-        f"{count} steps were not finite; lower optim.lr, or look at these clips: {worst}{more} "
-        f"(all in {out / 'nonfinite.jsonl'}, their batches in {out / 'nonfinite'})"
+def log_step(this: Run, values: dict[str, float], splits: int) -> None:
+    progress = this.progress
+    record = {k: v if math.isfinite(v) else None for k, v in values.items()}
+    position = {"step": progress.step, "epoch": progress.epoch}
+    this.write("log.jsonl", position | record | ({"splits": splits} if splits else {}))
+    if progress.step % this.recipe.trainer.log_every_steps and progress.step < this.max_steps:
+        return
+    losses = [name for name in values if name not in ("lr", "grad_norm")]
+    log.info(
+        "step %d/%d  epoch %d  %s  lr %.2e  grad %.2f  %.1f min",
+        *(progress.step, this.max_steps, progress.epoch),
+        "  ".join(f"{name} {values[name]:.3f}" for name in losses),
+        *(values["lr"], values["grad_norm"], progress.seconds / 60),
     )
+    this.draw(record, "train/")
+
+
+# --- evaluations --------------------------------------------------------------------------------
+
+
+def measure(this: Run, model: ASRModel, facts: dict, stop_early) -> dict:
+    """Evaluate a model, and write it down; gives the ledger's record, `facts` in it."""
+    progress, heads, guard = this.progress, this.objective.heads, this.recipe.guard
+    log.info("step %d: evaluating", progress.step)
+    result = evaluate(model, this.validation, heads, this.recipe, stop_early, this.ranks)
+    record = ledger_record(progress, result, heads[0], this.started) | facts
+    if progress.baseline is None:
+        progress.baseline = this.baseline or record
+    record["guard_holds"] = guard_holds(record, progress.baseline, guard)
+    this.write("ledger.jsonl", record)
+    log.info("step %d:\n%s", progress.step, results_table(record, progress.baseline))
+    if not record["guard_holds"]:
+        log.info("%s is beyond guard.limit: not a candidate for best", guard.set)
+    return record
+
+
+def keep_evaluation(this: Run, stop_early) -> None:
+    """Evaluate the model as it would be saved; keep it if it is among the best."""
+    progress, keep, ranks = this.progress, this.recipe.keep, this.ranks
+    with plain_weights(this.model, this.ema):
+        this.together.gather_weights()
+        record = measure(this, this.model, {}, stop_early)
+        this.together.release_weights()
+    if progress.kept.consider(record, keep, record["guard_holds"]):
+        save_model(plain_checkpoint(this.model, this.ema), this.out / "best", ranks)
+        progress.best = record
+    if keep.top_k > 1 and progress.step in [number for _, _, number in progress.kept.top]:
+        folder = top_folder(this.out, progress.step)
+        save_model(plain_checkpoint(this.model, this.ema), folder, ranks)
+    this.draw(metrics_of(record))
+    progress.evaluated, progress.losses = progress.step, []
+    progress.ended = progress.kept.reason_to_stop(keep, this.recipe.guard)
+
+
+def keep_average(this: Run, stop_early) -> None:
+    """The mean of the best models' weights becomes `best/` if it is better than all of them."""
+    progress, metric, out = this.progress, this.recipe.keep.metric, this.out
+    numbers = [number for _, _, number in progress.kept.top]
+    if this.ranks.is_main:
+        folders = [top_folder(out, number) for number in numbers]
+        write_folder(out / "average", average_checkpoints(folders))
+    this.ranks.barrier()
+    model = load_model(out / "average", this.device)
+    record = measure(this, model, {"average_of": numbers}, stop_early)
+    now, before = (metrics_of(r).get(metric, math.inf) for r in (record, progress.best))
+    better = record["guard_holds"] and (now, record["cer"]) < (before, progress.best["cer"])
+    log.info(
+        "average of %d: %s %.4f, the best single %.4f: %s",
+        *(len(numbers), metric, now, before, "kept" if better else "not kept"),
+    )
+    if better:
+        save_model(model.to_checkpoint(), out / "best", this.ranks)
+        progress.best = record
+    progress.averaged = True
 
 
 def ledger_record(progress: Progress, result: dict, head: str, started: float) -> dict:
@@ -460,23 +387,6 @@ def ledger_record(progress: Progress, result: dict, head: str, started: float) -
         "splits": progress.splits,
         "minutes": round((time.monotonic() - started) / 60, 3),
     }
-
-
-def choose_device(name: str) -> torch.device:
-    """The recipe's device; of many processes each takes the GPU that torchrun names."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and "LOCAL_RANK" in os.environ:
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"trainer.device is {name}, but this torch finds no CUDA device")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"trainer.device is {name!r}, expected auto, cpu or cuda") from None
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    return device
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -511,4 +421,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    sys.exit(main())
+    code = main()
+    if code == 0:  # else torchrun ends the others; there is nobody to say goodbye to
+        leave()
+    sys.exit(code)
