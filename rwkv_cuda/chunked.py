@@ -71,7 +71,7 @@ def forward(
     saved = state.new_zeros(n_segments(frames) if save_states else 0, *state.shape)
     for stretch in _stretches(r, lengths, reverse):
         entry = state[stretch.clips]
-        part = stretch.part(inputs, dtype)
+        part = stretch.part(inputs, dtype, False)
         outputs, before, exit_state = part.run(stretch.rows_of_chunk, entry.flatten(0, 1))
         stretch.scatter(outputs, y)
         state[stretch.clips] = exit_state.view_as(entry)
@@ -112,7 +112,7 @@ def backward(
     else:
         grad_state = grad_state.to(dtype).mT.contiguous()
     for stretch in reversed(list(_stretches(r, lengths, reverse))):
-        part = stretch.part(inputs, dtype)
+        part = stretch.part(inputs, dtype, True)
         entry = saved[stretch.first_chunk // (SEGMENT // CHUNK), stretch.clips]
         _, before, _ = part.run(stretch.rows_of_chunk, entry.flatten(0, 1))
         exit_grad = grad_state[stretch.clips]
@@ -147,12 +147,12 @@ class _Stretch:
         rows = rows.unflatten(0, (-1, CHUNK)).transpose(1, 2)
         return rows.to(dtype).contiguous().flatten(0, 1)
 
-    def part(self, inputs: list[Tensor], dtype: torch.dtype) -> "_Part":
+    def part(self, inputs: list[Tensor], dtype: torch.dtype, differentiable: bool) -> "_Part":
         """A raw decay of -inf on padding: it keeps the state."""
         r, w, k, v, a, b = inputs
         w = self.gather(w, dtype, fill=-torch.inf)
         r, k, v, a, b = (self.gather(x, dtype) for x in (r, k, v, a, b))
-        return _Part(r, w, k, v, a, b)
+        return _Part(r, w, k, v, a, b, differentiable)
 
     def scatter(self, rows: Tensor, x: Tensor) -> None:
         """(M, C, N) into the frames of x, (B, T, H, N); frames of padding stay."""
@@ -208,80 +208,88 @@ class _Level:
     size: int
     queries: Tensor  # (P, 2 * size, N), of the right blocks, with the decay since their start
     keys: Tensor  # (P, 2 * size, N), of the left blocks, with the decay to their end
-    prefix: Tensor  # (P, size, 1, N), that decay: before each frame of the right block
-    suffix: Tensor  # (P, size, 1, N), after each frame of the left block
+    prefix: Tensor  # (P, size, N), that decay: before each frame of the right block
+    suffix: Tensor  # (P, size, N), after each frame of the left block
 
 
 class _Part:
-    """The chunks of a stretch: what the recurrence needs of them, all of them at once."""
+    """The chunks of a stretch: what the recurrence needs of them, all of them at once.
 
-    def __init__(self, r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor) -> None:
-        """Inputs (M, C, N)."""
+    Axes of 2 stand before those of frames, so that rows to multiply lie together and elementwise
+    work runs over many numbers on end.
+    """
+
+    def __init__(
+        self,
+        r: Tensor,
+        w: Tensor,
+        k: Tensor,
+        v: Tensor,
+        a: Tensor,
+        b: Tensor,
+        differentiable: bool,
+    ) -> None:
+        """Inputs (M, C, N); differentiable keeps what `run_backward` needs."""
         rows, chunk, width = r.shape
         self.r = r
-        self.log_decay = -torch.exp(w.clamp(max=LARGEST_W))
+        self.log_decay = torch.exp(w.clamp(max=LARGEST_W)).neg_()
         self.decay = torch.exp(self.log_decay)
-        self.raw_queries = torch.stack([a, r * self.decay], dim=2)
-        self.raw_keys = torch.stack([k, b], dim=2)
-        self.values = torch.stack([v, v], dim=2)  # u takes the second place in `run`
-        scores = self.decay.new_zeros(rows, 2 * chunk, 2 * chunk)  # row 2t + query, column 2s + key
-        diagonal = scores.view(rows, chunk, 2, chunk, 2).diagonal(dim1=1, dim2=3)  # (M, 2, 2, C)
-        diagonal[:, 1] = (self.r[:, :, None] * self.raw_keys).sum(-1).mT
-        prefix = suffix = torch.ones_like(self.decay)
-        total = self.decay  # (M, blocks, N)
-        inverse = self.decay.new_ones(rows * chunk, 1, 1)
+        self.raw_queries = torch.stack([a, r * self.decay], dim=1)  # (M, 2, C, N)
+        self.raw_keys = torch.stack([k, b], dim=1)
+        scores = r.new_zeros(rows, 2 * chunk, 2 * chunk)  # row: query, frame; column: key, frame
+        diagonal = scores.view(rows, 2, chunk, 2, chunk).diagonal(dim1=2, dim2=4)  # (M, 2, 2, C)
+        diagonal[:, 1] = (r[:, None] * self.raw_keys).sum(-1)
+        prefix, suffix = torch.ones_like(r), torch.ones_like(r)
+        total = self.decay.view(-1, width)  # of each block
+        inverse = r.new_ones(rows * chunk, 1, 1)
         self.levels = []
         size = 1
         while size < chunk:
-            # (pairs, left or right, frames of a block, ...)
-            halves = (-1, 2, size, 2, width)
             left, right = total.view(-1, 2, 1, width).unbind(1)
-            prefix, suffix = prefix.view(-1, 2, size, width), suffix.view(-1, 2, size, width)
-            before, after = prefix[:, 1, :, None], suffix[:, 0, :, None]
-            queries = (self.raw_queries.view(halves)[:, 1] * before).flatten(1, 2)
-            keys = (self.raw_keys.view(halves)[:, 0] * after).flatten(1, 2)
-            self.levels.append(_Level(size, queries, keys, before, after))
-            block = queries @ keys.mT
+            before = prefix.view(-1, 2, size, width)[:, 1]
+            after = suffix.view(-1, 2, size, width)[:, 0]
+            queries = _scaled(_halves(self.raw_queries, size, 1), before)
+            keys = _scaled(_halves(self.raw_keys, size, 0), after)
+            if differentiable:
+                self.levels.append(_Level(size, queries, keys, before.clone(), after.clone()))
+            block = torch.bmm(queries, keys.mT).view(-1, 2, size, 2, size)
             _lower_blocks(scores, size).copy_(block.unflatten(0, (rows, -1)))
-            inverse = _join(inverse, block.view(-1, size, 2, size, 2)[:, :, 0, :, 1])
-            prefix = torch.stack([prefix[:, 0], prefix[:, 1] * left], dim=1)
-            suffix = torch.stack([suffix[:, 0] * right, suffix[:, 1]], dim=1)
-            total = left * right
+            inverse = _join(inverse, block[:, 0, :, 1])
+            before *= left
+            after *= right
+            total = (left * right)[:, 0]
             size *= 2
-        self.prefix = prefix.view(-1, chunk, 1, width)
-        self.suffix = suffix.view(-1, chunk, 1, width)
-        self.total = total.view(-1, width, 1)
-        self.queries = (self.raw_queries * self.prefix).flatten(1, 2)  # (M, 2 * C, N)
-        self.keys = (self.raw_keys * self.suffix).flatten(1, 2)
+        self.prefix, self.suffix = prefix[:, None], suffix[:, None]  # (M, 1, C, N)
+        self.total = total[..., None]  # (M, N, 1)
+        self.queries = self.raw_queries * self.prefix
+        self.keys = self.raw_keys * self.suffix
         self.inverse = inverse
-        scores = scores.view(-1, chunk, 2, 2 * chunk)
-        self.scores_a, self.scores_r = scores.unbind(2)  # (M, C, 2 * C) each
-        self.scores_ak = self.scores_a.unflatten(2, (chunk, 2))[..., 0]  # (M, C, C)
+        self.scores_r = scores[:, chunk:]  # (M, C, 2 * C)
+        self.scores_ak = scores[:, :chunk, :chunk]
+        # u = inverse (a~ M + scores_ak v), of which only the product with M waits for the state.
+        self.values = torch.stack([v, inverse @ (self.scores_ak @ v)], dim=1)
+        self.to_u = inverse @ self.queries[:, 0]
 
     def run(
         self, rows_of_chunk: list[int], state: Tensor
     ) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
-        """From the entry state (rows, N, N), [key, value], through all chunks.
+        """From the entry state (rows, N, N), [key, value], through all chunks. Once only.
 
         Returns: y (M, C, N), the entry state of each chunk index, the exit state.
         """
-        chunk = self.decay.shape[1]
-        from_values = self.scores_ak @ self.values[:, :, 0]
-        split = [x.split(rows_of_chunk) for x in (self.queries, self.keys, self.total)]
-        from_state, before = [], []
-        for queries, keys, total, inverse, known, values in zip(
-            *split, *(x.split(rows_of_chunk) for x in (self.inverse, from_values, self.values))
-        ):
-            ended = state[len(queries) :]
-            state = state[: len(queries)]
+        values = self.values.flatten(1, 2)
+        parts = (self.to_u, self.values[:, 1], self.keys.flatten(1, 2).mT, values, self.total)
+        before = []
+        for to_u, u, keys, both, total in zip(*(x.split(rows_of_chunk) for x in parts)):
+            ended = None
+            if len(state) > len(u):
+                state, ended = state[: len(u)], state[len(u) :]
             before.append(state)
-            x = torch.bmm(queries, state).unflatten(1, (chunk, 2))
-            from_state.append(x[:, :, 1])
-            values[:, :, 1] = torch.bmm(inverse, x[:, :, 0] + known)
-            state = torch.baddbmm(total * state, keys.mT, values.flatten(1, 2))
-            if len(ended):
+            u.baddbmm_(to_u, state)
+            state = torch.baddbmm(total * state, keys, both)
+            if ended is not None:
                 state = torch.cat([state, ended])
-        y = torch.baddbmm(torch.cat(from_state), self.scores_r, self.values.flatten(1, 2))
+        y = torch.bmm(self.scores_r, values).baddbmm_(self.queries[:, 1], torch.cat(before))
         return y, tuple(before), state
 
     def run_backward(
@@ -299,65 +307,90 @@ class _Part:
             grad_state: of the exit state, (rows, N, N), [key, value].
         """
         rows, chunk, width = self.decay.shape
-        values = self.values.flatten(1, 2)
+        values = self.values.flatten(1, 2)  # (M, 2 * C, N)
         grad_values = self.scores_r.mT @ grad_y  # (M, 2 * C, N)
-        # Gradient of (A~ M + A_ak V, y), the queries' products.
-        grad_products = torch.stack([grad_y, grad_y], dim=2)
+        # Gradient of (a~ M + scores_ak v, y), the queries' products. As in `run`, the first of them
+        # waits only for the gradient of the chunk's exit state.
+        inverse = self.inverse.mT
+        grad_products = torch.stack([inverse @ grad_values[:, chunk:], grad_y], dim=1)
+        from_state = inverse @ self.keys[:, 1]
+        parts = (
+            from_state,
+            grad_products[:, 0],
+            self.queries.flatten(1, 2).mT,
+            grad_products.flatten(1, 2),
+            self.total,
+        )
         after = []  # gradient of each chunk's exit state
-        parts = (self.queries, self.keys, self.total, self.inverse, grad_values, grad_products)
-        for queries, keys, total, inverse, value_grad, product_grad in reversed(
+        for from_exit, first, queries, both, total in reversed(
             list(zip(*(x.split(rows_of_chunk) for x in parts)))
         ):
-            ended = grad_state[len(queries) :]
-            grad_state = grad_state[: len(queries)]
+            ended = None
+            if len(grad_state) > len(first):
+                grad_state, ended = grad_state[: len(first)], grad_state[len(first) :]
             after.append(grad_state)
-            value_grad.baddbmm_(keys, grad_state)
-            product_grad[:, :, 0] = torch.bmm(inverse.mT, value_grad[:, 1::2])
-            grad_state = torch.baddbmm(total * grad_state, queries.mT, product_grad.flatten(1, 2))
-            if len(ended):
+            first.baddbmm_(from_exit, grad_state)
+            grad_state = torch.baddbmm(total * grad_state, queries, both)
+            if ended is not None:
                 grad_state = torch.cat([grad_state, ended])
         before, after = torch.cat(before), torch.cat(after[::-1])
-        grad_v = grad_values[:, ::2] + self.scores_ak.mT @ grad_products[:, :, 0]
+        grad_v = torch.baddbmm(grad_values[:, :chunk], self.keys[:, 0], after)
+        grad_v.baddbmm_(self.scores_ak.mT, grad_products[:, 0])
         grad_products = grad_products.flatten(1, 2)
         grad_scores = grad_products @ values.mT
-        grad_queries = grad_products @ before.mT  # of those with decay
-        grad_keys = values @ after.mT
+        shape = (rows, 2, chunk, width)
+        grad_queries = (grad_products @ before.mT).view(shape)  # of those with decay
+        grad_keys = (values @ after.mT).view(shape)
         # From here on the gradients of decays are those of their logarithms, x * dx: a decay of 0
         # needs no care, and sums run within a block, so no large parts cancel.
-        by_query = (grad_queries * self.queries).view(rows, chunk, 2, width)
-        by_prefix, by_suffix = by_query.sum(2), (grad_keys * self.keys).view_as(by_query).sum(2)
-        by_total = ((before * after).sum(-1) * self.total[..., 0])[:, None]  # (M, 1, N)
-        grad_queries = grad_queries.view(rows, chunk, 2, width) * self.prefix
-        grad_keys = grad_keys.view(rows, chunk, 2, width) * self.suffix
+        by_prefix = (grad_queries * self.queries).sum(1)
+        by_suffix = (grad_keys * self.keys).sum(1)
+        by_total = (before * after).sum(-1) * self.total[..., 0]  # of each block
+        grad_queries *= self.prefix
+        grad_keys *= self.suffix
         for level in reversed(self.levels):
-            halves = (-1, 2, level.size, width)
-            by_right, by_left = by_prefix.view(halves)[:, 1], by_suffix.view(halves)[:, 0]
-            by_total = torch.stack([by_right.sum(1), by_left.sum(1)], dim=1) + by_total.view(
-                -1, 1, width
+            size = level.size
+            right = by_prefix.view(-1, 2, size, width)[:, 1]
+            left = by_suffix.view(-1, 2, size, width)[:, 0]
+            by_total = torch.stack([right.sum(1), left.sum(1)], 1) + by_total.view(-1, 1, width)
+            block = _lower_blocks(grad_scores, size).reshape(-1, 2 * size, 2 * size)
+            of_queries, of_keys = torch.bmm(block, level.keys), torch.bmm(block.mT, level.queries)
+            right += (of_queries * level.queries).view(-1, 2, size, width).sum(1)
+            left += (of_keys * level.keys).view(-1, 2, size, width).sum(1)
+            pairs = (rows, -1, 2, size, width)
+            _halves(grad_queries, size, 1).addcmul_(
+                of_queries.view(pairs), level.prefix.unflatten(0, (rows, -1, 1))
             )
-            block = _lower_blocks(grad_scores, level.size).flatten(0, 1)
-            of_queries, of_keys = block @ level.keys, block.mT @ level.queries
-            by_right += (of_queries * level.queries).view(-1, level.size, 2, width).sum(2)
-            by_left += (of_keys * level.keys).view(-1, level.size, 2, width).sum(2)
-            halves = (-1, 2, level.size, 2, width)
-            of_queries, of_keys = (x.view(-1, level.size, 2, width) for x in (of_queries, of_keys))
-            grad_queries.view(halves)[:, 1].addcmul_(of_queries, level.prefix)
-            grad_keys.view(halves)[:, 0].addcmul_(of_keys, level.suffix)
-        grad_a, grad_decayed_r = grad_queries.unbind(2)
-        by_decay = by_total.view(rows, chunk, width) + grad_decayed_r * self.raw_queries[:, :, 1]
-        diagonal = grad_scores.view(rows, chunk, 2, chunk, 2).diagonal(dim1=1, dim2=3)[:, 1]
-        diagonal = diagonal.mT[..., None]  # (M, C, 2, 1)
-        grad_r = grad_decayed_r * self.decay + (diagonal * self.raw_keys).sum(2)
-        grad_keys.addcmul_(diagonal, self.r[:, :, None])
-        grad_k, grad_b = grad_keys.unbind(2)
+            _halves(grad_keys, size, 0).addcmul_(
+                of_keys.view(pairs), level.suffix.unflatten(0, (rows, -1, 1))
+            )
+        grad_a, grad_decayed_r = grad_queries.unbind(1)
+        by_decay = by_total.view(rows, chunk, width) + grad_decayed_r * self.raw_queries[:, 1]
+        diagonal = grad_scores.view(rows, 2, chunk, 2, chunk).diagonal(dim1=2, dim2=4)[:, 1]
+        diagonal = diagonal[..., None]  # (M, 2, C, 1)
+        grad_r = grad_decayed_r * self.decay + (diagonal * self.raw_keys).sum(1)
+        grad_keys.addcmul_(diagonal, self.r[:, None])
+        grad_k, grad_b = grad_keys.unbind(1)
         return grad_r, by_decay * self.log_decay, grad_k, grad_v, grad_a, grad_b, grad_state
 
 
+def _halves(x: Tensor, size: int, half: int) -> Tensor:
+    """View of (M, 2, C, N): each pair's left (0) or right (1) block, (M, pairs, 2, size, N)."""
+    return x.unflatten(2, (-1, 2, size))[:, :, :, half].transpose(1, 2)
+
+
+def _scaled(x: Tensor, factor: Tensor) -> Tensor:
+    """(M, pairs, 2, size, N) times (P, size, N): (P, 2 size, N), its rows together."""
+    out = x.new_empty(x.shape)  # else it would take the strides of x
+    torch.mul(x, factor.unflatten(0, (len(x), -1, 1)), out=out)
+    return out.flatten(2, 3).flatten(0, 1)
+
+
 def _lower_blocks(scores: Tensor, size: int) -> Tensor:
-    """View of (M, 2C, 2C): each pair's right queries by left keys, (M, pairs, 2 size, 2 size)."""
+    """View of (M, 2C, 2C): each pair's right queries by left keys, (M, pairs, 2, size, 2, size)."""
     pairs = scores.shape[1] // (4 * size)
-    blocks = scores.unflatten(2, (pairs, 2, 2 * size)).unflatten(1, (pairs, 2, 2 * size))
-    return blocks[:, :, 1, :, :, 0].diagonal(dim1=1, dim2=3).movedim(-1, 1)
+    blocks = scores.view(-1, 2, pairs, 2, size, 2, pairs, 2, size)
+    return blocks[:, :, :, 1, :, :, :, 0].diagonal(dim1=2, dim2=5).movedim(-1, 1)
 
 
 def _join(inverse: Tensor, block: Tensor) -> Tensor:
@@ -367,5 +400,5 @@ def _join(inverse: Tensor, block: Tensor) -> Tensor:
     joined = inverse.new_zeros(len(left), 2 * size, 2 * size)
     joined[:, :size, :size] = left
     joined[:, size:, size:] = right
-    joined[:, size:, :size] = right @ block @ left
+    joined[:, size:, :size] = torch.bmm(torch.bmm(right, block), left)
     return joined

@@ -114,6 +114,7 @@ struct WalkBack : Walk<T, N, VB, PRECISE> {
             }
             float before = 1.f;
             UNROLL for (int t = 0; t < C; ++t) {
+                fence();
                 const bool valid = chunk * C + t < this->length;
                 const int64_t at = this->row(chunk * C + t) + n;
                 const float a = valid ? to_float(static_cast<const T*>(args.a)[at]) : 0.f;
@@ -150,6 +151,7 @@ struct WalkBack : Walk<T, N, VB, PRECISE> {
                 }
             }
             UNROLL for (int t = 0; t < C; ++t) {
+                fence();
                 if (chunk * C + t >= this->length) continue;
                 const int64_t at = this->row(chunk * C + t) + n;
                 const float w = to_float(static_cast<const T*>(args.w)[at]);

@@ -23,11 +23,14 @@ namespace wkv7 {
 constexpr int THREADS = 128;
 DEVICE int thread() { return threadIdx.x; }
 DEVICE void barrier() { __syncthreads(); }
+// Keeps the compiler from starting loads of later steps here: they would hold registers until then.
+DEVICE void fence() { asm volatile("" ::: "memory"); }
 DEVICE float exponential(float x) { return expf(x); }
 #else
 constexpr int THREADS = 1;
 DEVICE int thread() { return 0; }
 DEVICE void barrier() {}
+DEVICE void fence() {}
 DEVICE float exponential(float x) { return std::exp(x); }
 #endif
 
