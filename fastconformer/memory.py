@@ -28,8 +28,11 @@ def memory_estimate(config: ModelConfig, seconds: float, dtype: torch.dtype) -> 
     audio, features = 4 * samples, 4 * config.preprocessor.n_features * n_features
     front_end = 7 * audio + 3 * features  # pre-emphasis, its mask, padding; normalisation
     held = audio + features + (features * size // 4 if size < 4 else 0)  # and in the dtype
-    # CTC's log-probabilities in float32, and what they are made of
-    decoding = (8 + size) * frames * (config.vocab_size + 1) + frames * encoder.d_model * size
+    # the frames, their projection in the joint, and a piece of CTC's log-probabilities
+    decoding = (
+        frames * (encoder.d_model + (config.joint.joint_hidden if config.joint else 0)) * size
+    )
+    decoding += (8 + size) * min(frames * (config.vocab_size + 1), 1 << 26)
     layer = frames * _frame_bytes(encoder, size)
     small = min(SCRATCH_BYTES, 16 * frames * encoder.d_model * size * encoder.subsampling_factor)
     return int(SAFETY * (max(front_end, held + layer, audio + decoding) + small))

@@ -37,6 +37,8 @@ from .linear import Int8Weight, quantize
 from .timestamps import Span, in_seconds, segment_spans, token_spans, word_spans
 from .tokenizer import Tokenizer, load_tokenizer
 
+LOG_PROBS = 1 << 26  # CTC log-probabilities in memory at once in greedy decoding
+
 
 @dataclass
 class Transcript:
@@ -222,10 +224,11 @@ class ASRModel(nn.Module):
         common["confidence"] = options.confidence
         fusion = options.fusion(self.tokenizer, encoded.device)
         if head == "ctc":
-            log_probs = self.ctc_log_probs(encoded)
             if options.is_greedy:
-                return ctc_greedy(log_probs, lengths, **common)
-            return ctc_beam(log_probs, lengths, options.beam, fusion, **common)
+                size = max(1, LOG_PROBS // (max(1, len(encoded)) * (self.blank_id + 1)))
+                pieces = (self.ctc_log_probs(piece) for piece in encoded.split(size, dim=1))
+                return ctc_greedy(pieces, lengths, **common)
+            return ctc_beam(self.ctc_log_probs(encoded), lengths, options.beam, fusion, **common)
         parts = encoded, lengths, self.decoder, self.joint, self.blank_id
         common |= {
             "durations": self.config.loss.durations,

@@ -7,6 +7,8 @@ from conftest import golden
 import fastconformer
 from fastconformer import features, subsampling, tiles
 from fastconformer.config import PreprocessorConfig
+from fastconformer.decoding.confidence import Confidence
+from fastconformer.decoding.ctc import ctc_greedy
 from fastconformer.features import FilterbankFeatures
 from fastconformer.memory import memory_estimate
 from fastconformer.subsampling import ConvSubsampling, output_length
@@ -103,3 +105,16 @@ def test_memory_estimate(case):
     assert memory_estimate(config, 0, torch.float32) < 1 << 20
     with pytest.raises(ValueError, match="seconds is -1"):
         memory_estimate(config, -1, torch.float32)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("confidence", [None, Confidence()])
+def test_ctc_greedy_in_pieces(confidence):
+    """Runs of a token across a seam stay one."""
+    torch.manual_seed(0)
+    log_probs = torch.randn(3, 200, 5).repeat_interleave(3, dim=1).log_softmax(-1)
+    lengths = torch.tensor([600, 431, 0])
+    whole = ctc_greedy(log_probs, lengths, confidence=confidence)
+    for size in (1, 7, 599):
+        assert ctc_greedy(log_probs.split(size, 1), lengths, confidence=confidence) == whole
+    assert len(whole[0].tokens) > 100 and not whole[2].tokens

@@ -1,5 +1,7 @@
 """CTC greedy decoding: the best class of each frame, runs collapsed, blanks dropped."""
 
+from collections.abc import Iterable
+
 import torch
 
 from .confidence import Confidence
@@ -7,23 +9,30 @@ from .hypothesis import Hypothesis
 
 
 def ctc_greedy(
-    log_probs: torch.Tensor,
+    log_probs: torch.Tensor | Iterable[torch.Tensor],
     lengths: torch.Tensor,
     bias: torch.Tensor | None = None,
     confidence: Confidence | None = None,
 ) -> list[Hypothesis]:
-    """log_probs (B, T', V+1), blank last; lengths (B,). Runs are found on the device, and come to
-    the host in one transfer. The score sums the best log-probability of every frame that is not
-    blank, as NeMo's greedy CTC does.
+    """log_probs (B, T', V+1), blank last; lengths (B,). They may come in pieces, in the order of
+    time, of which one at a time is looked at: a day of them would not fit. Runs are found on the
+    device, and come to the host in one transfer. The score sums the best log-probability of every
+    frame that is not blank, as NeMo's greedy CTC does.
 
     Args:
         bias: (V+1,) added to the log-probabilities, -inf for tokens that must not occur.
         confidence: also give the confidence of each token, aggregated over its run.
     """
-    blank = log_probs.shape[-1] - 1
-    if bias is not None:
-        log_probs = log_probs + bias.to(log_probs)
-    best, labels = log_probs.max(-1)  # (B, T')
+    best, labels, of_frame = [], [], []
+    for piece in (log_probs,) if isinstance(log_probs, torch.Tensor) else log_probs:
+        piece = piece if bias is None else piece + bias.to(piece)
+        blank = piece.shape[-1] - 1
+        most, label = piece.max(-1)  # (B, T')
+        best.append(most)
+        labels.append(label)
+        if confidence is not None:
+            of_frame.append(confidence.of(piece, blank + 1))
+    best, labels = torch.cat(best, dim=1), torch.cat(labels, dim=1)
     valid = torch.arange(labels.shape[1], device=labels.device) < lengths[:, None]
     labels = labels.masked_fill(~valid, blank)
     spoken = labels != blank
@@ -41,7 +50,7 @@ def ctc_greedy(
     tokens, frames, spans = torch.stack(fields).tolist()
     sure = None
     if confidence is not None:
-        of_frame = confidence.of(log_probs[spoken], blank + 1).tolist()  # runs, back to back
+        of_frame = torch.cat(of_frame, dim=1)[spoken].tolist()  # runs, back to back
         sure, at = [], 0
         for span in spans:
             sure.append(confidence.aggregate(of_frame[at : at + span]))
