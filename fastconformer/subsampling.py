@@ -20,7 +20,8 @@ def output_length(length, factor: int, causal: bool):
     return length
 
 
-TILE_BYTES, TILE_BYTES_GPU = 1 << 26, 1 << 28  # of the first convolution's output in one piece
+# Of the first convolution's output in one piece; what fits a CPU's caches takes half the time.
+TILE_BYTES, TILE_BYTES_GPU = 1 << 22, 1 << 28
 
 
 class StridedConv2d(nn.Conv2d):
@@ -60,7 +61,7 @@ class ConvSubsampling(nn.Module):
         frame_bytes = b * self.factor // 2 * (m // 2) * self.conv[0].out_channels
         frame_bytes *= features.element_size()
         tile = (TILE_BYTES_GPU if features.is_cuda else TILE_BYTES) // max(1, frame_bytes)
-        tile = max(tile, 64)
+        tile = max(tile, 32)
         if n_out <= tile or torch.is_grad_enabled():
             return self._piece(features, lengths)
         whole = None

@@ -1,0 +1,234 @@
+"""What an encoder frame costs as recordings grow: BiRWKV7 beside relative-position attention.
+
+    python -m benchmarks.birwkv7 --plot docs/birwkv7_cost.svg
+    python -m benchmarks.birwkv7 --audio talk.ogg --hours 1 --model models/base_tiny.nemo
+
+First form: an encoder with random weights takes random features of each length, one clip, in one
+pass, in a process of its own. Time is the process's CPU seconds (the best of `--repeats`), which
+other work on the machine changes little; with one thread it is wall time on a quiet machine. Memory
+is the peak of the resident set beyond what was there before the pass, features included. Per
+encoder frame (80 ms of audio with 8-fold subsampling).
+
+Second form: a recording, repeated to so many hours, through `model.transcribe` in one pass; an
+attention model is converted first. Prints seconds, times real time and peak memory beside what
+`memory_estimate` said.
+
+The last line printed is the result as JSON; it is also written to `--out`.
+"""
+
+import argparse
+import ctypes
+import gc
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from benchmarks.charts import line_charts
+from benchmarks.cpu_vs_nemo import machine
+
+RESULTS = Path(__file__).parent / "results"
+NAMES = {
+    "rwkv7_attn": "BiRWKV7",
+    "rel_pos": "full attention",
+    "rel_pos_local_attn": "local attention (128 frames)",
+}
+LONGEST = {"rel_pos": 16000}  # frames; beyond, time grows with the square and tells nothing new
+
+
+def resident_bytes() -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def peak_bytes(reset: bool = False) -> int:
+    """Highest resident set since the last reset, or since the start where Linux lets none reset."""
+    if reset:
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+        except OSError:
+            return 0
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def measure(attention: str, frames: int, size: dict, repeats: int) -> dict:
+    """In a process of its own: {"cpu_s", "wall_s", "bytes"} of one pass over `frames` frames."""
+    import torch
+
+    from fastconformer.config import EncoderConfig
+    from fastconformer.encoder import ConformerEncoder
+
+    torch.manual_seed(0)
+    torch.set_num_threads(size["threads"])
+    context = [128, 128] if attention == "rel_pos_local_attn" else None
+    config = EncoderConfig(
+        feat_in=80,
+        n_layers=size["layers"],
+        d_model=size["d_model"],
+        n_heads=max(1, size["d_model"] // 64),
+        subsampling="dw_striding",
+        subsampling_factor=8,
+        subsampling_conv_channels=size["d_model"] // 2,
+        self_attention_model=attention,
+        att_context_size=context,
+        conv_kernel_size=9,
+        xscaling=False,
+    )
+    encoder = ConformerEncoder(config).eval()
+    for layer in encoder.layers:
+        if attention == "rwkv7_attn":  # its initial output weights are zero
+            torch.nn.init.orthogonal_(layer.self_attn.output.weight)
+    features = torch.randn(1, 80, 8 * frames)
+    lengths = torch.tensor([8 * frames])
+    best = {}
+    with torch.no_grad():
+        encoder(features[:, :, :4096], lengths.clamp(max=4096))  # warm-up
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
+        before = resident_bytes()
+        peak_bytes(reset=True)
+        for _ in range(repeats):
+            cpu, wall = time.process_time(), time.monotonic()
+            encoded, _ = encoder(features, lengths)
+            cpu, wall = time.process_time() - cpu, time.monotonic() - wall
+            best = best if best and best["cpu_s"] <= cpu else {"cpu_s": cpu, "wall_s": wall}
+            assert encoded.shape[1] == frames and bool(encoded.isfinite().all())
+            del encoded
+    return best | {"bytes": peak_bytes() - before + features.nbytes}
+
+
+def in_a_process(arguments, attention: str, frames: int) -> dict:
+    words = ["--worker", attention, "--frames", str(frames), "--repeats", str(arguments.repeats)]
+    for name in ("layers", "d_model", "threads"):
+        words += [f"--{name.replace('_', '-')}", str(getattr(arguments, name))]
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.birwkv7", *words],
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parent.parent,
+        env=os.environ | {"OMP_NUM_THREADS": str(arguments.threads)},
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def cost_by_length(arguments) -> dict:
+    table = {}
+    for attention in arguments.attention:
+        for frames in arguments.frames:
+            if frames > LONGEST.get(attention, frames):
+                continue
+            found = in_a_process(arguments, attention, frames)
+            row = {"frames": frames} | found
+            row["us_per_frame"] = round(found["cpu_s"] / frames * 1e6, 2)
+            row["bytes_per_frame"] = round(found["bytes"] / frames)
+            table.setdefault(attention, []).append(row)
+            print(
+                f"{NAMES[attention]:30} {frames:8,} frames  {row['us_per_frame']:9.1f} us"
+                f"  {row['bytes_per_frame']:9,} bytes a frame",
+                flush=True,
+            )
+    size = {name: getattr(arguments, name) for name in ("layers", "d_model", "threads")}
+    return {"machine": machine(), "encoder": size, "by_length": table}
+
+
+def plot(result: dict) -> str:
+    charts = []
+    for key, label, scale in (
+        ("us_per_frame", "microseconds of CPU an encoder frame", 1),
+        ("bytes_per_frame", "kilobytes at the peak an encoder frame", 1000),
+    ):
+        series = {
+            NAMES[attention]: [(row["frames"], row[key] / scale) for row in rows]
+            for attention, rows in result["by_length"].items()
+        }
+        title = f"{result['encoder']['layers']} layers of {result['encoder']['d_model']}, CPU"
+        x = "encoder frames in one pass (80 ms each)"
+        charts.append({"title": title, "x": x, "y": label, "series": series, "log": True})
+    return line_charts(charts)
+
+
+def long_recording(arguments) -> dict:
+    """`model.transcribe` on the recording repeated to `hours`, in one pass."""
+    import numpy as np
+    import torch
+
+    from converters.to_birwkv7 import to_birwkv7
+    from fastconformer import load_model
+    from fastconformer.audio import load_audio
+    from fastconformer.memory import memory_estimate
+    from fastconformer.model import model_of
+
+    torch.set_num_threads(arguments.threads)
+    model = load_model(arguments.model)
+    if model.config.encoder.self_attention_model != "rwkv7_attn":
+        model = model_of(to_birwkv7(model.to_checkpoint()))
+    audio = load_audio(arguments.audio, model.sample_rate)
+    samples = int(arguments.hours * 3600 * model.sample_rate)
+    audio = np.resize(audio, samples)
+    seconds = samples / model.sample_rate
+    result = {"machine": machine(), "hours": arguments.hours, "threads": arguments.threads}
+    result["estimated_bytes"] = memory_estimate(model.config, seconds, torch.float32)
+    for head in model.heads:
+        before = resident_bytes()
+        peak_bytes(reset=True)
+        cpu, wall = time.process_time(), time.monotonic()
+        (transcript,) = model.transcribe([audio], head=head, timestamps=True)
+        wall = time.monotonic() - wall
+        result[head] = {
+            "wall_s": round(wall, 2),
+            "cpu_s": round(time.process_time() - cpu, 2),
+            "rtfx": round(seconds / wall, 1),
+            "bytes": peak_bytes() - before,
+            "tokens": len(transcript.tokens),
+            "words": len(transcript.words),
+        }
+        print(f"{head}: {result[head]}", flush=True)
+    return result
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.birwkv7",
+        description="Time and memory an encoder frame as recordings grow.",
+        epilog="example: python -m benchmarks.birwkv7 --frames 1000 10000 --layers 2",
+    )
+    parser.add_argument("--frames", type=int, nargs="+", metavar="T", help="encoder frames")
+    parser.add_argument("--attention", nargs="+", choices=NAMES, default=list(NAMES))
+    parser.add_argument("--layers", type=int, default=2, help="(%(default)s)")
+    parser.add_argument("--d-model", type=int, default=128, help="(%(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="(%(default)s)")
+    parser.add_argument("--repeats", type=int, default=3, help="(%(default)s)")
+    parser.add_argument("--audio", type=Path, help="a recording: transcribe it instead")
+    parser.add_argument("--hours", type=float, default=1.0, help="its length (%(default)s)")
+    parser.add_argument("--model", default="models/base_tiny.nemo", help="(%(default)s)")
+    parser.add_argument("--plot", type=Path, metavar="FILE.svg")
+    parser.add_argument("--out", type=Path, metavar="FILE.json")
+    parser.add_argument("--worker", choices=NAMES, help=argparse.SUPPRESS)
+    arguments = parser.parse_args(argv)
+    arguments.frames = arguments.frames or [1000, 3000, 10000, 30000, 100000]
+    if arguments.worker:
+        size = {name: getattr(arguments, name) for name in ("layers", "d_model", "threads")}
+        print(json.dumps(measure(arguments.worker, arguments.frames[0], size, arguments.repeats)))
+        return 0
+    if arguments.audio:
+        if not arguments.audio.is_file():
+            parser.error(f"--audio {arguments.audio} is not a file")
+        result, name = long_recording(arguments), "birwkv7_long.json"
+    else:
+        result, name = cost_by_length(arguments), "birwkv7.json"
+        if arguments.plot:
+            arguments.plot.write_text(plot(result))
+    (arguments.out or RESULTS / name).write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
