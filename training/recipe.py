@@ -7,6 +7,7 @@ comment beside the field tells.
 
 import dataclasses
 import difflib
+import logging
 import math
 import types
 import typing
@@ -15,6 +16,10 @@ from pathlib import Path
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
+
+from training.nemo_recipe import is_nemo, translate
+
+log = logging.getLogger("finetune")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -408,7 +413,8 @@ RANGES = (  # (low, high)
 
 
 def load_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recipe:
-    """Read a recipe file and apply `key=value` overrides (dotted keys, YAML values).
+    """Read a recipe file and apply `key=value` overrides (dotted keys, YAML values). A NeMo
+    training configuration is translated first, and the translation logged.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -425,6 +431,10 @@ def load_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recip
         raise ValueError(f"{path}: not a readable YAML file: {detail}") from None
     if not OmegaConf.is_dict(tree):
         raise ValueError(f"{path}: expected sections such as `data:`, found {tree!r}")
+    if is_nemo(_plain(tree, path, resolve=False)):
+        translation = translate(_plain(tree, path, resolve=True), str(path))
+        log.info("%s is %s", path, translation)
+        tree = OmegaConf.create(translation.recipe)  # overrides are in our keys
     _check_keys(Recipe, _plain(tree, path, resolve=False), str(path))
     for override in overrides:
         if "=" not in override:
