@@ -70,6 +70,18 @@ def test_an_error_inside_leaves_the_weights_as_they_were():
     assert not changed(own, run.state())
 
 
+def test_an_average_that_begins_later_begins_at_the_weights_of_then():
+    run = Run(recipe_of())
+    ema = EMA(run.model, 0.5)
+    kept = {"joint.pred.weight": ema.average["joint.pred.weight"].clone()}
+    state = run.steps(2).state()
+    ema.load_state_dict(kept, run.model)
+    assert changed({n: state[n] for n in ema.average}, ema.average) == set(kept)
+    assert torch.equal(ema.average["joint.pred.weight"], kept["joint.pred.weight"])
+    with pytest.raises(ValueError, match=r"joint\.pred\.weight is of another shape"):
+        ema.load_state_dict({"joint.pred.weight": torch.ones(2)}, run.model)
+
+
 def test_the_average_is_measured_saved_and_resumed(tmp_path):
     recipe, run = write_corpus(tmp_path), tmp_path / "run"
     options = ["trainer.save_every_steps=2", "trainer.max_steps=5", "trainer.keep_last=9"]

@@ -128,6 +128,15 @@ def test_parts_that_are_trained_beside():
     assert {n for n in changed(states[2], states[3]) if n.startswith("joint.")}
 
 
+def test_time_mixing_has_matrices_too():
+    sections = {"encoder": {"attention": "birwkv7"}, "lora": {"rank": 2, "targets": ["attention"]}}
+    run = Run(recipe_of(**sections))
+    assert adapted(run) == {f"self_attn.{n}" for n in ("receptance", "key", "value", "output")}
+    before = run.state()
+    moved = changed(before, run.steps(2).state())
+    assert len(moved) == 2 * 2 * 4 and all("lora_" in name for name in moved)
+
+
 def test_an_unknown_target_is_named():
     with pytest.raises(ValueError, match=r"lora.targets: 'linear_z' .* one of attention, feed_f"):
         Run(recipe_of(lora={"rank": 2, "targets": ["linear_z"]}))

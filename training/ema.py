@@ -45,17 +45,19 @@ class EMA:
     def state_dict(self) -> dict[str, Tensor]:
         return self.average
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """What began to move since, by a changed recipe, starts from its weights.
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Tensor], model: ASRModel) -> None:
+        """What a changed recipe averages or moves since starts from the model's weights.
 
         Raises:
             ValueError: a shape is another.
         """
+        tensors = dict(model.named_parameters()) | dict(model.named_buffers())
         for name, tensor in self.average.items():
-            if name in state:
-                if state[name].shape != tensor.shape:
-                    raise ValueError(f"the moving average of {name} is of another shape")
-                tensor.copy_(state[name])
+            value = state.get(name, tensors[name])
+            if value.shape != tensor.shape:
+                raise ValueError(f"the moving average of {name} is of another shape")
+            tensor.copy_(value)
 
 
 @torch.no_grad()

@@ -93,7 +93,7 @@ def resume(path: Path, model, optimizer, ema: EMA | None, recipe: Recipe) -> Pro
         model.load_state_dict(cut_like(state["model"], model.state_dict()))
         load_optimizer_state(optimizer, cut_moments(state["optimizer"], optimizer))
         if ema is not None:
-            ema.load_state_dict(cut_like(state["ema"] or {}, ema.average))
+            ema.load_state_dict(cut_like(state["ema"] or {}, ema.average), model)
         progress = Progress(**state["progress"] | {"kept": Kept(**state["progress"]["kept"])})
     except (RuntimeError, KeyError, TypeError, ValueError, pickle.UnpicklingError) as error:
         raise ValueError(
