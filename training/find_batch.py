@@ -366,7 +366,7 @@ def settled(
 
 
 def main(arguments: list[str] | None = None) -> int:
-    from training.finetune import choose_device  # which imports this file, for `auto`
+    from training.run import choose_device  # which imports this file, for `auto`
 
     parser = argparse.ArgumentParser(
         prog="python -m training.find_batch",
