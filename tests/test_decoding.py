@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from fastconformer.config import JointConfig, PredictionConfig
 from fastconformer.decoding import Confidence, GraphCache, ctc_greedy, transducer_greedy
+from fastconformer.decoding import transducer as transducer_module
 from fastconformer.decoding.transducer import _LabelLoop
 from fastconformer.heads import Joint, PredictionNetwork
 
@@ -148,3 +149,36 @@ def test_ctc_greedy_equals_one_frame_at_a_time(seed, batch, frames):
         assert hypothesis.score == pytest.approx(score, abs=1e-4)
         means = [sum(run[3]) / len(run[3]) for run in runs]
         assert hypothesis.confidences == pytest.approx(means, abs=1e-5)
+
+
+@pytest.mark.parametrize("durations", DURATIONS[:2])
+@pytest.mark.parametrize("forgetful", [True, False])
+def test_segments_decoded_side_by_side_equal_one_after_the_other(durations, forgetful, monkeypatch):
+    """Whether the prediction network forgets what it read in another segment, or never does. In
+    float64: a random network may blow up the last bit of float32 to another text."""
+    decoder, joint = transducer(len(durations), seed=5)
+    lstm = decoder.prediction["dec_rnn"].lstm
+    lstm.weight_hh_l0.data *= 0.2
+    if not forgetful:
+        lstm.bias_ih_l0.data[7:14] += 12  # the forget gate stays open
+    decoder, joint = decoder.double(), joint.double()
+    lengths = torch.tensor([300, 0, 33, 64])
+    encoded = torch.randn(4, 300, D, generator=torch.manual_seed(1)).double()
+    arguments = (encoded, lengths, decoder, joint, V, durations, 3, None, Confidence())
+    expected = transducer_greedy(*arguments)
+    met = []
+
+    def counted(*arguments, begin_again=transducer_module._begin_again, **options):
+        found = begin_again(*arguments, **options)
+        met.append(found[2].float().mean().item())
+        return found
+
+    monkeypatch.setattr(transducer_module, "_begin_again", counted)
+    for long, segment, graphs in ((60, 64, GraphCache()), (60, 30, None), (290, 128, None)):
+        monkeypatch.setattr(transducer_module, "LONG_FRAMES", long)
+        monkeypatch.setattr(transducer_module, "SEGMENT_FRAMES", segment)
+        for a, b in zip(expected, transducer_greedy(*arguments, graphs=graphs), strict=True):
+            assert (a.tokens, a.frames, a.durations) == (b.tokens, b.frames, b.durations)
+            assert a.score == pytest.approx(b.score, abs=1e-2)
+            assert a.confidences == pytest.approx(b.confidences, abs=1e-3)
+    assert max(met) > 0.5 if forgetful else len(met) > 3  # else nothing was gained or tried

@@ -13,11 +13,16 @@ tokens, frames and durations.
 import threading
 from collections import OrderedDict
 
+import numpy as np
 import torch
 
 from ..heads import Joint, PredictionNetwork
 from .confidence import Confidence
 from .hypothesis import Hypothesis
+
+# Clips longer than this are decoded in segments, side by side: one label after the other, an hour
+# has more than ten thousand steps, each too small to fill a device.
+LONG_FRAMES, SEGMENT_FRAMES = 2048, 512
 
 
 @torch.no_grad()
@@ -45,14 +50,25 @@ def transducer_greedy(
         graphs: keeps CUDA graphs between calls; without it steps run one by one, as is better on a
             CPU.
     """
-    projected = joint.enc(encoded)  # (B, T', J)
     options = decoder, joint, blank, durations, max_symbols, bias, confidence
-    if graphs is not None:
-        records = graphs.run(projected, lengths, options)
-    else:
+
+    def run(projected, lengths):
+        if graphs is not None:
+            return graphs.run(projected, lengths, options)
         loop = _LabelLoop(*options, len(lengths), _window(len(lengths), encoded.device))
-        records = loop.run(projected, lengths)
-    return _hypotheses(*records, len(lengths), bool(durations), confidence)
+        return loop.run(projected, lengths)
+
+    if max(lengths.tolist(), default=0) > LONG_FRAMES:
+        arcs = _in_segments(encoded, lengths, options, run)
+    else:
+        arcs = _by_clip(*run(joint.enc(encoded), lengths)[:2], len(lengths))
+    hypotheses = []
+    for whole, real in arcs:
+        tokens, frames, spans = whole.tolist()
+        sure = real[1].tolist() if confidence is not None else None
+        score = float(real[0].sum())
+        hypotheses.append(Hypothesis(tokens, frames, spans if durations else None, score, sure))
+    return hypotheses
 
 
 def _window(batch: int, device: torch.device) -> int:
@@ -84,19 +100,19 @@ class _LabelLoop:
         self.frame = torch.zeros(batch, dtype=torch.long, device=device)
         self.on_frame = torch.zeros_like(self.frame)  # tokens emitted on the current frame
         self.lengths = torch.zeros_like(self.frame)
-        self.score = torch.zeros(batch, device=device)
+        self.source = self.rows  # row of `projected` that each clip reads
         self.predicted = weight.new_zeros(batch, weight.shape[0])
         shape = decoder.n_layers, batch, decoder.hidden
         self.h, self.c = weight.new_zeros(shape), weight.new_zeros(shape)
-        # token (-1: none), frame, duration of each step
-        self.record = torch.zeros(n_steps, 3, batch, dtype=torch.long, device=device)
-        self.sureness = torch.zeros(n_steps, batch, device=device)
+        # of each step: token (-1: none), frame, duration; log-probability, confidence
+        self.whole = torch.zeros(n_steps, 3, batch, dtype=torch.long, device=device)
+        self.real = torch.zeros(n_steps, 2, batch, device=device)
         self.projected = None
 
     def begin(self, lengths: torch.Tensor):
         """To the first frame of every clip; `projected` is set by the caller."""
-        for tensor in (self.frame, self.on_frame, self.score):
-            tensor.zero_()
+        self.frame.zero_()
+        self.on_frame.zero_()
         self.lengths.zero_()
         self.lengths[: len(lengths)].copy_(lengths)
         output, state = self.decoder.start(len(self.rows))
@@ -105,24 +121,28 @@ class _LabelLoop:
             self.h[layer].copy_(h)
             self.c[layer].copy_(c)
 
+    def state(self):
+        """What decoding goes on from: frame, tokens on it, prediction network's output and state;
+        clips come last but one."""
+        parts = self.frame[:, None], self.on_frame[:, None], self.predicted, self.h, self.c
+        return [part.clone() for part in parts]
+
     def run(self, projected: torch.Tensor, lengths: torch.Tensor):
-        """Step by step to the end -> records (S, 3, B) and confidences (S, B)."""
+        """Step by step to the end -> records (S, 3, B) and (S, 2, B), the state at the end."""
         self.projected = projected
         self.begin(lengths)
-        records, surenesses = [], []
+        whole, real = [self.whole[:0]], [self.real[:0]]
         ended = not bool((self.frame < self.lengths).any())
         while not ended:
-            self.record[:, 0] = -1
+            self.whole[:, 0] = -1
             for i in range(self.n_steps):
                 self.step(i, skip_idle=projected.device.type == "cpu")
                 ended = i % 4 == 3 and not bool((self.frame < self.lengths).any())
                 if ended:
                     break
-            records.append(self.record[: i + 1].clone())
-            surenesses.append(self.sureness[: i + 1].clone())
-        if not records:
-            return self.record[:0], self.sureness[:0], self.score
-        return torch.cat(records), torch.cat(surenesses), self.score
+            whole.append(self.whole[: i + 1].clone())
+            real.append(self.real[: i + 1].clone())
+        return torch.cat(whole), torch.cat(real), self.state()
 
     def step(self, i: int, skip_idle: bool = False):
         """Finds the next label of every clip within the window, and takes it in. Writes row `i` of
@@ -130,7 +150,7 @@ class _LabelLoop:
         frames = self.frame[:, None] + self.window  # (B, W)
         inside = torch.minimum(frames, (self.lengths - 1).clamp(min=0)[:, None])
         logits = self.joint.step(
-            self.projected[self.rows[:, None], inside], self.predicted[:, None]
+            self.projected[self.source[:, None], inside], self.predicted[:, None]
         )
         token_logits = logits[..., : self.blank + 1]
         if self.bias is not None:
@@ -140,8 +160,10 @@ class _LabelLoop:
             skips = (tokens == self.blank).long()
         else:
             skips = self.steps[logits[..., self.blank + 1 :].argmax(-1)]
-        # where each frame of the window leads: a label stays, a blank moves on, doubling the hops
-        moves = torch.where(tokens == self.blank, skips.clamp(min=1), 0)
+        # where each frame of the window leads: a blank moves on, a label and the end stay; then
+        # the hops are doubled
+        moving = (tokens == self.blank) & (frames < self.lengths[:, None])
+        moves = torch.where(moving, skips.clamp(min=1), 0)
         leads = torch.cat((self.window + moves, self.beyond), 1)
         for _ in range(self.hops):
             leads = leads.gather(1, leads)
@@ -155,7 +177,7 @@ class _LabelLoop:
         at = moved.clamp(max=len(self.window) - 1)
         token, skip = tokens[self.rows, at], skips[self.rows, at]
         chosen = token_logits[self.rows, at].float().log_softmax(-1)
-        self.score += torch.where(found, chosen.gather(1, token[:, None])[:, 0], 0.0)
+        self.real[i, 0] = chosen.gather(1, token[:, None])[:, 0]
         if self.confidence is not None:
             sureness = self.confidence.of(chosen, self.blank + 1)
             if self.confidence.include_duration and self.durations:
@@ -163,10 +185,10 @@ class _LabelLoop:
                     logits[self.rows, at, self.blank + 1 :].float().log_softmax(-1), self.blank + 1
                 )
                 sureness = _aggregate_two(self.confidence.aggregation, sureness, of_duration)
-            self.sureness[i] = sureness
-        self.record[i, 0] = torch.where(found, token, -1)
-        self.record[i, 1] = self.frame
-        self.record[i, 2] = skip
+            self.real[i, 1] = sureness
+        self.whole[i, 0] = torch.where(found, token, -1)
+        self.whole[i, 1] = self.frame
+        self.whole[i, 2] = skip
 
         skip = torch.where(found, skip, 0)
         self.on_frame.add_(found).masked_fill_(skip > 0, 0)
@@ -190,27 +212,143 @@ def _aggregate_two(aggregation: str, a: torch.Tensor, b: torch.Tensor) -> torch.
     return {"min": torch.minimum, "max": torch.maximum, "prod": torch.mul}[aggregation](a, b)
 
 
-def _hypotheses(records, surenesses, scores, batch, with_durations, confidence):
-    """Sorts the steps' records by clip: one transfer, no loop over tokens."""
-    tokens, frames, spans = records.transpose(0, 1)[:, :, :batch].transpose(1, 2)  # (B, S) each
-    spoken = tokens >= 0
-    counts = spoken.sum(1).tolist()
-    packed = torch.stack((tokens[spoken], frames[spoken], spans[spoken])).tolist()
-    sure = surenesses[:, :batch].T[spoken].tolist() if confidence is not None else None
-    hypotheses, first = [], 0
-    for count, score in zip(counts, scores[:batch].tolist()):
-        part = slice(first, first + count)
-        hypotheses.append(
-            Hypothesis(
-                packed[0][part],
-                packed[1][part],
-                packed[2][part] if with_durations else None,
-                score,
-                sure[part] if sure is not None else None,
-            )
-        )
-        first += count
-    return hypotheses
+def _by_clip(whole: torch.Tensor, real: torch.Tensor, batch: int):
+    """Sorts the steps' records by clip -> [(3, n) and (2, n) arrays] of the tokens of each: one
+    transfer, no loop over tokens."""
+    whole, real = whole[..., :batch].permute(2, 0, 1), real[..., :batch].permute(2, 0, 1)
+    spoken = whole[..., 0] >= 0  # (B, S)
+    ends = spoken.sum(1).cumsum(0).tolist()[:-1]
+    whole, real = whole[spoken].cpu().numpy(), real[spoken].cpu().numpy()
+    return [(w.T, r.T) for w, r in zip(np.split(whole, ends), np.split(real, ends))]
+
+
+def _in_segments(encoded, lengths, options, run):
+    """`_by_clip` of long clips: segments are decoded together, and their seams made right.
+
+    Every segment is decoded from the start symbol. Then each is begun again from where the one
+    before it ended, beside a replay of its first decoding, until both stand on the same frame with
+    the same state of the prediction network: from there on they are one. A segment that ends
+    otherwise than it did has the one after it begun again; at worst this is as long as decoding
+    the clip in one go.
+    """
+    joint = options[1]
+    spans = [
+        (clip, first, min(SEGMENT_FRAMES, n - first))
+        for clip, n in enumerate(lengths.tolist())
+        for first in range(0, n, SEGMENT_FRAMES)
+    ]
+    limits = torch.tensor([n for _, _, n in spans], device=encoded.device)
+    projected = joint.enc.weight.new_zeros(len(spans), SEGMENT_FRAMES, len(joint.enc.weight))
+    for row, (clip, first, n) in zip(projected, spans):
+        row[:n] = joint.enc(encoded[clip, first : first + n])
+    whole, real, ended = run(projected, limits)
+    ended = [part[..., : len(spans), :] for part in ended]
+    fresh = _by_clip(whole, real, len(spans))
+    found, fresh_ended = list(fresh), [part.clone() for part in ended]
+    begun_again = [row for row, (_, first, _) in enumerate(spans) if first]
+    while begun_again:
+        rows = torch.tensor(begun_again, device=encoded.device)
+        begun, replayed, met, after = _begin_again(projected, limits, rows, ended, options)
+        # rounding may take the replay another way than the first decoding went: no meeting then
+        strayed = [
+            k
+            for k, (row, arcs) in enumerate(zip(begun_again, replayed))
+            if met[k] and not np.array_equal(arcs[0], fresh[row][0][:, : arcs[0].shape[1]])
+        ]
+        if strayed:
+            alone = _begin_again(projected, limits, rows[strayed], ended, options, to_the_end=True)
+            for k, arcs in zip(strayed, alone[0]):
+                begun[k] = arcs
+            met[strayed] = False
+            for part, new in zip(after, alone[3]):
+                part[..., strayed, :] = new
+        # the state a segment ends in: that of its first decoding where the two have met
+        after = [
+            torch.where(met[:, None], old[..., rows, :], new)
+            for old, new in zip(fresh_ended, after)
+        ]
+        same = _close(after, [part[..., rows, :] for part in ended])
+        for part, new in zip(ended, after):
+            part[..., rows, :] = new
+        for row, arcs, replay, is_met in zip(begun_again, begun, replayed, met.tolist()):
+            n_replayed = replay[0].shape[1]
+            rest = [part[:, n_replayed:] for part in fresh[row]]
+            found[row] = [np.concatenate(p, 1) for p in zip(arcs, rest)] if is_met else arcs
+        begun_again = [
+            row + 1
+            for row, is_same in zip(begun_again, same.tolist())
+            if not is_same and row + 1 < len(spans) and spans[row + 1][1]
+        ]
+    joined = []
+    for clip in range(len(lengths)):
+        parts = [(first, arcs) for (at, first, _), arcs in zip(spans, found) if at == clip]
+        whole = [w + np.array([[0], [first], [0]]) for first, (w, _) in parts]
+        real = [r for _, (_, r) in parts]
+        joined.append(
+            (np.concatenate([np.zeros((3, 0), int), *whole], 1),
+             np.concatenate([np.zeros((2, 0)), *real], 1))
+        )  # fmt: skip
+    return joined
+
+
+def _begin_again(projected, limits, rows, ended, options, to_the_end=False):
+    """Decodes segments `rows` from where those before them ended, until they meet a replay of
+    their first decoding or end; without a replay if `to_the_end`.
+
+    Returns:
+        (tokens of each as in `_by_clip`, tokens of the replay up to that moment, whether they met
+        (n,), states).
+    """
+    n, device = len(rows), projected.device
+    loop = _LabelLoop(*options, 2 * n, _window(2 * n, device))
+    loop.projected, loop.source = projected, torch.cat((rows, rows))
+    ends = limits[rows]
+    loop.begin(torch.cat((ends, ends)))
+    parts = loop.frame[:, None], loop.on_frame[:, None], loop.predicted, loop.h, loop.c
+    for part, before in zip(parts, ended):
+        part[..., n:, :] = before[..., rows - 1, :]
+    loop.frame[n:] -= SEGMENT_FRAMES  # a segment with one after it is this long
+    met = torch.zeros(n, dtype=torch.bool, device=device)
+    whole, real, i = [], [], 0
+    while True:
+        replay, begun = loop.frame[:n], loop.frame[n:]
+        open_ = ~met & (begun < ends)
+        if i % 8 == 0 and not bool(open_.any()):
+            break
+        # whichever is behind goes on, so that they stand still where they can meet
+        turns = torch.cat((open_ & (replay <= begun), open_ & (begun <= replay)))
+        if to_the_end:
+            turns = torch.cat((met, open_))
+        loop.lengths.copy_(torch.where(turns, torch.cat((ends, ends)), 0))
+        loop.whole[0, 0] = -1
+        loop.step(0)
+        whole.append(loop.whole[0].clone())
+        real.append(loop.real[0].clone())
+        i += 1
+        state = loop.state()
+        if to_the_end:
+            continue
+        met |= open_ & _close(*([part[..., k, :] for part in state] for k in _halves(n)))
+    whole = torch.stack(whole) if whole else loop.whole[:0]
+    real = torch.stack(real) if real else loop.real[:0]
+    state = [part[..., n:, :] for part in loop.state()]
+    return (*(_by_clip(whole[..., k], real[..., k], n) for k in (slice(n, None), slice(0, n))),
+            met, state)  # fmt: skip
+
+
+def _halves(n: int):
+    return slice(0, n), slice(n, 2 * n)
+
+
+def _close(a, b) -> torch.Tensor:
+    """(n,) whether states are one: the same frame, and no further apart than rounding would put
+    them before long."""
+    tolerance = 1e-4 if a[2].dtype in (torch.float32, torch.float64) else 2**-7
+    same = (a[0] == b[0]).all(-1) & (a[1] == b[1]).all(-1)
+    for x, y in zip(a[3:], b[3:]):
+        near = (x - y).abs() <= tolerance * (1 + y.abs())
+        same = same & near.all(-1).all(0)
+    return same
 
 
 class GraphCache:
@@ -240,11 +378,11 @@ class GraphCache:
             loop, replay = self._loop(projected, options)
             loop.projected[: projected.shape[0], : projected.shape[1]].copy_(projected)
             loop.begin(lengths)
-            records, surenesses, before = [], [], None
+            whole, real, before = [], [], None
             while True:
                 replay()
-                records.append(loop.record.clone())
-                surenesses.append(loop.sureness.clone())
+                whole.append(loop.whole.clone())
+                real.append(loop.real.clone())
                 flag = (loop.frame < loop.lengths).any()
                 flag, event = _to_host(flag) if flag.is_cuda else (flag, None)
                 if before is not None:
@@ -253,7 +391,7 @@ class GraphCache:
                     if not bool(before[0]):
                         break
                 before = flag, event
-            return torch.cat(records), torch.cat(surenesses), loop.score.clone()
+            return torch.cat(whole), torch.cat(real), loop.state()
 
     def _loop(self, projected: torch.Tensor, options: tuple):
         """A loop with room for `projected`, and the function that replays its steps."""
