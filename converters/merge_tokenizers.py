@@ -1,10 +1,10 @@
 """Merges two SentencePiece models, so that a model can learn a new language and keep the old one.
 
 The pieces of A keep their ids, the new pieces of B follow. A's normalisation rules and trainer spec
-stay. With --old-text and --new-text (one line an utterance) the scores of the new pieces are chosen
-so that at most 2 % of unseen lines of the old language are written otherwise and the new language
-uses as many of its pieces as that allows; without --old-text only pieces with a character that A
-lacks are used, which changes no line that A can write.
+stay. With --old-text and --new-text (an utterance a line, or manifests) the scores of the new
+pieces are chosen so that at most 2 % of unseen lines of the old language are written otherwise and
+the new language uses as many of its pieces as that allows; without --old-text only pieces with a
+character that A lacks are used, which changes no line that A can write.
 
 Writes tokenizer.model, tokenizer.vocab, vocab.txt and report.json.
 """
@@ -20,6 +20,7 @@ import sentencepiece
 
 from converters import run
 from converters.piece_scores import processor, score_pieces
+from converters.train_tokenizer import read_texts
 from fastconformer.files import atomic_file
 from fastconformer.sentencepiece_model import (
     BYTE,
@@ -257,10 +258,6 @@ def describe(report: dict) -> str:
     return "\n".join(lines)
 
 
-def read_lines(path: Path | None) -> list[str] | None:
-    return None if path is None else path.read_text(encoding="utf-8").splitlines()
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m converters.merge_tokenizers",
@@ -280,8 +277,7 @@ def main(argv: list[str] | None = None) -> int:
         model, report = merge_tokenizers(
             args.old.read_bytes(),
             args.new.read_bytes(),
-            read_lines(args.old_text),
-            read_lines(args.new_text),
+            *(path and read_texts(path) for path in (args.old_text, args.new_text)),
         )
         text = json.dumps(report, ensure_ascii=False, indent=1) + "\n"
         files = sentencepiece_files(model) | {"report.json": text.encode()}

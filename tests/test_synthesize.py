@@ -15,6 +15,7 @@ from training.synthesize import (
     HELDOUT_VARIANTS,
     SAMPLE_RATE_HZ,
     TRAIN_VARIANTS,
+    hindi_text,
     is_heldout,
     main,
     number_words,
@@ -188,3 +189,16 @@ def test_room_decays_by_60_db():
 def test_trim():
     assert trim(np.array([0, 0, 0.5, 0, -0.5, 0, 0])).tolist() == [0.5, 0, -0.5]
     assert len(trim(np.zeros(5))) == 0
+
+
+@espeak
+def test_hindi_is_spoken_and_labelled(tmp_path):
+    command = [str(tmp_path), "--vocabulary", "hindi", "--count", "6", "--seed", "3"]
+    assert main(command) == 0
+    entries = corpus(tmp_path)
+    assert len(entries) == 6 and {entry["lang"] for entry in entries} == {"hi"}
+    for entry in entries:
+        assert entry["speaker"].startswith("hi+") and entry["duration"] > 0.5
+        assert re.fullmatch(r"[\u0900-\u097f ]+", entry["text"])
+    words = {word for i in range(400) for word in hindi_text(np.random.default_rng(i)).split()}
+    assert 70 < len(words) < 110

@@ -36,7 +36,10 @@ import soxr
 SAMPLE_RATE_HZ = 16000
 
 # `en` is eSpeak's British English.
-ACCENTS = ("en-us", "en-us", "en-us", "en", "en-gb-x-rp", "en-us-nyc", "en-gb-scotland", "en-029")
+ACCENTS = {
+    "en": ("en-us", "en-us", "en-us", "en", "en-gb-x-rp", "en-us-nyc", "en-gb-scotland", "en-029"),
+    "hi": ("hi",),
+}
 # Left out: whispers, effects (Demonic, robots, announcer) and near copies of the voices below.
 TRAIN_VARIANTS = [
     "m1", "m2", "m3", "m4", "m5", "m6", "m8", "f1", "f2", "f3", "f4", "Alex", "Alicia", "Andrea",
@@ -75,6 +78,7 @@ class Clip:
     seed: int
     heldout: bool
     folder: str
+    lang: str = "en"
 
 
 class Speaker:
@@ -207,7 +211,7 @@ def make_clip(clip: Clip) -> dict | None:
     """Speaks, records and writes one clip; its manifest entry, None where eSpeak stays silent."""
     rng = np.random.default_rng([clip.seed, clip.index, zlib.crc32(clip.text.encode())])
     variant = rng.choice(HELDOUT_VARIANTS if clip.heldout else TRAIN_VARIANTS)
-    voice = f"{rng.choice(ACCENTS)}+{variant}"
+    voice = f"{rng.choice(ACCENTS[clip.lang])}+{variant}"
     warp = rng.uniform(0.88, 1.14)
     speaker = _speaker()
     samples = speaker.speak(
@@ -230,7 +234,7 @@ def make_clip(clip: Clip) -> dict | None:
         "audio_filepath": name,
         "duration": len(pcm) / SAMPLE_RATE_HZ,
         "text": clip.text,
-        "lang": "en",
+        "lang": clip.lang,
         "speaker": voice,
         "sample_rate": SAMPLE_RATE_HZ,
     }
@@ -350,6 +354,44 @@ def quickstart_text(rng) -> str:
     return re.sub(r"\{(\w+)\}", lambda match: str(fill[match[1]]()), str(rng.choice(QUICKSTART)))
 
 
+HINDI_DIGITS = ["शून्य", "एक", "दो", "तीन", "चार", "पाँच", "छह", "सात", "आठ", "नौ"]
+HINDI_NUMBERS = [
+    *HINDI_DIGITS[1:], "दस", "ग्यारह", "बारह", "तेरह", "चौदह", "पंद्रह", "सोलह", "सत्रह",
+    "अठारह", "उन्नीस", "बीस",
+]  # fmt: skip
+HINDI_WORDS = {
+    "on": ["चालू", "बंद"],
+    "colour": ["लाल", "हरी", "नीली", "पीली", "सफ़ेद", "काली"],
+    "thing": ["बत्ती", "खिड़की", "अलमारी", "घड़ी", "गाड़ी", "किताब"],  # all feminine, as colours are
+    "room": ["रसोई", "बगीचे", "दफ़्तर", "कमरे", "गलियारे"],
+    "month": [
+        "जनवरी", "फ़रवरी", "मार्च", "अप्रैल", "मई", "जून", "जुलाई", "अगस्त", "सितंबर", "अक्टूबर",
+        "नवंबर", "दिसंबर",
+    ],
+    "weekday": ["सोमवार", "मंगलवार", "बुधवार", "गुरुवार", "शुक्रवार", "शनिवार", "रविवार"],
+    "drink": ["चाय", "पानी", "दूध"],
+    "number": HINDI_NUMBERS,
+}  # fmt: skip
+HINDI = (
+    "{room} की {thing} {on} करो", "{colour} {thing} {on} करो", "{room} का दरवाज़ा खोलो",
+    "कोड है {digits}", "{weekday} को {number} बजे मुझे जगाओ", "गाना नंबर {number} चलाओ",
+    "{colour} {thing} {room} में रखो",
+    "{month} की {number} तारीख को मिलते हैं", "फ़ोन नंबर {digits} मिलाओ",
+    "मुझे {number} बजे {drink} चाहिए",
+    "{number} और {number} जोड़ो", "{room} में {number} लोग हैं", "आज {weekday} है और कल {weekday}",
+)  # fmt: skip
+
+
+def hindi_text(rng) -> str:
+    """A household command, a date or a number in Hindi, over some eighty words."""
+    fill = {name: lambda words=words: rng.choice(words) for name, words in HINDI_WORDS.items()}
+    fill["digits"] = lambda: " ".join(rng.choice(HINDI_DIGITS, int(rng.integers(3, 6))))
+    return re.sub(r"\{(\w+)\}", lambda match: str(fill[match[1]]()), str(rng.choice(HINDI)))
+
+
+GRAMMARS = {"quickstart": ("en", quickstart_text), "hindi": ("hi", hindi_text)}
+
+
 def draw(make, count: int, heldout: bool) -> list[str]:
     """`count` different texts of `make()`, all held out or none; ValueError where it runs dry."""
     texts: dict[str, None] = {}
@@ -370,7 +412,8 @@ def choose_texts(args) -> list[str]:
     frequent = [w for w, _ in Counter(" ".join(sentences).split()).most_common(2000) if len(w) > 1]
     mine = [text for text in sentences if is_heldout(text) == heldout]
     if args.vocabulary:
-        texts = draw(lambda: quickstart_text(rng), args.count, heldout)
+        _, make = GRAMMARS[args.vocabulary]
+        texts = draw(lambda: make(rng), args.count, heldout)
     elif args.count and not mine:
         raise ValueError(
             f"{len(sentences)} sentences in {', '.join(map(str, args.sentences))}, none of them for"
@@ -389,7 +432,7 @@ def choose_texts(args) -> list[str]:
     return [texts[i] for i in rng.permutation(len(texts))]
 
 
-def synthesize(folder, texts, seed=0, heldout=False, jobs=1, hours=None) -> list[dict]:
+def synthesize(folder, texts, seed=0, heldout=False, jobs=1, hours=None, lang="en") -> list[dict]:
     """Speaks `texts` into `folder`; the entries of the manifest written there.
 
     Stops after the clip that reaches `hours`. The manifest is written last, so a folder without one
@@ -398,7 +441,7 @@ def synthesize(folder, texts, seed=0, heldout=False, jobs=1, hours=None) -> list
     folder = Path(folder)
     (folder / "audio").mkdir(parents=True, exist_ok=True)
     _speaker()  # a missing library is told once, here
-    clips = (Clip(i, text, seed, heldout, str(folder)) for i, text in enumerate(texts))
+    clips = (Clip(i, text, seed, heldout, str(folder), lang) for i, text in enumerate(texts))
     entries, duration_s = [], 0.0
     limit_s = float("inf") if hours is None else hours * 3600
     # Rounds, not one long map, so that little is spoken in vain when --hours ends the run.
@@ -438,7 +481,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
         metavar="FILE",
         help="text files, a sentence a line; of a .tsv the last column",
     )
-    source.add_argument("--vocabulary", choices=["quickstart"], help="a built-in small grammar")
+    source.add_argument("--vocabulary", choices=list(GRAMMARS), help="a built-in small grammar")
     parser.add_argument("--count", type=int, default=400, help="clips of sentences (%(default)s)")
     parser.add_argument("--digits", type=int, default=0, help="further clips of digits and numbers")
     parser.add_argument("--phrases", type=int, default=0, help="further clips of words and phrases")
@@ -465,7 +508,8 @@ def main(argv=None) -> int:
     try:
         texts = choose_texts(args)
         heldout = args.voices == "heldout"
-        entries = synthesize(args.out, texts, args.seed, heldout, args.jobs, args.hours)
+        lang = GRAMMARS[args.vocabulary][0] if args.vocabulary else "en"
+        entries = synthesize(args.out, texts, args.seed, heldout, args.jobs, args.hours, lang)
     except (OSError, UnicodeDecodeError, ValueError, ModuleNotFoundError, RuntimeError) as error:
         print(f"synthesize: {error}", file=sys.stderr)
         return 1
