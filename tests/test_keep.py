@@ -142,6 +142,16 @@ def test_an_average_is_the_mean_of_weights_and_statistics(three, tmp_path, capsy
     assert load_model(tmp_path / "mean").heads == ("tdt", "ctc")
 
 
+@pytest.mark.parametrize("option", ["trainer.ema_decay=0.5", "lora.rank=2"])
+def test_a_runs_checkpoint_gives_what_the_run_would_save(corpus, tmp_path, option):
+    recipe, run = corpus
+    assert main([str(recipe), option, "trainer.max_steps=2", "data.validation={}"]) == 0
+    (checkpoint,) = (run / "checkpoints").iterdir()
+    assert average([str(checkpoint), "-o", str(tmp_path / "mean")]) == 0
+    mean, last = (load_model(path).state_dict() for path in (tmp_path / "mean", run / "last"))
+    assert all(torch.equal(mean[name], value) for name, value in last.items())
+
+
 def test_averages_of_different_models_are_refused(three, tmp_path, capsys):
     checkpoint = read_checkpoint(three[1])
     weight = "joint.enc.weight"

@@ -138,7 +138,7 @@ def test_the_key_table_is_the_recipe():
     """docs/finetuning.md names every key, in the recipe's order, with its default."""
     page = (ROOT / "docs" / "finetuning.md").read_text(encoding="utf-8")
     section = page.split("## Every key")[1].split("\n## ")[0]
-    rows = re.findall(r"^\| `([a-z_.]+)` \| (.*?) ?\|", section, re.M)
+    rows = re.findall(r"^\| `([a-z0-9_.]+)` \| (.*?) ?\|", section, re.M)
     expected = {}
 
     def walk(tree: dict, prefix: str):

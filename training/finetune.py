@@ -25,6 +25,8 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import torch
+
 from fastconformer import ASRModel, load_model
 from fastconformer.checkpoint import read_checkpoint, write_folder
 from fastconformer.files import atomic_file
@@ -412,6 +414,10 @@ def main(arguments: list[str] | None = None) -> int:
         finetune(recipe, join())
     except (ValueError, OSError, Stopped) as error:
         print(f"{who}: {error}", file=sys.stderr)
+        return 1
+    except torch.OutOfMemoryError as error:  # outside of a step's passes, which are split
+        words = " ".join(str(error).split())[:200]
+        print(f"{who}: {words}; lower data.batch_duration_s or batch_size", file=sys.stderr)
         return 1
     except KeyboardInterrupt:  # the second Ctrl-C, or one before the first step
         print(f"{who}: interrupted; the last checkpoint stands", file=sys.stderr)

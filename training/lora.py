@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from fastconformer import ASRModel
 from fastconformer.linear import Linear
+from training.recipe import LoraRecipe
 
 TARGETS = ("attention", "feed_forward")
 
@@ -42,7 +43,7 @@ class LoRALinear(Linear):
         return F.silu(y) if silu else y
 
 
-def add_lora(model: ASRModel, recipe, seed: int) -> list[str]:
+def add_lora(model: ASRModel, recipe: LoraRecipe, seed: int) -> list[str]:
     """Puts adapters beside the encoder's matrices that a LoraRecipe names; gives their paths.
 
     Raises:

@@ -10,6 +10,7 @@ Letters of shapes: B clips of a batch, T frames, T' encoder frames, V tokens wit
 
 import contextlib
 import dataclasses
+import logging
 from collections.abc import Callable, Iterator
 
 import torch
@@ -20,6 +21,8 @@ from fastconformer.augment import spec_augment
 from training.cr_ctc import consistency, time_warp
 from training.data import Batch
 from training.recipe import Recipe, SpecAugmentRecipe
+
+log = logging.getLogger("finetune")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +86,13 @@ def objective_of(recipe: Recipe, model: ASRModel) -> Objective:
     loss = recipe.loss
     if loss.use_cr_ctc and "ctc" not in heads:
         raise ValueError("loss.use_cr_ctc: no ctc head is trained; check loss.heads and the model")
+    config = model.config.loss
+    if len(heads) > 1 and config.ctc_reduction != config.rnnt_reduction:
+        log.warning(
+            "the CTC loss is reduced by %s, the transducer's by %s, so that their weights mean "
+            "different things; loss.reduction sets both",
+            *(config.ctc_reduction, config.rnnt_reduction),
+        )
     more_time = loss.cr_ctc_time_mask_ratio if loss.use_cr_ctc else 1.0
     augment = augmentation(recipe.spec_augment, model.config.nemo, more_time)
     if loss.use_cr_ctc and augment is None:
