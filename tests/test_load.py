@@ -213,6 +213,12 @@ def test_what_each_filter_drops_is_counted_and_listed(
     assert all(d["manifest"] and d["line"] and d["detail"] for d in dropped)
 
 
+def test_auto_is_a_number_before_batches_are_made(corpus, model, tmp_path):
+    recipe = recipe_of(corpus, {"batch_duration_s": "auto"})
+    with pytest.raises(ValueError, match="find_batch RECIPE --write"):
+        batch_order(load(recipe, model, tmp_path), recipe, 0)
+
+
 def test_speed_makes_clips_shorter_and_leaves_ctc_its_frames(corpus, model, tmp_path):
     slow, fast = (recipe_of(corpus, augment={"speeds": [s]}) for s in (0.5, 2.0))
     plain = recipe_of(corpus)

@@ -96,6 +96,8 @@ def _file_seconds(clip: Clip) -> float:
 def batch_indices(durations_s: list[float], recipe: Recipe, first: int) -> Iterator[list[int]]:
     """Endless batches of similar lengths, from the `first`-th on; a function of its arguments."""
     data, epoch = recipe.data, 0
+    if data.batch_duration_s == "auto":
+        raise ValueError("data.batch_duration_s: auto belongs to training.finetune; give seconds")
     durations = np.maximum(np.asarray(durations_s), data.pad_to_s)
     while True:
         rng = np.random.default_rng([recipe.trainer.seed, epoch])
@@ -105,7 +107,7 @@ def batch_indices(durations_s: list[float], recipe: Recipe, first: int) -> Itera
             seconds = durations[[*current, index]].max() * (len(current) + 1)
             full = data.batch_size is not None and len(current) >= data.batch_size
             limit = data.batch_duration_s
-            full = full or (isinstance(limit, float | int) and seconds > limit)
+            full = full or (limit is not None and seconds > limit)
             if current and full:
                 batches.append(current)
                 current = []

@@ -219,7 +219,17 @@ def _why(dropped: list[Dropped]) -> str:
 
 
 def epoch_plan(train: TrainingSet, recipe: Recipe, epoch: int) -> Epoch:
+    """An epoch of a recipe.
+
+    Raises:
+        ValueError: data.batch_duration_s is still "auto": `find_batch.settled` gives the number.
+    """
     data = recipe.data
+    if data.batch_duration_s == "auto":
+        raise ValueError(
+            "data.batch_duration_s is auto, and only a run finds its number when it starts; write "
+            "it into the recipe with: python -m training.find_batch RECIPE --write"
+        )
     return plan_epoch(
         train.sources,
         train.durations_s,
