@@ -6,6 +6,7 @@ import io
 import json
 import math
 import random
+import unicodedata
 
 import pytest
 import sentencepiece
@@ -359,3 +360,18 @@ def test_extension_by_characters(kind, tmp_path, capsys):
     with pytest.raises(SystemExit) as usage:
         train_command.main(arguments)
     assert usage.value.code == 2
+
+
+def test_arabic_with_diacritics():
+    english = prompts("en", "train")
+    folder = speech("arabic_commands")
+    lines = (folder / "train.jsonl").read_text(encoding="utf-8").splitlines()
+    arabic = sorted({json.loads(line)["text_diacritized"] for line in lines})
+    a, b = train_tokenizer(english, 200), train_tokenizer(arabic, 60)
+    merged, report = merge_tokenizers(a, b, english, arabic)
+    assert changed_lines(a, merged, english) == 0
+    ids = processor(merged).encode(arabic)
+    normal = [unicodedata.normalize("NFKC", text) for text in arabic]
+    assert [processor(merged).decode(line) for line in ids] == normal
+    assert report["new_language"]["merged"]["unknown_rate"] == 0
+    assert any(char in "".join(normal) for char in "\u064e\u0650\u0651")
