@@ -7,7 +7,7 @@ rounding.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
@@ -228,8 +228,8 @@ def stochastic_round(values: Tensor, generator: torch.Generator) -> Tensor:
 
 
 class Rounding:
-    """The random bits of one parameter's update follow from the seed, the parameter's place and its
-    step: equal after resuming, and equal on every process that holds a copy."""
+    """The random bits of an update follow from the seed and the place and step of its (first)
+    parameter: equal after resuming, and equal on every process that holds a copy."""
 
     def __init__(self, parameters: Iterable[Tensor], seed: int):
         self.place = {parameter: i for i, parameter in enumerate(parameters)}
@@ -245,8 +245,8 @@ class Rounding:
 
 
 class RoundedAdamW(torch.optim.Optimizer):
-    """AdamW for parameters in bfloat16: moments and the update in float32, one parameter at a time,
-    then stochastic rounding. Parameters in float32 are updated as ever."""
+    """AdamW for parameters in bfloat16: moments and the update in float32, a few parameters at a
+    time, then stochastic rounding. Parameters in float32 are updated as ever."""
 
     def __init__(self, groups: list[dict], lr: float, betas, eps: float, seed: int):
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
@@ -255,35 +255,43 @@ class RoundedAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure=None):
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                state = self.state[parameter]
-                if not state:
-                    state["step"] = 0
-                    for moment in ("exp_avg", "exp_avg_sq"):
-                        state[moment] = torch.zeros_like(parameter, dtype=torch.float32)
-                value = parameter.float()  # itself where it is float32
-                done = torch.full((), state["step"], dtype=torch.float32, device=value.device)
-                adamw(
-                    [value],
-                    [parameter.grad.float()],
-                    [state["exp_avg"]],
-                    [state["exp_avg_sq"]],
-                    [],
-                    [done],
-                    fused=True,
-                    amsgrad=False,
-                    beta1=group["betas"][0],
-                    beta2=group["betas"][1],
-                    lr=group["lr"],
-                    weight_decay=group["weight_decay"],
-                    eps=group["eps"],
-                    maximize=False,
-                )
-                state["step"] += 1
-                if parameter.dtype == torch.bfloat16:
-                    parameter.copy_(self.rounding(parameter, value, state["step"]))
+            for parameters in _portions([p for p in group["params"] if p.grad is not None]):
+                self._update(group, parameters)
+
+    def _update(self, group: dict, parameters: list[Tensor]) -> None:
+        states = [self.state[parameter] for parameter in parameters]
+        for parameter, state in zip(parameters, states, strict=True):
+            if not state:
+                state["step"] = 0
+                for moment in ("exp_avg", "exp_avg_sq"):
+                    state[moment] = torch.zeros_like(parameter, dtype=torch.float32)
+        values = [parameter.float() for parameter in parameters]  # themselves where float32
+        done = [float(state["step"]) for state in states]
+        adamw(
+            values,
+            [parameter.grad.float() for parameter in parameters],
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [],
+            list(torch.tensor(done, device=values[0].device).unbind()),
+            fused=True,
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+        for state in states:
+            state["step"] += 1
+        halves = [i for i, p in enumerate(parameters) if p.dtype == torch.bfloat16]
+        if halves:
+            first, flat = halves[0], torch.cat([values[i].flatten() for i in halves])
+            rounded = self.rounding(parameters[first], flat, states[first]["step"])
+            parts = rounded.split([values[i].numel() for i in halves])
+            for i, part in zip(halves, parts, strict=True):
+                parameters[i].copy_(part.view_as(parameters[i]))
 
     def load_state_dict(self, state_dict: dict):
         """torch casts moments to their parameter's type; these stay float32."""
@@ -295,6 +303,20 @@ class RoundedAdamW(torch.optim.Optimizer):
                 if isinstance(value, Tensor):
                     value = value.to(parameter.device, torch.float32, copy=True)
                 self.state[parameter][key] = value
+
+
+def _portions(parameters: list[Tensor], most: int = 1 << 25) -> Iterator[list[Tensor]]:
+    """Lists of neighbours with at most so many elements, or of one parameter: what is held in
+    float32 besides stays small."""
+    portion, size = [], 0
+    for parameter in parameters:
+        if portion and size + parameter.numel() > most:
+            yield portion
+            portion, size = [], 0
+        portion.append(parameter)
+        size += parameter.numel()
+    if portion:
+        yield portion
 
 
 def _round_updates(optimizer, parameters: list[Tensor], seed: int) -> None:
