@@ -9,6 +9,8 @@ from converters.to_birwkv7 import default_head_size, to_birwkv7
 from fastconformer import load_model
 from fastconformer.checkpoint import read_checkpoint
 from fastconformer.model import model_of
+from training.recipe import EncoderRecipe, LossRecipe, ModelRecipe
+from training.start import build_model
 
 
 @pytest.mark.parametrize("case", ["ctc_bpe", "tdt_bpe", "local_attn_g1", "hybrid_rnnt_ctc_bpe"])
@@ -86,3 +88,27 @@ def test_bad_usage(tmp_path, capsys):
     error = capsys.readouterr().err
     assert "the head size is 37, expected a divisor of d_model" in error.splitlines()[-1]
     assert not (tmp_path / "x").exists()
+
+
+def test_recipe_key(tmp_path):
+    """`encoder.attention: birwkv7` converts on the way into training."""
+    path = str(golden("tdt_bpe") / "model.nemo")
+    loss = LossRecipe()
+
+    def built(init_from=path, **keys):
+        return build_model(ModelRecipe(init_from=init_from), loss, 0, EncoderRecipe(**keys))
+
+    assert built().config.encoder.self_attention_model == "rel_pos"
+    warm = built(attention="birwkv7", direction_dropout=0.25)
+    cold = built(attention="birwkv7", warm_start=False)
+    assert warm.config.encoder.self_attention_model == "rwkv7_attn"
+    assert all(layer.self_attn.direction_dropout == 0.25 for layer in warm.encoder.layers)
+    assert warm.encoder.layers[0].self_attn.output.weight.abs().max() > 0
+    assert cold.encoder.layers[0].self_attn.output.weight.abs().max() == 0
+    warm.save(tmp_path / "warm")
+    again = built(str(tmp_path / "warm"), attention="birwkv7")  # has it: stays as it is
+    assert torch.equal(
+        again.encoder.layers[1].self_attn.key.weight, warm.encoder.layers[1].self_attn.key.weight
+    )
+    with pytest.raises(ValueError, match="direction_dropout belongs to BiRWKV7"):
+        built(direction_dropout=0.1)
