@@ -93,7 +93,7 @@ def summarize(report: str) -> list[dict]:
             rows.append(dict(arch=arch, kernel=_kernel_name(mangled), registers=0, spilled_bytes=0))
         elif "spill stores" in line and rows:
             stores, loads = line.split(",")[1:3]
-            rows[-1]["spilled_bytes"] = int(stores.split()[0]) + int(loads.split()[0])
+            rows[-1]["spilled_bytes"] += int(stores.split()[0]) + int(loads.split()[0])
         elif "Used" in line and "registers" in line and rows:
             rows[-1]["registers"] = int(line.split("Used")[1].split()[0])
     return sorted(rows, key=lambda row: (row["arch"], row["kernel"]))

@@ -32,7 +32,7 @@ from torch import Tensor
 
 CHUNK = 32  # frames; a power of two
 SEGMENT = 512  # frames between saved states: N * N / 512 numbers a frame and head
-ROWS = 512  # chunks at work at once, about: bounds the working memory
+ROWS = 128  # chunks at work at once, about: 1 MiB a tensor for heads 64 wide, for caches' sake
 LARGEST_W = 80.0  # exp of more is no float32; the decay is exactly 0 from w = 5 on
 
 
@@ -69,17 +69,17 @@ def forward(
     if initial_state is not None:
         state.copy_(initial_state.mT)
     saved = state.new_zeros(n_segments(frames) if save_states else 0, *state.shape)
-    for stretch in _stretches(r, lengths, reverse):
+    for stretch in _stretches(r, lengths, reverse, step=1):
         entry = state[stretch.clips]
         part = stretch.part(inputs, dtype, False)
         outputs, before, exit_state = part.run(stretch.rows_of_chunk, entry.flatten(0, 1))
         stretch.scatter(outputs, y)
         state[stretch.clips] = exit_state.view_as(entry)
         if save_states:
-            for i in range(0, len(before), SEGMENT // CHUNK):
-                states = before[i].unflatten(0, (-1, heads))
-                segment = (stretch.first_chunk + i) // (SEGMENT // CHUNK)
-                saved[segment, stretch.clips[: len(states)]] = states
+            for chunk, states in enumerate(before, start=stretch.first_chunk):
+                if chunk % (SEGMENT // CHUNK) == 0:
+                    states = states.unflatten(0, (-1, heads))
+                    saved[chunk // (SEGMENT // CHUNK), stretch.clips[: len(states)]] = states
     return y, state.mT.contiguous(), saved
 
 
@@ -111,7 +111,7 @@ def backward(
         grad_state = saved.new_zeros(saved.shape[1:])
     else:
         grad_state = grad_state.to(dtype).mT.contiguous()
-    for stretch in reversed(list(_stretches(r, lengths, reverse))):
+    for stretch in reversed(list(_stretches(r, lengths, reverse, SEGMENT // CHUNK))):
         part = stretch.part(inputs, dtype, True)
         entry = saved[stretch.first_chunk // (SEGMENT // CHUNK), stretch.clips]
         _, before, _ = part.run(stretch.rows_of_chunk, entry.flatten(0, 1))
@@ -163,40 +163,46 @@ class _Stretch:
         x.view(-1, *x.shape[2:]).index_copy_(0, frames, rows)
 
 
-def _stretches(x: Tensor, lengths: Tensor | None, reverse: bool) -> Iterator[_Stretch]:
-    """Cut (B, T, H, N) into stretches, each clip's in the order of its recurrence."""
+def _stretches(x: Tensor, lengths: Tensor | None, reverse: bool, step: int) -> Iterator[_Stretch]:
+    """Cut (B, T, H, N) into stretches of a multiple of `step` chunks, in each clip's order."""
     batch, frames, heads, _ = x.shape
-    if lengths is None:
-        lengths = torch.full((batch,), frames)
-    lengths, order = lengths.cpu().sort(descending=True, stable=True)
-    counts = -(-lengths // CHUNK)
-    step = SEGMENT // CHUNK
+    known = [frames] * batch if lengths is None else lengths.tolist()
+    order = sorted(range(batch), key=lambda clip: -known[clip])
     clips_at_once = max(1, ROWS // (heads * step))
-    for group, group_lengths, group_counts in zip(
-        order.split(clips_at_once), lengths.split(clips_at_once), counts.split(clips_at_once)
-    ):
+    within = torch.arange(CHUNK, device=x.device)
+    for first_clip in range(0, batch, clips_at_once):
+        group = order[first_clip : first_clip + clips_at_once]
+        counts = [-(-known[clip] // CHUNK) for clip in group]
         first = 0
-        while (running := int((group_counts > first).sum())) > 0:
-            # Few clips and heads take several segments at once, so that no operator is tiny.
-            last = first + step * max(1, ROWS // (running * heads * step))
-            indices = range(first, min(last, int(group_counts[0])))
-            running_at = [int((group_counts > i).sum()) for i in indices]
-            members = torch.cat([torch.arange(n) for n in running_at])
-            start = torch.tensor(indices).repeat_interleave(torch.tensor(running_at)) * CHUNK
-            position = (start[:, None] + torch.arange(CHUNK)).flatten()
-            members = members.repeat_interleave(CHUNK)
-            length = group_lengths[members]
-            present = position < length
-            frame = length - 1 - position if reverse else position
-            index = group[members] * frames + frame.clamp(0, frames - 1)
-            padded = not bool(present.all())
+        while (running := sum(count > first for count in counts)) > 0:
+            # Few clips and heads take more chunks at once, so that no operator is tiny.
+            last = min(first + step * max(1, ROWS // (running * heads * step)), counts[0])
+            rows_of_chunk, clip_of_row, start_of_row = [], [], []
+            for chunk in range(first, last):
+                present = sum(count > chunk for count in counts)
+                rows_of_chunk.append(present * heads)
+                clip_of_row += group[:present]
+                start_of_row += [chunk * CHUNK] * present
+            clip = torch.tensor(clip_of_row, device=x.device)[:, None]
+            position = torch.tensor(start_of_row, device=x.device)[:, None] + within
+            padded = any(
+                start + CHUNK > known[clip] for clip, start in zip(clip_of_row, start_of_row)
+            )
+            valid, frame = None, position
+            if padded or reverse:
+                length = torch.tensor([known[clip] for clip in clip_of_row], device=x.device)
+                length = length[:, None]
+                frame = length - 1 - position if reverse else position
+                if padded:
+                    valid = (position < length).flatten()
+                    frame = frame.clamp(0, frames - 1)
             yield _Stretch(
-                group[:running].to(x.device),
+                torch.tensor(group[:running], device=x.device),
                 first,
-                [n * heads for n in running_at],
-                index.to(x.device),
-                (~present).nonzero()[:, 0].to(x.device) if padded else None,
-                present.nonzero()[:, 0].to(x.device) if padded else None,
+                rows_of_chunk,
+                (clip * frames + frame).flatten(),
+                None if valid is None else (~valid).nonzero()[:, 0],
+                None if valid is None else valid.nonzero()[:, 0],
             )
             first = last
 

@@ -86,15 +86,15 @@ struct WalkBack : Walk<T, N, VB, PRECISE> {
 
     // One channel a thread: through the decays to the inputs. Gradients of decays are those of
     // their logarithms, so a decay of 0 needs no care.
-    DEVICE void finish(S& s, int chunk) {
-        const int64_t offset = (int64_t(this->direction) * PARTS + part) * this->whole();
-        const Arguments& args = this->args;
+    // A call of its own, since it wants all registers. `offset`: of its part of the sum.
+    DEVICE_CALL static void finish(S& s, const Arguments& args, int clip, int head, int length,
+                                   int reversed_length, int64_t offset, int chunk) {
         for (int n = thread(); n < N; n += THREADS) {
             float k[C], b[C], grad_k[C], grad_b[C], by_decay[C];
             float after = 1.f;
             UNROLL for (int t = C - 1; t >= 0; --t) {
-                const bool valid = chunk * C + t < this->length;
-                const int64_t at = this->row(chunk * C + t) + n;
+                const bool valid = chunk * C + t < length;
+                const int64_t at = Base::row_of(args, clip, head, reversed_length, chunk * C + t) + n;
                 k[t] = valid ? to_float(static_cast<const T*>(args.k)[at]) : 0.f;
                 b[t] = valid ? to_float(static_cast<const T*>(args.b)[at]) : 0.f;
                 grad_k[t] = s.grad_key[0][t][n] * after;
@@ -114,9 +114,8 @@ struct WalkBack : Walk<T, N, VB, PRECISE> {
             }
             float before = 1.f;
             UNROLL for (int t = 0; t < C; ++t) {
-                fence();
-                const bool valid = chunk * C + t < this->length;
-                const int64_t at = this->row(chunk * C + t) + n;
+                const bool valid = chunk * C + t < length;
+                const int64_t at = Base::row_of(args, clip, head, reversed_length, chunk * C + t) + n;
                 const float a = valid ? to_float(static_cast<const T*>(args.a)[at]) : 0.f;
                 const float r = valid ? to_float(static_cast<const T*>(args.r)[at]) : 0.f;
                 const float decay = s.decay[t][n], decayed_r = r * decay;
@@ -151,9 +150,8 @@ struct WalkBack : Walk<T, N, VB, PRECISE> {
                 }
             }
             UNROLL for (int t = 0; t < C; ++t) {
-                fence();
-                if (chunk * C + t >= this->length) continue;
-                const int64_t at = this->row(chunk * C + t) + n;
+                if (chunk * C + t >= length) continue;
+                const int64_t at = Base::row_of(args, clip, head, reversed_length, chunk * C + t) + n;
                 const float w = to_float(static_cast<const T*>(args.w)[at]);
                 static_cast<T*>(args.grads[1])[offset + at] =
                     from_float<T>(by_decay[t] * Base::log_decay_of(w));
@@ -195,7 +193,9 @@ struct WalkBack : Walk<T, N, VB, PRECISE> {
             if (!only_state) {
                 spread(s, chunk);
                 barrier();
-                finish(s, chunk);
+                finish(s, this->args, this->clip, this->head, this->length,
+                       this->reverse ? this->length : 0,
+                       (int64_t(this->direction) * PARTS + part) * this->whole(), chunk);
             }
             advance_back(s);
             barrier();

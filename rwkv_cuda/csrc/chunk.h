@@ -94,7 +94,12 @@ struct Walk {
 
     // Index into (B, T, H, N) of a position of the recurrence.
     DEVICE int64_t row(int position) const {
-        int frame = reverse ? length - 1 - position : position;
+        return row_of(args, clip, head, reverse ? length : 0, position);
+    }
+    // reversed_length: the clip's length in the reverse direction, 0 in the other.
+    DEVICE static int64_t row_of(const Arguments& args, int clip, int head, int reversed_length,
+                                 int position) {
+        int frame = reversed_length ? reversed_length - 1 - position : position;
         return ((int64_t(clip) * args.frames + frame) * args.heads + head) * N;
     }
     DEVICE int64_t whole() const {  // elements of a (B, T, H, N)

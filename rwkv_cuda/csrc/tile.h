@@ -11,9 +11,11 @@
 
 #ifdef __CUDACC__
 #define DEVICE __device__ __forceinline__
+#define DEVICE_CALL __device__ __noinline__  // a real call, with the registers all its own
 #define UNROLL _Pragma("unroll")
 #else
 #define DEVICE inline
+#define DEVICE_CALL inline
 #define UNROLL
 #endif
 
@@ -23,14 +25,11 @@ namespace wkv7 {
 constexpr int THREADS = 128;
 DEVICE int thread() { return threadIdx.x; }
 DEVICE void barrier() { __syncthreads(); }
-// Keeps the compiler from starting loads of later steps here: they would hold registers until then.
-DEVICE void fence() { asm volatile("" ::: "memory"); }
 DEVICE float exponential(float x) { return expf(x); }
 #else
 constexpr int THREADS = 1;
 DEVICE int thread() { return 0; }
 DEVICE void barrier() {}
-DEVICE void fence() {}
 DEVICE float exponential(float x) { return std::exp(x); }
 #endif
 
@@ -112,7 +111,10 @@ DEVICE void product(A a, B b, Store store, int turn = 0) {
     constexpr int TILES = (M / 16) * (N / 8 / WIDE);
 #ifdef __CUDACC__
     constexpr int WARPS = THREADS / 32;
-    const int lane = thread() & 31;
+    // Opaque, so that the indices that follow from it are computed here, and not for all products
+    // at once before the loop over chunks, to lie in registers or be spilled.
+    int lane = thread() & 31;
+    asm volatile("" : "+r"(lane));
     for (int tile = (thread() / 32 + turn) % WARPS; tile < TILES; tile += WARPS) {
         const int i0 = tile % (M / 16) * 16, j0 = tile / (M / 16) * 8 * WIDE;
         float c[WIDE][4] = {};

@@ -7,19 +7,19 @@
 using namespace wkv7;
 
 template <typename T, int N>
-__global__ void __launch_bounds__(THREADS, 2) forward_kernel(Arguments args, Mode mode) {
+__global__ void __launch_bounds__(THREADS, 2) forward_kernel(const __grid_constant__ Arguments args, Mode mode) {
     extern __shared__ float4 memory[];
     forward_block<T, N>(args, mode, blockIdx.x, memory);
 }
 
 template <typename T, int N>
-__global__ void __launch_bounds__(THREADS, 2) backward_kernel(Arguments args, Mode mode) {
+__global__ void __launch_bounds__(THREADS, 2) backward_kernel(const __grid_constant__ Arguments args, Mode mode) {
     extern __shared__ float4 memory[];
     backward_block<T, N>(args, mode, blockIdx.x, memory);
 }
 
 template <int N>
-__global__ void __launch_bounds__(THREADS, 2) scan_kernel(Arguments args, bool adjoint) {
+__global__ void __launch_bounds__(THREADS, 2) scan_kernel(const __grid_constant__ Arguments args, bool adjoint) {
     extern __shared__ float4 memory[];
     scan_block<N>(args, adjoint, blockIdx.x, memory);
 }
