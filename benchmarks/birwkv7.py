@@ -2,6 +2,7 @@
 
     python -m benchmarks.birwkv7 --plot docs/birwkv7_cost.svg
     python -m benchmarks.birwkv7 --audio talk.ogg --hours 1 --model models/base_tiny.nemo
+    python -m benchmarks.birwkv7 --curves attention=runs/a random=runs/b --plot docs/curves.svg
 
 First form: an encoder with random weights takes random features of each length, one clip, in one
 pass, in a process of its own. Time is the process's CPU seconds (the best of `--repeats`), which
@@ -12,6 +13,8 @@ encoder frame (80 ms of audio with 8-fold subsampling).
 Second form: a recording, repeated to so many hours, through `model.transcribe` in one pass; an
 attention model is converted first. Prints seconds, times real time and peak memory beside what
 `memory_estimate` said.
+
+Third form: word error rates of training runs, by step, from the `ledger.jsonl` of their folders.
 
 The last line printed is the result as JSON; it is also written to `--out`.
 """
@@ -193,6 +196,36 @@ def long_recording(arguments) -> dict:
     return result
 
 
+def learning_curves(runs: list[str]) -> dict:
+    """{"name": {head: [(step, WER in %), ...]}} of `name=folder` each."""
+    curves = {}
+    for run in runs:
+        name, _, folder = run.partition("=")
+        lines = [json.loads(x) for x in (Path(folder) / "ledger.jsonl").read_text().splitlines()]
+        sets = {line["step"]: line["sets"] for line in lines}
+        for step, by_set in sets.items():
+            for head in next(iter(by_set.values())):
+                rates = [rates[head]["wer"] for rates in by_set.values()]
+                point = step, round(100 * sum(rates) / len(rates), 2)
+                curves.setdefault(name, {}).setdefault(head, []).append(point)
+    return {"curves": curves}
+
+
+def plot_curves(result: dict) -> str:
+    heads = list(next(iter(result["curves"].values())))
+    return line_charts(
+        [
+            {
+                "title": f"{head} head, held-out voices",
+                "x": "labelled steps",
+                "y": "WER, %",
+                "series": {name: by_head[head] for name, by_head in result["curves"].items()},
+            }
+            for head in heads
+        ]
+    )
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.birwkv7",
@@ -207,6 +240,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=3, help="(%(default)s)")
     parser.add_argument("--audio", type=Path, help="a recording: transcribe it instead")
     parser.add_argument("--hours", type=float, default=1.0, help="its length (%(default)s)")
+    parser.add_argument("--curves", nargs="+", metavar="NAME=FOLDER", help="run folders instead")
     parser.add_argument("--model", default="models/base_tiny.nemo", help="(%(default)s)")
     parser.add_argument("--plot", type=Path, metavar="FILE.svg")
     parser.add_argument("--out", type=Path, metavar="FILE.json")
@@ -217,7 +251,11 @@ def main(argv: list[str] | None = None) -> int:
         size = {name: getattr(arguments, name) for name in ("layers", "d_model", "threads")}
         print(json.dumps(measure(arguments.worker, arguments.frames[0], size, arguments.repeats)))
         return 0
-    if arguments.audio:
+    if arguments.curves:
+        result, name = learning_curves(arguments.curves), "birwkv7_learning.json"
+        if arguments.plot:
+            arguments.plot.write_text(plot_curves(result))
+    elif arguments.audio:
         if not arguments.audio.is_file():
             parser.error(f"--audio {arguments.audio} is not a file")
         result, name = long_recording(arguments), "birwkv7_long.json"
