@@ -23,7 +23,7 @@ from training.load import TrainingSet
 from training.objective import Objective
 from training.recipe import Recipe, RetainRecipe
 from training.start import build_model
-from training.vocabulary import Change, check_transfer, match_pieces
+from training.vocabulary import MARGINS, Change, check_transfer, match_pieces
 
 log = logging.getLogger("finetune")
 
@@ -117,7 +117,8 @@ def read_original(
     change = Change(tuple(sources), original.tokenizer.vocab_size)
     if is_new_run and recipe.model.transfer != "none" and retain.check_clips:
         stores = [*validation.values(), train.store]
-        said = check_transfer(original, model, change, _check_clips(stores, retain))
+        margin = MARGINS[recipe.model.new_rows]
+        said = check_transfer(original, model, change, _check_clips(stores, retain), margin)
         log.info("vocabulary: %s", said)
     return original, change
 
