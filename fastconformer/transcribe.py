@@ -42,6 +42,7 @@ from .timestamps import Span
 
 # Subtitle limits that broadcasters share: two lines of 42 characters, seven seconds.
 LINE_CHARACTERS, CUE_LINES, CUE_SECONDS = 42, 2, 7.0
+READING_SPEED = 17.0  # characters a second that viewers read: a cue stays as long as it takes
 PAUSE_SECONDS = 1.5  # a silence this long ends a cue even inside a segment
 SHORTEST_CUE_SECONDS = 0.5  # a word of one frame would flash; held as far as the next cue allows
 LEAST_CUE_SECONDS = 0.002  # whatever the times: players drop a cue that ends where it starts
@@ -127,6 +128,7 @@ def cues(transcript: Transcript) -> list[Span]:
     """Subtitles: spans whose text has at most two lines of 42 characters and lasts at most seven
     seconds. They end with segments and at pauses, and are cut between words.
 
+    They stay for as long as they take to read, 17 characters a second, or until the next cue.
     A single longer word stays whole. Cues are in order, do not overlap and are never of length 0.
     """
     _need_times(transcript)
@@ -147,7 +149,8 @@ def cues(transcript: Transcript) -> list[Span]:
     for k, group in enumerate(groups):
         start = group[0].start
         start = max(start, spans[-1].end if spans else 0.0)
-        end = max(group[-1].end, start + SHORTEST_CUE_SECONDS)
+        reading_s = sum(len(word.text) + 1 for word in group) / READING_SPEED
+        end = max(group[-1].end, start + SHORTEST_CUE_SECONDS, start + reading_s)
         if transcript.duration > start:
             end = min(end, max(transcript.duration, start + LEAST_CUE_SECONDS))
         if k + 1 < len(groups):
@@ -388,7 +391,9 @@ def add_decoding_arguments(parser: argparse.ArgumentParser):
     group.add_argument("--lm", type=Path, metavar="FILE", help="ARPA language model, also .gz")
     group.add_argument("--lm-weight", type=float, default=0.3, help="of its scores (%(default)s)")
     group.add_argument(
-        "--lm-bonus", type=float, default=0.0, help="nats added for each of its words (%(default)s)"
+        "--lm-bonus",
+        type=float,
+        help="nats added for each of its words (default: what an average word costs)",
     )
     group.add_argument(
         "--boost",

@@ -244,6 +244,8 @@ def test_words_are_scored_as_the_model_scores_them(tmp_path):
         assert total(scorer, text) == pytest.approx(model.sentence(words), abs=1e-4), text
     weighted = language_model_scorer(model, CHARS, 0.5, 2.0, "cpu")
     expected = 0.5 * model.sentence(["cat", "sat"]) + 4.0
+    average = language_model_scorer(model, CHARS, 0.5, None, "cpu")
+    assert average.bonus == pytest.approx(0.5 * model.entropy())
     assert total(weighted, "cat sat") == pytest.approx(expected, abs=1e-4)
 
 

@@ -98,6 +98,9 @@ def test_cues_are_readable_and_complete(transcript):
         assert 0.001 < cue.end - cue.start <= 7.001
     for before, cue in pairwise(found):
         assert before.end <= cue.start
+        # read in peace, or until the next one; nothing is held for longer than a cue may last
+        readable = before.start + (len(before.text) - 1) / 17
+        assert before.end >= min(readable, cue.start, before.start + 7) - 1e-6
     firsts = {segment.text.split()[0] for segment in transcript.segments}
     assert not found or {cue.text.split()[0] for cue in found} >= firsts
 

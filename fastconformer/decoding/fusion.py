@@ -49,10 +49,12 @@ class Fusion:
 
 
 def language_model_scorer(
-    model: NGramModel, tokenizer: Tokenizer, weight: float, bonus: float, device
+    model: NGramModel, tokenizer: Tokenizer, weight: float, bonus: float | None, device
 ) -> "TokenScorer | WordScorer":
     """The scorer for what the model's words are: the tokenizer's pieces, tokens as NeMo's KenLM
-    scripts write them, or whole words. `bonus` is added for each token or word."""
+    scripts write them, or whole words. `bonus` is added for each token or word; None: for words
+    what an average one costs, since the audio's scores have no such cost that would be saved by
+    not ending a word."""
     names = [word for word in model.words if word not in _MARKERS]
     # a file of words between spaces spells a space otherwise
     space = "<space>" if "<space>" in model.words else "▁"
@@ -63,10 +65,11 @@ def language_model_scorer(
     as_nemo = sum(len(name) == 1 and ord(name) in encoded for name in names)
     most = 0.9 * len(names)
     if max(as_pieces, as_nemo) < most:
+        bonus = weight * model.entropy() if bonus is None else bonus
         return WordScorer(model, tokenizer, weight, bonus, device)
     if as_nemo > as_pieces:
         spelled = [chr(i) for i in encoded]
-    return TokenScorer(model, spelled, weight, bonus, device)
+    return TokenScorer(model, spelled, weight, bonus or 0.0, device)
 
 
 _MARKERS = {"<s>", "</s>", "<unk>", "<UNK>"}

@@ -56,6 +56,12 @@ class NGramModel:
             states = torch.where(open_, self.shorter[states], states)
         return total, following
 
+    def entropy(self) -> float:
+        """Nats of an average word, without its history."""
+        words = torch.arange(len(self.words), device=self.keys.device)
+        log_probs, _ = self.score(torch.zeros_like(words), words)
+        return -float((log_probs.exp() * log_probs).sum())
+
     def sentence(self, words: list[str], ends: bool = True) -> float:
         """Log-probability of a sentence of words (or tokens), in nats."""
         ids = [self.words.get(word, self.unk_id) for word in words]

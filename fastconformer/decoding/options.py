@@ -21,7 +21,8 @@ class DecodingOptions:
     beam: hypotheses kept; 1 without a language model and phrases is greedy.
     lm: an ARPA file (.gz too), or the NGramModel that `read_arpa` gave, of words or of tokens.
     lm_weight: of its log-probabilities beside the audio's; lm_bonus: nats added for each word (or
-        token, as the model has it), against texts that become too short.
+        token, as the model has it), against texts that become too short. None: for a model of
+        words what an average word of it costs, for one of tokens nothing.
     boost: phrases to expect, with nats for each piece they are written with, or phrases alone,
         which get `boost_weight`.
     allow: languages, scripts or pieces that may occur; empty: all.
@@ -33,7 +34,7 @@ class DecodingOptions:
     beam: int = 1
     lm: NGramModel | str | Path | None = None
     lm_weight: float = 0.3
-    lm_bonus: float = 0.0
+    lm_bonus: float | None = None
     boost: Mapping[str, float] | Sequence[str] | None = None
     boost_weight: float = 1.5
     allow: Sequence[str] = ()
