@@ -72,7 +72,7 @@ def _ticks(low: float, high: float, log: bool) -> list[float]:
             if low <= digit * 10.0**power <= high
         ]
     step = 10.0 ** math.floor(math.log10((high - low) or 1))
-    step = next(s for s in (step / 5, step / 2, step) if (high - low) / s <= 8)
+    step = next(s for s in (step / 5, step / 2, step, 2 * step) if (high - low) / s <= 8)
     first = math.ceil(low / step)
     return [step * i for i in range(first, int(high / step) + 1)]
 
