@@ -241,7 +241,8 @@ class BiRWKV7(nn.Module):
     def _outputs(self, step, x, r, k, v, before, after, gate, pad_mask):
         """The block's result, (B, T, D)."""
         if before is None or after is None:
-            y = self._heads(after if before is None else before)
+            # the gate is not asked; a gradient of zero keeps it in step with other layers and ranks
+            y = self._heads(after if before is None else before) + 0.0 * gate[..., None]
         else:
             y = torch.lerp(self._heads(after), self._heads(before), gate[..., None])
         y = F.layer_norm(y.float(), (self.d_head,), eps=NORM_EPS).flatten(2)
