@@ -10,7 +10,7 @@ BASE := models/base_tiny.nemo
 # The CPU's share in the quickstart. More threads than this do not help a model so small.
 quickstart: export OMP_NUM_THREADS = 2
 
-.PHONY: quickstart test test-all bench lint clean
+.PHONY: quickstart test test-all bench kernels lint clean
 
 # An empty file in the environment marks what is installed in it.
 $(VENV)/.%-installed: setup.py pyproject.toml constraints.txt
@@ -41,6 +41,10 @@ test-all: $(VENV)/.test-installed
 
 bench: $(VENV)/.test-installed
 	$(BIN)/python -m benchmarks.cpu_vs_nemo $(BENCH)
+
+# Compiles the CUDA kernels for each target and checks what they spill; skips without nvcc.
+kernels: $(VENV)/.test-installed
+	$(BIN)/python -m pytest -m slow tests/test_wkv7_cuda.py
 
 lint: $(VENV)/.test-installed
 	$(BIN)/ruff check .
