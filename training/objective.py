@@ -240,7 +240,8 @@ def views_loss(
         for layer, weight in objective.interctc.items():
             total = total + weight * parts[f"interctc_{layer}"]
     if "active_share" in objective.parts:
-        parts["active_share"] = report["active_share"] * views.weights["mean_batch"].sum()
+        share = report["active_share"].view(n_views, -1).mean(0)
+        parts["active_share"] = (views.weights["mean_batch"] * share).sum()
     for name, weight in objective.kept_weights.items():
         total = total + weight * parts[name]
     return total, parts, finite

@@ -50,7 +50,7 @@ Letters besides the style guide's: H joint width, R = U+1 rows of a frame, C cel
 import functools
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import ModuleType
 from typing import NamedTuple
 
@@ -120,8 +120,8 @@ def fused_transducer_loss(
             training). The seed is one draw from torch's default CPU generator; none for 0.
         eps: gradients skip cells less occupied than this; 0 skips none. Bound: module docstring.
         tile_cells: cells whose logits are in memory at once; None: by the device.
-        report: gets "active_share" (of cells that the gradient visits) and "skipped_occupancy"
-            (share of all occupancy in those it does not), scalar tensors on the device.
+        report: gets "active_share" (of a clip's cells, those that the gradient visits) and
+            "skipped_occupancy" (share of the clip's occupancy in the others), (B,) each.
     Returns:
         float32 (float64 for float64 inputs), (B,) or a scalar. The products are in the inputs'
         common type, or autocast's; everything between them in float32 (float64). Gradients come in
@@ -225,6 +225,7 @@ class Job(NamedTuple):
     frames: Tensor  # (B,), int64
     rows: Tensor  # (B,), U+1 of each clip
     offsets: Tensor  # (B,), first cell of each clip
+    shapes: tuple[tuple[int, int], ...]  # frames and rows again, known to Python
     n_frames: int  # T' of the tensors
     n_rows: int  # R of the tensors
     n_cells: int
@@ -235,6 +236,16 @@ class Job(NamedTuple):
     activation: str
     dropout: float
     seed: int
+
+
+class Tile(NamedTuple):
+    """Cells that are worked on at once."""
+
+    index: Tensor  # numbers of the cells, ascending, (n,)
+    first: int  # of them
+    last: int
+    start: int = 0  # visited cells before the tile
+    before: Tensor | None = None  # visited cells before each cell, (C + 1,); None: all before it
 
 
 class Cells(NamedTuple):
@@ -260,6 +271,7 @@ def _job(
     frames = logit_lengths.to(device, torch.int64)
     rows = target_lengths.to(device, torch.int64) + 1
     ends = (frames * rows).cumsum(0)
+    shapes = tuple((t, u + 1) for t, u in zip(logit_lengths.tolist(), target_lengths.tolist()))
     targets = F.pad(targets.to(device, torch.int64), (0, max(0, n_rows - targets.shape[1])))
     none = torch.arange(n_rows, device=device) >= rows[:, None] - 1
     return Job(
@@ -271,9 +283,10 @@ def _job(
         frames,
         rows,
         ends - frames * rows,
+        shapes,
         enc.shape[1],
         n_rows,
-        int(ends[-1]),
+        sum(t * r for t, r in shapes),
         blank,
         n_classes,
         None if durations is None else tuple(durations),
@@ -303,7 +316,7 @@ def _forward(
     tile_cells: int,
     needs_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The losses (B,), the five tensors of Cells, and (active share, skipped occupancy)."""
+    """The losses (B,), the five tensors of Cells, and (2, B): active share, skipped occupancy."""
     batch, n_frames, _ = enc.shape
     inputs = f"enc_proj is {tuple(enc.shape)}, pred_proj {tuple(pred.shape)}"
     check_batch(
@@ -318,18 +331,25 @@ def _forward(
         )  # fmt: skip
         backend = _backend(enc.device)
         cells = _empty_cells(enc, len(job.enc) * job.n_rows, len(durations or ()), dtype)
-        for lo, hi in _tiles(job, job.n_cells, tile_cells):
-            backend.scores(job, torch.arange(lo, hi, device=enc.device), cells)
+        for tile in _tiles(job, None, tile_cells):
+            backend.scores(job, tile, cells)
         log_likelihood = backend.lattice(job, cells, needs_grad)
-    activity = cells.top.new_tensor([1.0, 0.0])
+    activity = cells.top.new_tensor([[1.0], [0.0]]).repeat(1, batch)
     if needs_grad and options.eps > 0.0:
         passing = (cells.blank + cells.label)[: job.n_cells]
         skipped = passing < options.eps
-        lost = passing.masked_fill(~skipped, 0.0).sum() / passing.sum()
-        activity = torch.stack([1.0 - skipped.mean(dtype=passing.dtype), lost])
+        lost = _sums(job, passing * skipped) / _sums(job, passing)
+        share = 1.0 - _sums(job, skipped) / (job.frames * job.rows)
+        activity = torch.stack([share, lost]).to(passing.dtype)
     # NeMo has this factor in float32: 1e-8 of the loss in float64.
     factor = torch.tensor(1.0 + options.fastemit_lambda, dtype=torch.float32).item()
     return (-factor * log_likelihood).to(cells.top.dtype), *cells, activity
+
+
+def _sums(job: Job, values: Tensor) -> Tensor:
+    """Of each clip's cells, (B,), without atomics."""
+    running = F.pad(values.cumsum(0, dtype=torch.float64), (1, 0))
+    return running[job.offsets + job.frames * job.rows] - running[job.offsets]
 
 
 @_forward.register_fake
@@ -339,7 +359,7 @@ def _(
 ):  # fmt: skip
     size = enc.shape[0] * enc.shape[1] * pred.shape[1]
     cells = _empty_cells(enc, size, len(durations or ()), dtype)
-    return cells.top.new_empty(enc.shape[0]), *cells, cells.top.new_empty(2)
+    return cells.top.new_empty(enc.shape[0]), *cells, cells.top.new_empty(2, enc.shape[0])
 
 
 def _empty_cells(enc, size, n_durations, dtype) -> Cells:
@@ -383,11 +403,9 @@ def _backward(
         # The products get weights of at most 1, so that a scaled loss does not overflow half types.
         largest = grad_losses.abs().amax().to(wide)
         weights = (grad_losses / largest.masked_fill(largest == 0.0, 1.0)).to(wide).contiguous()
-        active, n_cells = None, job.n_cells
+        skipped = None
         if options.eps > 0.0:
-            skipped = (cells.blank + cells.label)[:n_cells] < options.eps
-            active = skipped.logical_not_().nonzero()[:, 0]
-            n_cells = len(active)
+            skipped = (cells.blank + cells.label)[: job.n_cells] < options.eps
         sums = [
             torch.zeros(x.shape if wanted else 0, dtype=wide, device=x.device)
             for x, wanted in (
@@ -396,19 +414,18 @@ def _backward(
             )
         ]  # fmt: skip
         n_outputs = len(job.weight)  # omega's branch leaves the durations alone
-        for lo, hi in _tiles(job, n_cells, tile_cells):
-            index = torch.arange(lo, hi, device=enc.device) if active is None else active[lo:hi]
-            hidden = backend.hidden(job, index)
+        for tile in _tiles(job, skipped, tile_cells):
+            hidden = backend.hidden(job, tile)
             grad = product(hidden, job.weight, job.bias)
             backend.gradient(
-                job, index, cells, weights, options.fastemit_lambda, options.clamp, grad
+                job, tile, cells, weights, options.fastemit_lambda, options.clamp, grad
             )
             if wants_output:
                 add_outer_product(sums[2][:n_outputs], grad, hidden)
                 sums[3][:n_outputs] += grad.sum(0, dtype=wide)
             if wants_states:
                 d_hidden = product(grad, job.weight.t(), None)
-                backend.scatter(job, index, hidden, d_hidden, sums[0], sums[1])
+                backend.scatter(job, tile, hidden, d_hidden, sums[0], sums[1])
     return tuple(
         (total * largest).to(x.dtype).view(x.shape if total.numel() else 0)
         for total, x in zip(sums, (enc, pred, weight, bias), strict=True)
@@ -455,12 +472,23 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _tiles(job: Job, n_cells: int, tile_cells: int) -> list[tuple[int, int]]:
+def _tiles(job: Job, skipped: Tensor | None, tile_cells: int) -> Iterator[Tile]:
     if not tile_cells:
         kind = "cpu" if job.enc.device.type == "cpu" else "cuda"
         row_bytes = len(job.weight) * job.enc.element_size()
         tile_cells = min(_TILE_CELLS[kind], max(128, _TILE_BYTES[kind] // row_bytes))
-    return [(lo, min(lo + tile_cells, n_cells)) for lo in range(0, n_cells, tile_cells)]
+    if skipped is None:
+        for lo in range(0, job.n_cells, tile_cells):
+            hi = min(lo + tile_cells, job.n_cells)
+            yield Tile(torch.arange(lo, hi, device=job.enc.device), lo, hi - 1)
+        return
+    before = F.pad((~skipped).cumsum(0, dtype=torch.int32), (1, 0))
+    visited = (~skipped).nonzero()[:, 0]
+    starts = range(0, len(visited), tile_cells)
+    firsts = visited[::tile_cells].tolist()  # one wait for the device, not one a tile
+    lasts = [*(visited[tile_cells - 1 :: tile_cells].tolist()), *visited[-1:].tolist()]
+    for lo, first, last in zip(starts, firsts, lasts):
+        yield Tile(visited[lo : lo + tile_cells], first, last, lo, before)
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -33,23 +33,23 @@ from fastconformer.losses.fused_vectorised import dropout_threshold
 _ACTIVATIONS = {"relu": 0, "tanh": 1, "sigmoid": 2}
 
 
-def hidden(job, index) -> Tensor:
-    out = torch.empty((len(index), job.enc.shape[1]), dtype=job.enc.dtype)
+def hidden(job, tile) -> Tensor:
+    out = torch.empty((len(tile.index), job.enc.shape[1]), dtype=job.enc.dtype)
     with _threads(out.numel()) as n_threads:
         _hidden(
-            _array(job.enc), _array(job.pred), *_place(job, index), _ACTIVATIONS[job.activation],
+            _array(job.enc), _array(job.pred), *_place(job, tile), _ACTIVATIONS[job.activation],
             *_dropout(job), _array(out), n_threads,
         )  # fmt: skip
     return out
 
 
-def scores(job, index, cells):
+def scores(job, tile, cells):
     from fastconformer.losses.fused import product
 
-    logits = product(hidden(job, index), job.weight, job.bias)
+    logits = product(hidden(job, tile), job.weight, job.bias)
     with _threads(logits.numel()) as n_threads:
         _scores(
-            _array(logits), *_place(job, index), job.targets.numpy(), job.blank, job.n_classes,
+            _array(logits), *_place(job, tile), job.targets.numpy(), job.blank, job.n_classes,
             job.sigma, *(x.numpy() for x in cells), n_threads,
         )  # fmt: skip
 
@@ -67,18 +67,18 @@ def lattice(job, cells, needs_grad) -> Tensor:
     return log_likelihood
 
 
-def gradient(job, index, cells, weights, fastemit_lambda, clamp, logits):
+def gradient(job, tile, cells, weights, fastemit_lambda, clamp, logits):
     with _threads(logits.numel()) as n_threads:
         _gradient(
-            _array(logits), *_place(job, index), job.targets.numpy(), job.blank, job.n_classes,
+            _array(logits), *_place(job, tile), job.targets.numpy(), job.blank, job.n_classes,
             *(x.numpy() for x in cells), weights.numpy(), fastemit_lambda, clamp, n_threads,
         )  # fmt: skip
 
 
-def scatter(job, index, hidden, d_hidden, d_enc, d_pred):
+def scatter(job, tile, hidden, d_hidden, d_enc, d_pred):
     with _threads(hidden.numel()) as n_threads:
         _scatter(
-            _array(hidden), _array(d_hidden), *_place(job, index), _ACTIVATIONS[job.activation],
+            _array(hidden), _array(d_hidden), *_place(job, tile), _ACTIVATIONS[job.activation],
             *_dropout(job), d_enc.numpy(), d_pred.numpy(), n_threads,
         )  # fmt: skip
 
@@ -90,8 +90,8 @@ def _array(tensor) -> np.ndarray:
     return tensor.numpy()
 
 
-def _place(job, index):
-    return index.numpy(), job.offsets.numpy(), job.rows.numpy(), job.n_frames, job.n_rows
+def _place(job, tile):
+    return tile.index.numpy(), job.offsets.numpy(), job.rows.numpy(), job.n_frames, job.n_rows
 
 
 def _dropout(job):

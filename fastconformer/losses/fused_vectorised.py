@@ -1,7 +1,6 @@
 """The tiles of the fused loss in plain PyTorch, for any device; what they compute is in fused.py.
 
-The five functions of a backend, all on a Job, cells (their numbers, ascending, (n,)) and the
-batch's Cells:
+The five functions of a backend, on a Job, a Tile of n cells and the batch's Cells:
 
     scores    fills the cells' entries of Cells from their logits
     lattice   log-likelihoods (B,); with a gradient, scores in Cells become occupancies in place
@@ -49,7 +48,8 @@ def _mix(x):  # products wrap around at 64 bits, which leaves their low 32 alone
     return x ^ x >> 16
 
 
-def hidden(job, index) -> Tensor:
+def hidden(job, tile) -> Tensor:
+    index = tile.index
     clip, frame, row = locate(job, index)
     wide = job.enc.dtype if job.enc.dtype == torch.float64 else torch.float32
     total = job.enc[clip * job.n_frames + frame].to(wide) + job.pred[clip * job.n_rows + row]
@@ -59,10 +59,10 @@ def hidden(job, index) -> Tensor:
     return activated.to(job.enc.dtype)
 
 
-def scores(job, index, cells):
-    logits = F.linear(hidden(job, index), job.weight, job.bias)
-    clip, _, row = locate(job, index)
-    lo, hi = int(index[0]), int(index[-1]) + 1  # without gaps
+def scores(job, tile, cells):
+    logits = F.linear(hidden(job, tile), job.weight, job.bias)
+    clip, _, row = locate(job, tile.index)
+    lo, hi = tile.first, tile.last + 1  # without gaps
     tokens = logits[:, : job.n_classes].to(cells.top.dtype)
     cells.top[lo:hi] = top = tokens.amax(-1)
     cells.total[lo:hi] = total = (tokens - top[:, None]).exp_().sum(-1)
@@ -96,7 +96,8 @@ def lattice(job, cells, needs_grad) -> Tensor:
     return log_likelihood
 
 
-def gradient(job, index, cells, weights, fastemit_lambda, clamp, logits):
+def gradient(job, tile, cells, weights, fastemit_lambda, clamp, logits):
+    index = tile.index
     clip, _, row = locate(job, index)
     blank, label = cells.blank[index], cells.label[index]
     passing, label = blank + label, label * (1.0 + fastemit_lambda)
@@ -120,7 +121,8 @@ def gradient(job, index, cells, weights, fastemit_lambda, clamp, logits):
         logits[:, job.n_classes :] = grad.masked_fill_(ignored, 0.0).to(logits.dtype)
 
 
-def scatter(job, index, hidden, d_hidden, d_enc, d_pred):
+def scatter(job, tile, hidden, d_hidden, d_enc, d_pred):
+    index = tile.index
     clip, frame, row = locate(job, index)
     grad = d_hidden.to(d_enc.dtype)
     value = hidden.to(d_enc.dtype)
