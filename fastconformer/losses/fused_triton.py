@@ -40,7 +40,7 @@ def hidden(job, tile) -> Tensor:
     block_m, block_h = 32, min(128, triton.next_power_of_2(width))
     _hidden_kernel[(triton.cdiv(n, block_m), triton.cdiv(width, block_h))](
         job.enc, job.pred, out, tile.index, n, width, job.n_frames, job.n_rows, *_clips(job),
-        *_dropout(job), _ACTIVATIONS[job.activation], job.dropout > 0.0, _clip_block(job),
+        *_dropout(job), _ACTIVATIONS[job.activation], _clip_block(job),
         block_m, block_h,
     )  # fmt: skip
     return out
@@ -49,18 +49,20 @@ def hidden(job, tile) -> Tensor:
 def scores(job, tile, cells):
     if job.enc.dtype == torch.float64:  # for gradcheck; tensor cores have no such product
         return fused_vectorised.scores(job, tile, cells)
-    rows = hidden(job, tile)
+    rows, weight, bias = hidden(job, tile), job.weight, job.bias
     n, width = rows.shape
     n_outputs = len(job.weight)
+    assert max(n, n_outputs) * width < 1 << 31, "a tile's offsets are 32 bits wide"
     # Blank and durations are the tail; blank in front is one of the wide blocks' columns.
     n_main = job.n_classes - 1 if job.blank == job.n_classes - 1 else job.n_classes
     half = rows.dtype != torch.float32
     block_m, block_v, block_k = (128, 128, 64) if half else (64, 64, 32)
-    if not rows.is_cuda:  # the interpreter: small, to see the loops turn
+    if not rows.is_cuda:  # the interpreter: small, to see the loops turn; no bfloat16 products
         block_m, block_v, block_k = 16, 16, 16
+        rows, weight, bias = rows.float(), weight.float(), bias.float()
     precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
     _scores_kernel[(triton.cdiv(n, block_m),)](
-        rows, job.weight, job.bias, job.targets, *cells, n, tile.first, width, job.n_rows,
+        rows, weight, bias, job.targets, *cells, n, tile.first, width, job.n_rows,
         n_main, job.n_classes, n_outputs, job.blank, job.sigma, *_clips(job),
         precision, width % block_k == 0, _clip_block(job), block_m, block_v,
         max(16, triton.next_power_of_2(n_outputs - n_main)), block_k,
@@ -100,7 +102,7 @@ def gradient(job, tile, cells, weights, fastemit_lambda, clamp, logits):
     _gradient_kernel[(n,)](
         logits, tile.index, job.targets, cells.blank, cells.label, cells.duration, weights,
         n_outputs, job.n_classes, job.blank, cells.duration.shape[1], job.n_rows, *_clips(job),
-        fastemit_lambda, clamp, n_outputs - job.n_classes, weights.dtype == torch.float64,
+        n_outputs - job.n_classes, 1.0 + fastemit_lambda, clamp, weights.dtype == torch.float64,
         _clip_block(job), block, triton.next_power_of_2(max(1, n_outputs - job.n_classes)),
         num_warps=4 if block <= 2048 else 8,
     )  # fmt: skip
@@ -120,7 +122,7 @@ def scatter(job, tile, hidden, d_hidden, d_enc, d_pred):
     _enc_kernel[(n_frames, n_blocks)](
         hidden, d_hidden, d_enc, tile.index, before, tile.start, len(tile.index), tile.first,
         tile.last, lowest, width, job.n_frames, job.frames, job.rows, job.offsets, *_dropout(job),
-        _ACTIVATIONS[job.activation], job.dropout > 0.0, dense, 32, block_h,
+        _ACTIVATIONS[job.activation], dense, 32, block_h,
     )  # fmt: skip
     _pred_kernel[((last_clip - first_clip + 1) * job.n_rows, n_blocks)](
         d_hidden, d_pred, before, tile.start, tile.first, tile.last, first_clip, width, job.n_rows,
@@ -185,8 +187,8 @@ def _wide(x):
 @triton.jit(do_not_specialize=["seed_low", "seed_high", "threshold"])
 def _hidden_kernel(
     enc_ptr, pred_ptr, out_ptr, index_ptr, n, width, n_frames, n_rows, offsets_ptr, rows_ptr,
-    n_clips, seed_low, seed_high, threshold, scale, ACTIVATION: tl.constexpr,
-    DROPOUT: tl.constexpr, CLIPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr,
+    n_clips, seed_low, seed_high, threshold, SCALE: tl.constexpr, ACTIVATION: tl.constexpr,
+    CLIPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     i = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -207,8 +209,8 @@ def _hidden_kernel(
     else:
         e = tl.exp(-tl.abs(x))
         y = tl.where(x < 0, e, 1.0) / (1 + e)
-    if DROPOUT:
-        y = tl.where(_kept(cell, h, seed_low, seed_high, threshold), y * scale, 0.0)
+    if SCALE != 1.0:
+        y = tl.where(_kept(cell, h, seed_low, seed_high, threshold), y * SCALE, 0.0)
     out = out_ptr + i.to(tl.int64)[:, None] * width + h[None, :]
     tl.store(out, y.to(out_ptr.dtype.element_ty), mask=inside)
 
@@ -221,16 +223,16 @@ def _logits(
     """(M, V) logits of rows and columns; columns past the last repeat it."""
     column = tl.minimum(column, last_column)
     k = tl.arange(0, BLOCK_K)
-    x_ptr = hidden_ptr + row.to(tl.int64)[:, None] * width + k[None, :]
-    w_ptr = weight_ptr + column.to(tl.int64)[None, :] * width + k[:, None]
+    x_at = row[:, None] * width + k[None, :]  # 32 bits: half the registers
+    w_at = column[None, :] * width + k[:, None]
     z = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
     for start in range(0, width, BLOCK_K):
         if EVEN_K:
-            x = tl.load(x_ptr + start)
-            w = tl.load(w_ptr + start)
+            x = tl.load(hidden_ptr + start + x_at)
+            w = tl.load(weight_ptr + start + w_at)
         else:
-            x = tl.load(x_ptr + start, mask=(k + start < width)[None, :], other=0.0)
-            w = tl.load(w_ptr + start, mask=(k + start < width)[:, None], other=0.0)
+            x = tl.load(hidden_ptr + start + x_at, mask=(k + start < width)[None, :], other=0.0)
+            w = tl.load(weight_ptr + start + w_at, mask=(k + start < width)[:, None], other=0.0)
         z = tl.dot(x, w, z, input_precision=PRECISION)
     return z + tl.load(bias_ptr + column).to(tl.float32)[None, :]
 
@@ -267,6 +269,7 @@ def _scores_kernel(
     u = place % tl.load(rows_ptr + clip).to(tl.int32)
     target = tl.load(targets_ptr + clip * n_rows + u).to(tl.int32)
     blanks = tl.zeros((BLOCK_M,), tl.int32) + blank
+    early = tl.where(blanks < n_main, blanks, -1)  # -1: not among the wide blocks' columns
 
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
@@ -281,7 +284,7 @@ def _scores_kernel(
         z = tl.where((column < n_main)[None, :], z, float("-inf"))
         top, total = _fold(z, top, total)
         of_label += _pick(z, column, target)
-        of_blank += _pick(z, column, blanks)
+        of_blank += _pick(z, column, early)
     if n_main < n_outputs:
         column = n_main + tl.arange(0, BLOCK_TAIL)
         z = _logits(
@@ -455,7 +458,7 @@ def _occupancy_kernel(
     of_blank = tl.zeros((BLOCK,), tl.float64)
     of_label = tl.zeros((BLOCK,), tl.float64)
     for i in range(0, n_classes):
-        frames = tl.load(durations_ptr + i)
+        frames = tl.load(durations_ptr + i + 0 * u)
         score = arriving
         if not RNNT:
             score += tl.load(duration_ptr + cell * n_durations + i).to(tl.float64)
@@ -489,8 +492,8 @@ def _exp(x, EXACT: tl.constexpr):
 def _gradient_kernel(
     logits_ptr, index_ptr, targets_ptr, blank_ptr, label_ptr, duration_ptr, weights_ptr,
     n_outputs, n_classes, blank, stride_d, n_rows, offsets_ptr, rows_ptr, n_clips,
-    fastemit_lambda, clamp, n_durations, EXACT: tl.constexpr, CLIPS: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+    n_durations, EMPHASIS: tl.constexpr, CLAMP: tl.constexpr, EXACT: tl.constexpr,
+    CLIPS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     wide: tl.constexpr = tl.float64 if EXACT else tl.float32
     i = tl.program_id(0)
@@ -503,7 +506,7 @@ def _gradient_kernel(
     of_blank = tl.load(blank_ptr + cell)
     of_label = tl.load(label_ptr + cell)
     passing = of_blank + of_label
-    of_label *= (1.0 + fastemit_lambda).to(wide)
+    of_label *= EMPHASIS
     scale = tl.load(weights_ptr + clip)
     # A clip that does not count or has no alignment: not even NaN may come through.
     counts = (scale != 0.0) & (passing != 0.0)
@@ -522,7 +525,7 @@ def _gradient_kernel(
         z = tl.load(row + v, mask=v < n_classes, other=float("-inf")).to(wide)
         y = factor * tl.exp(z - top)
         y -= tl.where(v == blank, of_blank, 0.0) + tl.where(v == target, of_label, 0.0)
-        y = tl.where(y > clamp, clamp.to(wide), tl.where(y < -clamp, -clamp.to(wide), y))
+        y = tl.where(y > CLAMP, CLAMP, tl.where(y < -CLAMP, -CLAMP, y))
         y = tl.where(counts, y * scale, 0.0)
         tl.store(row + v, y.to(logits_ptr.dtype.element_ty), mask=v < n_classes)
     if n_durations > 0:
@@ -548,8 +551,8 @@ def _row_of(cell, before_ptr, start, first, DENSE: tl.constexpr, inside):
 @triton.jit(do_not_specialize=["seed_low", "seed_high", "threshold"])
 def _enc_kernel(
     hidden_ptr, d_hidden_ptr, d_enc_ptr, index_ptr, before_ptr, start, n, first, last, lowest,
-    width, max_frames, frames_ptr, rows_ptr, offsets_ptr, seed_low, seed_high, threshold, scale,
-    ACTIVATION: tl.constexpr, DROPOUT: tl.constexpr, DENSE: tl.constexpr, BLOCK: tl.constexpr,
+    width, max_frames, frames_ptr, rows_ptr, offsets_ptr, seed_low, seed_high, threshold,
+    SCALE: tl.constexpr, ACTIVATION: tl.constexpr, DENSE: tl.constexpr, BLOCK: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """Through dropout and activation, in place, and the sum over a frame's rows of the tile."""
@@ -573,14 +576,14 @@ def _enc_kernel(
             inside = (i < row_hi)[:, None] & (h < width)[None, :]
             place = i.to(tl.int64)[:, None] * width + h[None, :]
             y = tl.load(hidden_ptr + place, mask=inside, other=0.0).to(wide)
-            grad = tl.load(d_hidden_ptr + place, mask=inside, other=0.0).to(wide) * scale
+            grad = tl.load(d_hidden_ptr + place, mask=inside, other=0.0).to(wide) * SCALE
             if ACTIVATION == 0:
                 grad = tl.where(y > 0, grad, 0.0)
             elif ACTIVATION == 1:
-                grad *= 1 - (y / scale) * (y / scale)
+                grad *= 1 - (y / SCALE) * (y / SCALE)
             else:
-                grad *= y / scale - (y / scale) * (y / scale)
-            if DROPOUT:
+                grad *= y / SCALE - (y / SCALE) * (y / SCALE)
+            if SCALE != 1.0:
                 cell = tl.load(index_ptr + i, mask=i < row_hi, other=0)
                 grad = tl.where(_kept(cell, h, seed_low, seed_high, threshold), grad, 0.0)
             tl.store(d_hidden_ptr + place, grad.to(d_hidden_ptr.dtype.element_ty), mask=inside)

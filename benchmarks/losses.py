@@ -1,0 +1,398 @@
+"""The transducer loss from projected states to all gradients: time and memory, beside its peers.
+
+    python -m benchmarks.losses --nemo-python nemo-venv/bin/python
+
+On a CPU (B=4, T'=200, U=40, V=1024, H=640, RNNT, float32 where not said otherwise):
+
+    fused, fused-eps, fused-bf16    ours; every cell, those of occupancy 1e-7 and more, autocast
+    joint+rnnt_loss                 the joint tensor in plain PyTorch, then our loss of logits
+    pytorch                         the joint tensor, log_softmax and the recursion by autograd
+    nemo                            NeMo's joint and its numba RNNT loss (with --nemo-python)
+
+On a GPU, where one is at hand, bfloat16 and the shapes of SHAPES: `fused` and `fused-eps`,
+torchaudio's `rnnt_loss` (RNNT only), transformers' `tdt_loss` (TDT only) and NeMo's numba loss
+with its best sub-batch, each if it can be imported and fits.
+
+Each side is a process of its own; they take turns, and medians of their wall times are compared.
+Memory on a CPU is the peak resident set beyond what inputs, libraries and a tiny warm-up took; that
+of the joint tensor is measured on an eighth of a clip and scaled, as all of it grows with the
+number of cells. The last line is the result as JSON; it is also written to `--out`.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+OUT = REPOSITORY / "benchmarks" / "results" / "losses.json"
+WIDTH = 640
+DURATIONS = (0, 1, 2, 3, 4)
+CPU_SHAPE = (4, 200, 40, 1024, ())
+SHAPES = (
+    (32, 375, 120, 1024, DURATIONS),
+    (32, 375, 120, 8192, DURATIONS),
+    (32, 400, 128, 1024, ()),
+)
+CPU_SIDES = ("fused", "fused-eps", "fused-bf16", "joint+rnnt_loss", "pytorch")
+GPU_SIDES = ("fused", "fused-eps", "torchaudio", "transformers")
+GOALS_MS = {"(32, 375, 120, 1030)": 13, "(32, 375, 120, 8198)": 100}
+REPLY = "@reply "
+
+
+# ---- in the workers: torch and the peer that is measured
+
+
+def make(batch, n_frames, n_tokens, vocab, durations, device, seed=0):
+    """Leaves (enc_proj, pred_proj, weight, bias), targets and lengths, all clips of full length."""
+    torch.manual_seed(seed)
+    n_outputs = vocab + 1 + len(durations)
+    leaves = [
+        torch.randn(batch, n_frames, WIDTH),
+        torch.randn(batch, n_tokens + 1, WIDTH),
+        0.05 * torch.randn(n_outputs, WIDTH),
+        torch.randn(n_outputs),
+    ]
+    leaves = [x.to(device).requires_grad_() for x in leaves]
+    targets = torch.randint(0, vocab, (batch, n_tokens)).to(device)
+    lengths = [torch.full((batch,), n, device=device) for n in (n_frames, n_tokens)]
+    return leaves, (targets, *lengths)
+
+
+def joint(enc, pred, weight, bias):
+    return F.linear(torch.relu(enc[:, :, None] + pred[:, None]), weight, bias)
+
+
+def pytorch_rnnt(logits, targets, n_frames, n_tokens, blank):
+    """RNNT by autograd, one anti-diagonal at a time; clips of one length."""
+    log_probs = logits.float().log_softmax(-1)
+    n_frames, n_tokens = int(n_frames[0]), int(n_tokens[0])
+    blanks = log_probs[..., blank]
+    index = targets[:, None, :, None].expand(-1, n_frames, -1, 1)
+    labels = log_probs[:, :, :-1].gather(-1, index)[..., 0]
+    alpha = blanks.new_full((len(targets), n_tokens + 1), -torch.inf)
+    alpha = torch.cat([torch.zeros_like(alpha[:, :1]), alpha[:, 1:]], 1)
+    row = torch.arange(n_tokens + 1, device=logits.device)
+    for n in range(1, n_frames + n_tokens):
+        frame = n - row
+        stay = (frame - 1).clamp(0, n_frames - 1)
+        by_blank = alpha + blanks[:, stay, row]
+        by_label = alpha[:, :-1] + labels[:, frame[1:].clamp(0, n_frames - 1), row[:-1]]
+        by_blank = by_blank.masked_fill((frame < 1) | (frame > n_frames - 1), -1e30)
+        by_label = by_label.masked_fill((frame[1:] < 0) | (frame[1:] > n_frames - 1), -1e30)
+        by_label = F.pad(by_label, (1, 0), value=-1e30)
+        alpha = torch.logaddexp(by_blank, by_label)
+    return -(alpha[:, -1] + blanks[:, -1, -1])
+
+
+def side_of(name, leaves, batch, vocab, durations):
+    """A function that runs one forward and backward pass and returns the mean loss."""
+    device = leaves[0].device.type
+    half = name == "fused-bf16" or device == "cuda"
+    options = dict(durations=durations or None, reduction="mean_batch")
+
+    def value():
+        if name.startswith("fused"):
+            from fastconformer.losses import fused_transducer_loss
+
+            eps = 1e-7 if name == "fused-eps" else 0.0
+            return fused_transducer_loss(*leaves, *batch, eps=eps, **options)
+        if name.startswith("nemo"):
+            return nemo_loss(leaves, batch, vocab, durations, int(name.partition("/")[2] or 0))
+        logits = joint(*leaves)
+        targets, n_frames, n_tokens = (x.int() for x in batch)
+        if name == "joint+rnnt_loss":
+            from fastconformer.losses import rnnt_loss
+
+            return rnnt_loss(logits, *batch, vocab)
+        if name == "joint+tdt_loss":
+            from fastconformer.losses import tdt_loss
+
+            return tdt_loss(logits, *batch, durations, vocab)
+        if name == "torchaudio":
+            import torchaudio
+
+            return torchaudio.functional.rnnt_loss(
+                logits.float(), targets, n_frames, n_tokens, blank=vocab
+            )
+        if name == "transformers":
+            from transformers.loss.loss_tdt import tdt_loss
+
+            tokens, of_duration = logits[..., : vocab + 1], logits[..., vocab + 1 :]
+            return tdt_loss(tokens, of_duration, *batch, vocab, list(durations))
+        return pytorch_rnnt(logits, *batch, vocab).mean()
+
+    def step():
+        for leaf in leaves:
+            leaf.grad = None
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=half):
+            loss = value()
+        loss.backward()
+        return loss.item()
+
+    return step
+
+
+def nemo_loss(leaves, batch, vocab, durations, sub_batch):
+    """NeMo's joint activation and output in autocast, its loss in float32, by sub-batches."""
+    from nemo.collections.asr.losses.rnnt import RNNTLoss
+
+    name = "tdt" if durations else "warprnnt_numba"
+    kwargs = {"durations": list(durations), "sigma": 0.0, "omega": 0.0} if durations else None
+    loss = RNNTLoss(num_classes=vocab, reduction="sum", loss_name=name, loss_kwargs=kwargs)
+    enc, pred, weight, bias = leaves
+    total, n_clips = 0.0, len(enc)
+    for lo in range(0, n_clips, sub_batch or n_clips):
+        hi = lo + (sub_batch or n_clips)
+        targets, n_frames, n_tokens = (x[lo:hi] for x in batch)
+        logits = joint(enc[lo:hi], pred[lo:hi], weight, bias).float()
+        part = loss(
+            log_probs=logits, targets=targets, input_lengths=n_frames, target_lengths=n_tokens
+        )
+        total = total + part / n_clips
+    return total
+
+
+def work(name: str, shape, threads: int, device: str):
+    """A worker's life: a line on stdin is one measured pass."""
+    torch.set_num_threads(threads)
+    if name.startswith("nemo") and device == "cpu":
+        import numba
+
+        numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+    vocab, durations = shape[3], tuple(shape[4])
+    leaves, batch = make(*shape[:4], durations, device)
+    step = side_of(name, leaves, batch, vocab, durations)
+    step()  # warm: compiled, caches filled
+    if device == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+    print(REPLY + json.dumps({"ready": True}), flush=True)
+    for _ in sys.stdin:
+        start = time.perf_counter()
+        loss = step()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        answer = {"seconds": time.perf_counter() - start, "loss": loss}
+        if device == "cuda":
+            answer["extra_mib"] = (torch.cuda.max_memory_allocated() - before) / 2**20
+        print(REPLY + json.dumps(answer), flush=True)
+
+
+def peak_mib() -> float:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) / 1024
+    raise OSError("no VmHWM in /proc/self/status; memory is measured on Linux")
+
+
+def memory(name: str, shape, threads: int):
+    """Prints how far one pass raises the peak resident set, in MiB."""
+    torch.set_num_threads(threads)
+    durations = tuple(shape[4])
+    leaves, batch = make(1, 3, 2, shape[3], durations, "cpu")
+    side_of(name, leaves, batch, shape[3], durations)()
+    leaves, batch = make(*shape[:4], durations, "cpu")
+    step = side_of(name, leaves, batch, shape[3], durations)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from what is resident
+    before = peak_mib()
+    start = time.perf_counter()
+    step()
+    seconds = time.perf_counter() - start
+    print(REPLY + json.dumps({"mib": peak_mib() - before, "seconds": seconds}))
+
+
+# ---- in the parent
+
+
+class Worker:
+    """A side's process."""
+
+    def __init__(self, python, mode, name, shape, threads, device):
+        self.name = name
+        environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": str(threads)}
+        arguments = [mode, name, "--shape", json.dumps(shape), "--threads", str(threads)]
+        self.process = subprocess.Popen(
+            [python, "-m", "benchmarks.losses", *arguments, "--device", device],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            cwd=REPOSITORY, env=environment,
+        )  # fmt: skip
+
+    def answer(self) -> dict | None:
+        """The next reply; None when the process ended without."""
+        for line in self.process.stdout:
+            if line.startswith(REPLY):
+                return json.loads(line.removeprefix(REPLY))
+        return None
+
+    def turn(self) -> dict | None:
+        self.process.stdin.write("go\n")
+        self.process.stdin.flush()
+        return self.answer()
+
+    def close(self) -> str:
+        """Ends it; the last line of what it complained about."""
+        errors = self.process.communicate()[1].strip().splitlines()
+        return errors[-1] if errors else ""
+
+
+def compare(sides: dict[str, str], shape, threads, device, repeats) -> dict:
+    """{side: {median_s, ...}}, or {side: {not_run: reason}}; one warm worker each, in turns."""
+    workers, rows = [], {}
+    for name, python in sides.items():
+        worker = Worker(python, "--work", name, shape, threads, device)
+        if worker.answer():
+            workers.append(worker)
+        else:
+            rows[name] = {"not_run": worker.close()}
+    turns = {worker.name: [] for worker in workers}
+    for _ in range(repeats):
+        for worker in workers:
+            turns[worker.name].append(worker.turn())
+    for worker in workers:
+        worker.close()
+        answers = [answer for answer in turns[worker.name] if answer]
+        seconds = [answer["seconds"] for answer in answers]
+        rows[worker.name] = {
+            "median_s": round(statistics.median(seconds), 4),
+            "all_s": [round(s, 4) for s in seconds],
+            "loss": answers[-1]["loss"],
+        }
+        if "extra_mib" in answers[-1]:
+            rows[worker.name]["extra_mib"] = round(answers[-1]["extra_mib"], 1)
+    return rows
+
+
+def memory_table(batches, vocabs, n_frames, n_tokens, threads) -> list[dict]:
+    """Extra memory of the fused loss over batch sizes and vocabularies, and of the joint tensor."""
+    table = []
+    for vocab in vocabs:
+        part = (1, n_frames // 8, n_tokens, vocab, DURATIONS)
+        [naive] = _replies(
+            Worker(sys.executable, "--memory", "joint+tdt_loss", part, threads, "cpu")
+        )
+        per_clip = naive["mib"] * n_frames / part[1]
+        for batch in batches:
+            shape = (batch, n_frames, n_tokens, vocab, DURATIONS)
+            worker = Worker(sys.executable, "--memory", "fused-eps", shape, threads, "cpu")
+            [row] = _replies(worker)
+            table.append(
+                {
+                    "shape": [batch, n_frames, n_tokens, vocab + 1 + len(DURATIONS)],
+                    "fused_mib": round(row["mib"], 1),
+                    "joint_tensor_path_mib": round(per_clip * batch, 1),
+                    "ratio": round(per_clip * batch / row["mib"], 1),
+                    "seconds": round(row["seconds"], 2),
+                }
+            )
+            print(table[-1], flush=True)
+    return table
+
+
+def _replies(worker) -> list[dict]:
+    answer, error = worker.answer(), worker.close()
+    if answer is None:
+        raise RuntimeError(f"{worker.name}: {error}")
+    return [answer]
+
+
+def run(arguments) -> dict:
+    cpu = platform.processor() or platform.machine()
+    with open("/proc/cpuinfo") as file:
+        cpu = next((x.split(":")[1].strip() for x in file if x.startswith("model name")), cpu)
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True
+    ).stdout.strip()
+    result = {
+        "machine": {
+            "cpu": cpu,
+            "cores": os.cpu_count(),
+            "threads": arguments.threads,
+            "load_average_before": round(os.getloadavg()[0], 2),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        },
+        "versions": {
+            "python": platform.python_version(), "torch": torch.__version__, "commit": commit,
+        },
+    }  # fmt: skip
+    sides = dict.fromkeys(CPU_SIDES, sys.executable)
+    if arguments.nemo_python:
+        sides["nemo"] = arguments.nemo_python
+        result["versions"]["nemo"] = subprocess.run(
+            [arguments.nemo_python, "-c", "import nemo; print(nemo.__version__)"],
+            capture_output=True, text=True,
+        ).stdout.split()[-1]  # fmt: skip
+    if "cpu" in arguments.parts:
+        shape = arguments.cpu_shape or CPU_SHAPE
+        rows = compare(sides, shape, arguments.threads, "cpu", arguments.repeats)
+        ours = rows["fused"]["median_s"]
+        result["cpu"] = {"shape": shape, "rows": rows, "times_fused": {}}
+        for name, row in rows.items():
+            if "median_s" in row:
+                result["cpu"]["times_fused"][name] = round(row["median_s"] / ours, 2)
+        print(json.dumps(result["cpu"]), flush=True)
+    if "memory" in arguments.parts:
+        table = memory_table(
+            arguments.batches, arguments.vocabs, arguments.frames, arguments.tokens,
+            arguments.threads,
+        )  # fmt: skip
+        result["memory"] = table
+    if "gpu" in arguments.parts and torch.cuda.is_available():
+        result["gpu"] = []
+        for shape in SHAPES:
+            durations = shape[4]
+            sides = dict.fromkeys(GPU_SIDES, sys.executable)
+            sides.pop("torchaudio" if durations else "transformers")
+            if arguments.nemo_python:
+                sides |= {f"nemo/{n}": arguments.nemo_python for n in (2, 8, 32)}
+            rows = {}
+            for name, python in sides.items():  # one at a time: each may need most of the memory
+                rows |= compare({name: python}, shape, 4, "cuda", 5 * arguments.repeats)
+            label = str((*shape[:3], shape[3] + 1 + len(durations)))
+            result["gpu"].append({"shape": label, "goal_ms": GOALS_MS.get(label), "rows": rows})
+            print(json.dumps(result["gpu"][-1]), flush=True)
+    elif "gpu" in arguments.parts:
+        result["gpu"] = "not run: no CUDA device"
+    return result
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--nemo-python", help="python of an environment with NeMo")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--repeats", type=int, default=3, help="turns of each side")
+    parser.add_argument("--parts", nargs="+", default=["cpu", "memory", "gpu"])
+    parser.add_argument("--cpu-shape", type=json.loads, help="[B, T, U, V, durations], as JSON")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--vocabs", type=int, nargs="+", default=[1024, 8192])
+    parser.add_argument("--frames", type=int, default=375)
+    parser.add_argument("--tokens", type=int, default=120)
+    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--work", help=argparse.SUPPRESS)
+    parser.add_argument("--memory", help=argparse.SUPPRESS)
+    parser.add_argument("--shape", type=json.loads, help=argparse.SUPPRESS)
+    parser.add_argument("--device", default="cpu", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.work:
+        return work(arguments.work, arguments.shape, arguments.threads, arguments.device)
+    if arguments.memory:
+        return memory(arguments.memory, arguments.shape, arguments.threads)
+    result = run(arguments)
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
