@@ -66,6 +66,13 @@ setup(
     extras_require={
         "train": TRAIN,
         "quickstart": QUICKSTART,
-        "test": [*QUICKSTART, "pytest>=8", "hypothesis>=6.100", "ruff>=0.9"],
+        # Triton's interpreter runs the GPU kernels' tests where there is no GPU.
+        "test": [
+            *QUICKSTART,
+            "pytest>=8",
+            "hypothesis>=6.100",
+            "ruff>=0.9",
+            'triton>=3; platform_system == "Linux"',
+        ],
     },
 )

@@ -13,7 +13,8 @@ On a GPU, where one is at hand, bfloat16 and the shapes of SHAPES: `fused` and `
 torchaudio's `rnnt_loss` (RNNT only), transformers' `tdt_loss` (TDT only) and NeMo's numba loss
 with its best sub-batch, each if it can be imported and fits.
 
-Each side is a process of its own; they take turns, and medians of their wall times are compared.
+Each side is a process of its own; they take turns, and medians are compared: of wall times, and on
+a CPU also of the processor time of all threads, which other load on the machine moves less.
 Memory on a CPU is the peak resident set beyond what inputs, libraries and a tiny warm-up took; that
 of the joint tensor is measured on an eighth of a clip and scaled, as all of it grows with the
 number of cells. The last line is the result as JSON; it is also written to `--out`.
@@ -178,11 +179,12 @@ def work(name: str, shape, threads: int, device: str):
         torch.cuda.reset_peak_memory_stats()
     print(REPLY + json.dumps({"ready": True}), flush=True)
     for _ in sys.stdin:
-        start = time.perf_counter()
+        start, start_cpu = time.perf_counter(), time.process_time()
         loss = step()
         if device == "cuda":
             torch.cuda.synchronize()
         answer = {"seconds": time.perf_counter() - start, "loss": loss}
+        answer["cpu_seconds"] = time.process_time() - start_cpu
         if device == "cuda":
             answer["extra_mib"] = (torch.cuda.max_memory_allocated() - before) / 2**20
         print(REPLY + json.dumps(answer), flush=True)
@@ -264,6 +266,7 @@ def compare(sides: dict[str, str], shape, threads, device, repeats) -> dict:
         seconds = [answer["seconds"] for answer in answers]
         rows[worker.name] = {
             "median_s": round(statistics.median(seconds), 4),
+            "median_cpu_s": round(statistics.median(a["cpu_seconds"] for a in answers), 4),
             "all_s": [round(s, 4) for s in seconds],
             "loss": answers[-1]["loss"],
         }
@@ -324,7 +327,7 @@ def run(arguments) -> dict:
             "python": platform.python_version(), "torch": torch.__version__, "commit": commit,
         },
     }  # fmt: skip
-    sides = dict.fromkeys(CPU_SIDES, sys.executable)
+    sides = dict.fromkeys(arguments.sides, sys.executable)
     if arguments.nemo_python:
         sides["nemo"] = arguments.nemo_python
         result["versions"]["nemo"] = subprocess.run(
@@ -334,11 +337,13 @@ def run(arguments) -> dict:
     if "cpu" in arguments.parts:
         shape = arguments.cpu_shape or CPU_SHAPE
         rows = compare(sides, shape, arguments.threads, "cpu", arguments.repeats)
-        ours = rows["fused"]["median_s"]
-        result["cpu"] = {"shape": shape, "rows": rows, "times_fused": {}}
-        for name, row in rows.items():
-            if "median_s" in row:
-                result["cpu"]["times_fused"][name] = round(row["median_s"] / ours, 2)
+        result["cpu"] = {"shape": shape, "rows": rows}
+        for kind, key in (("wall_time", "median_s"), ("processor_time", "median_cpu_s")):
+            result["cpu"][f"{kind}_over_fused"] = {
+                name: round(row[key] / rows["fused"][key], 2)
+                for name, row in rows.items()
+                if key in row
+            }
         print(json.dumps(result["cpu"]), flush=True)
     if "memory" in arguments.parts:
         table = memory_table(
@@ -372,6 +377,7 @@ def main():
     parser.add_argument("--nemo-python", help="python of an environment with NeMo")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--repeats", type=int, default=3, help="turns of each side")
+    parser.add_argument("--sides", nargs="+", default=CPU_SIDES, help="on a CPU, beside NeMo")
     parser.add_argument("--parts", nargs="+", default=["cpu", "memory", "gpu"])
     parser.add_argument("--cpu-shape", type=json.loads, help="[B, T, U, V, durations], as JSON")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16])
