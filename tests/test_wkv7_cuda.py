@@ -102,7 +102,9 @@ def test_compiles_without_harmful_spills(arch, monkeypatch, tmp_path):
     assert len(rows) == 15 and {row["arch"] for row in rows} == {arch}
     for row in rows:
         # Gradients save some registers around the call of their last step, once a chunk.
-        limit = 1024 if row["kernel"].startswith("backward") else 64
+        limit = 256 if row["kernel"].startswith("backward") else 0
+        if row["kernel"].startswith("backward 128"):
+            limit = 1280  # the widest: see rwkv_cuda/ptxas.txt
         assert row["spilled_bytes"] <= limit, row
     # What a block asks for is there: 163 KiB on sm_80, 227 on sm_90; 99 on sm_120, where gradients
     # of heads 128 wide run as plain PyTorch.
