@@ -85,6 +85,10 @@ class Prepared:
 
 def prepared(recipe: Recipe) -> Prepared:
     """Raises what the run itself would raise."""
+    if recipe.data.batch_duration_s == "auto":
+        raise ValueError(
+            "data.batch_duration_s is auto; let training.find_batch find it, and give its number"
+        )
     model = build_model(recipe.model, recipe.loss, recipe.trainer.seed, recipe.encoder)
     objective = objective_of(recipe, model)
     train, _ = load_data(recipe, model, objective.heads, None)
