@@ -7,8 +7,8 @@
 The run folder holds `recipe.yaml` (resolved), `dropped.jsonl` (data that is left out, and why),
 `log.jsonl` (every step), `ledger.jsonl` (every evaluation; the first is the untouched model),
 `tensorboard/`, `checkpoints/` (for resuming), `best/`, `top/` and `last/` (model folders) and
-`model.nemo` (the best). The same command goes on where a run was stopped. A line about every run
-goes to `runs.jsonl` beside the run folder.
+`model.nemo` (the best), and in the end `report.html`. The same command goes on where a run was
+stopped. A line about every run goes to `runs.jsonl` beside the run folder.
 
 Everything random in a step follows from (seed, step), so that a resumed run repeats the unbroken
 one bit for bit on a CPU with the same number of threads.
@@ -41,6 +41,7 @@ from training.load import training_batches
 from training.optim import set_learning_rates
 from training.ranks import ONE, Deal, Ranks, StepStatistics, join, leave
 from training.recipe import Recipe, load_recipe, recipe_to_yaml, stage_recipes
+from training.report import write_report
 from training.run import Run, set_up
 from training.run_folder import Progress, append_line, save_batch, save_model, top_folder
 from training.step import gradients, update
@@ -422,6 +423,11 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:  # the second Ctrl-C, or one before the first step
         print(f"{who}: interrupted; the last checkpoint stands", file=sys.stderr)
         return 1
+    if is_main:
+        try:
+            log.info("the run on one page: %s", write_report(Path(recipe.output)))
+        except (ValueError, OSError, RuntimeError) as error:  # the run itself is safe
+            log.warning("no report.html: %s; python -m training.report makes it", error)
     return 0
 
 

@@ -1,0 +1,110 @@
+"""The page about a run: made by a real run, read back."""
+
+import base64
+import io
+import json
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import soundfile
+import yaml
+from conftest import golden
+
+from training import finetune, report
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of two steps, its folder, and its clips by text."""
+    folder = tmp_path_factory.mktemp("report")
+    rng, lines, clips = np.random.default_rng(0), [], {}
+    for i, text in enumerate(["one <two>", "three", "nine", "seven six"]):
+        clips[text] = np.round(3000 * rng.standard_normal(16000)).astype(np.int16)
+        soundfile.write(folder / f"{i}.wav", clips[text], 16000)
+        lines.append(json.dumps({"audio_filepath": f"{i}.wav", "duration": 1.0, "text": text}))
+    lines.append(json.dumps({"audio_filepath": "gone.wav", "duration": 1.0, "text": "gone"}))
+    (folder / "train.jsonl").write_text("\n".join(lines[1:]) + "\n")
+    (folder / "dev.jsonl").write_text("\n".join(lines[:4]) + "\n")
+    recipe = {
+        "output": str(folder / "run"),
+        "model": {"init_from": str(golden("train_parity") / "model.nemo")},
+        "data": {"train": [str(folder / "train.jsonl")]},
+        "trainer": {"max_steps": 2, "val_every_steps": 1, "threads": 1},
+    }
+    recipe["data"]["validation"] = {"dev": str(folder / "dev.jsonl")}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert finetune.main([str(folder / "recipe.yaml")]) == 0
+    return folder / "run", clips
+
+
+class Page(HTMLParser):
+    """Text, audio sources, and whether every tag is closed in order."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.open, self.text, self.sources = [], "", []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        if tag != "meta":
+            self.open.append(tag)
+        self.sources += [v for k, v in attributes if k in ("src", "href")]
+
+    def handle_startendtag(self, tag, attributes):
+        pass
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data + " "
+
+
+def test_a_run_ends_with_its_page(run):
+    folder, _ = run
+    page = Page((folder / "report.html").read_text(encoding="utf-8"))
+    assert not page.open
+    for words in ("phase is", "WER before", "Worst utterances", "missing_audio", "max_steps: 2"):
+        assert words in page.text, words
+    ledger = [json.loads(line) for line in (folder / "ledger.jsonl").read_text().splitlines()]
+    assert f"{100 * ledger[0]['all'][ledger[0]['head']]['wer']:.2f}" in page.text
+    assert "<two>" in page.text  # escaped, or the parser would have seen a tag
+
+
+def test_the_audio_is_in_the_page(run):
+    folder, clips = run
+    page = Page((folder / "report.html").read_text(encoding="utf-8"))
+    assert len(page.sources) == 4 and all(s.startswith("data:audio/flac") for s in page.sources)
+    sounds = [
+        soundfile.read(io.BytesIO(base64.b64decode(s.split(",")[1])), dtype="int16")[0]
+        for s in page.sources
+    ]
+    for clip in clips.values():
+        assert any(np.array_equal(sound, clip) for sound in sounds)
+
+
+def test_alignment_shows_each_kind_of_error():
+    text = report.aligned("one two three", "one too three four")
+    assert text.startswith("one <span") and "<s>two</s> too" in text and "<u>four</u>" in text
+    assert "<s>two</s></span>" in report.aligned("one two", "one")
+    assert report.aligned("a b", "a b") == "a b"
+
+
+@pytest.mark.parametrize(
+    "wer, emission, name",
+    [
+        (1.0, 0.0, "mute"),
+        (1.5, 2.0, "random characters"),
+        (0.7, 0.9, "basic"),
+        (0.3, 1.0, "major vocabulary"),
+        (0.05, 1.0, "convergence"),
+    ],
+)
+def test_phases(wer, emission, name):
+    assert report.phase(wer, emission)[0] == name
+
+
+def test_a_folder_without_a_model_is_one_line(tmp_path, capsys):
+    assert report.main([str(tmp_path)]) == 1
+    assert "has no model.nemo" in capsys.readouterr().err
