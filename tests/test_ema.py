@@ -4,8 +4,9 @@ import json
 
 import pytest
 import torch
+from conftest import make_corpus
 from safetensors.torch import load_file
-from train_case import Run, changed, recipe_of, write_corpus
+from train_case import Run, changed, recipe_of
 
 from training.average import average_checkpoints
 from training.ema import EMA, plain_state_dict, plain_weights
@@ -83,7 +84,7 @@ def test_an_average_that_begins_later_begins_at_the_weights_of_then():
 
 
 def test_the_average_is_measured_saved_and_resumed(tmp_path):
-    recipe, run = write_corpus(tmp_path), tmp_path / "run"
+    recipe, run = make_corpus(tmp_path)
     options = ["trainer.save_every_steps=2", "trainer.max_steps=5", "trainer.keep_last=9"]
     options += ["optim.lr=0.02", "trainer.val_every_steps=5"]
     still = "trainer.ema_decay=1.0"  # an average that never moves

@@ -4,11 +4,11 @@ import json
 
 import pytest
 import torch
-from conftest import golden
+from conftest import golden, make_corpus
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
-from train_case import Run, changed, recipe_of, write_corpus
+from train_case import Run, changed, recipe_of
 
 from fastconformer import load_model
 from training.finetune import main
@@ -306,7 +306,7 @@ def test_depth_of(base):
 
 
 def test_unfreezing_resumes_bit_for_bit(tmp_path):
-    recipe, run = write_corpus(tmp_path), tmp_path / "run"
+    recipe, run = make_corpus(tmp_path)
     options = [
         "trainer.max_steps=6",
         "trainer.save_every_steps=2",
@@ -332,7 +332,7 @@ def test_unfreezing_resumes_bit_for_bit(tmp_path):
 
 def test_freezing_may_change_between_two_parts_of_a_run(tmp_path):
     """Moments go by name, so that a stopped run may go on with more or less of it frozen."""
-    recipe, run = write_corpus(tmp_path), tmp_path / "run"
+    recipe, run = make_corpus(tmp_path)
     assert main([str(recipe), "trainer.max_steps=2", "freeze.modules=[encoder]"]) == 0
     options = ["trainer.max_steps=4", "freeze.modules=[ctc]", "optim.lr_groups={joint: 1e-5}"]
     assert main([str(recipe), *options]) == 0

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from conftest import golden
+from conftest import golden, make_corpus
 from safetensors.torch import load_file
-from train_case import Run, changed, recipe_of, write_corpus
+from train_case import Run, changed, recipe_of
 
 from fastconformer import load_model
 from training.average import average_checkpoints
@@ -143,7 +143,7 @@ def test_an_unknown_target_is_named():
 
 
 def test_a_run_saves_plain_models_and_resumes_bit_for_bit(tmp_path):
-    recipe, run = write_corpus(tmp_path), tmp_path / "run"
+    recipe, run = make_corpus(tmp_path)
     options = ["lora.rank=4", "lora.dropout=0.2", "trainer.save_every_steps=2"]
     options += ["lora.alpha=4", "optim.lr=0.01", "trainer.max_steps=5", "trainer.keep_last=9"]
     assert main([str(recipe), *options]) == 0

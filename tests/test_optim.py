@@ -6,13 +6,13 @@ import math
 
 import pytest
 import torch
-from conftest import golden
+from conftest import golden, make_corpus
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
-from train_case import Run, changed, recipe_of, write_corpus
+from train_case import Run, changed, recipe_of
 
 from converters import nemo2st
 from fastconformer import load_model
@@ -429,7 +429,7 @@ def test_moments_come_back_bit_for_bit(name):
 
 @pytest.mark.parametrize("options", [[], ["optim.name=adamw8bit"], ["lora.rank=3"]])
 def test_pure_bfloat16_resumes_bit_for_bit_and_saves_float32(tmp_path, options):
-    recipe, run = write_corpus(tmp_path), tmp_path / "run"
+    recipe, run = make_corpus(tmp_path)
     options += ["trainer.precision=bf16_pure", "trainer.ema_decay=0.7", "data.validation={}"]
     options += ["trainer.save_every_steps=2", "trainer.activation_checkpointing=true"]
     assert main([str(recipe), *options]) == 0

@@ -108,3 +108,21 @@ def test_phases(wer, emission, name):
 def test_a_folder_without_a_model_is_one_line(tmp_path, capsys):
     assert report.main([str(tmp_path)]) == 1
     assert "has no model.nemo" in capsys.readouterr().err
+
+
+def test_the_best_is_what_the_run_kept():
+    def record(step, wer, dev_cer, holds=True):
+        rates = {"dev": {"tdt": {"wer": wer, "cer": dev_cer}}}
+        common = {"step": step, "wer": wer, "cer": dev_cer, "train_loss": 1.0}
+        return common | {"guard_holds": holds, "sets": rates, "all": rates["dev"]}
+
+    ledger = [
+        record(0, 0.9, 0.8),
+        record(1, 0.2, 0.5),
+        record(2, 0.4, 0.3),
+        record(3, 0.1, 0.1, False),
+    ]
+    assert "at step 1, best" in report.results(ledger, "wer")
+    assert "at step 2, best" in report.results(ledger, "cer/dev/tdt")
+    stages = [r | {"stage": 1 + (r["step"] == 0)} for r in ledger[::-1]]  # the last stage: step 0
+    assert "at step 0, best" in report.results(stages, "wer")

@@ -1,16 +1,11 @@
 """The golden training case without files of recipes: its model, its batches, and steps as
 `training.finetune` takes them."""
 
-import json
-from pathlib import Path
-
-import numpy as np
-import soundfile
 import torch
 from conftest import golden
 from safetensors.torch import load_file
 
-from fastconformer import ASRModel, load_model
+from fastconformer import ASRModel
 from training.data import Batch
 from training.freeze import Freezing, train_mode
 from training.objective import objective_of
@@ -80,36 +75,3 @@ class Run:
 def changed(before: dict, after: dict) -> set[str]:
     """Names of the tensors that are not bit-equal."""
     return {name for name in after if not torch.equal(before[name], after[name])}
-
-
-def write_corpus(folder: Path) -> Path:
-    """The case's eight clips as files, with a recipe; gives the recipe's path. The run folder is
-    `run` beside it."""
-    tokenizer = load_model(golden("train_parity") / "model.nemo").tokenizer
-    lines = []
-    for batch in batches():
-        columns = (batch.audio, batch.audio_lengths, batch.targets, batch.target_lengths)
-        for audio, length, targets, n_targets in zip(*columns, strict=True):
-            path = folder / f"clip{len(lines)}.wav"
-            samples = (audio[:length].numpy() * 32768).astype(np.int16)
-            soundfile.write(path, samples, 16000)
-            text = tokenizer.decode(targets[:n_targets].tolist()).split()[0]  # CTC: few frames
-            entry = {"audio_filepath": path.name, "duration": len(samples) / 16000, "text": text}
-            lines.append(json.dumps(entry) + "\n")
-    (folder / "train.jsonl").write_text("".join(lines))
-    (folder / "dev.jsonl").write_text("".join(lines[:2]))
-    recipe = {
-        "output": str(folder / "run"),
-        "model": {"init_from": str(golden("train_parity") / "model.nemo")},
-        "data": {
-            "train": [str(folder / "train.jsonl")],
-            "validation": {"dev": str(folder / "dev.jsonl")},
-            "batch_size": 2,
-            "num_workers": 1,
-        },
-        "optim": {"lr": 1e-3},
-        "trainer": {"max_steps": 4, "threads": 1, "val_every_steps": 100, "device": "cpu"},
-    }
-    path = folder / "recipe.yaml"
-    path.write_text(json.dumps(recipe))  # JSON is YAML
-    return path

@@ -16,7 +16,6 @@ one bit for bit on a CPU with the same number of threads.
 
 import argparse
 import contextlib
-import json
 import logging
 import math
 import os
@@ -43,7 +42,15 @@ from training.ranks import ONE, Deal, Ranks, StepStatistics, join, leave
 from training.recipe import Recipe, load_recipe, recipe_to_yaml, stage_recipes
 from training.report import write_report
 from training.run import Run, set_up
-from training.run_folder import Progress, append_line, save_batch, save_model, top_folder
+from training.run_folder import (
+    Progress,
+    append_line,
+    json_line,
+    read_lines,
+    save_batch,
+    save_model,
+    top_folder,
+)
 from training.step import gradients, update
 from training.validate import evaluate, results_table
 
@@ -91,10 +98,8 @@ def gather_stages(out: Path, stages: list[Recipe]) -> None:
     write_nemo(out / "model.nemo", read_checkpoint(best))
     lines = []
     for number, stage in enumerate(stages, start=1):
-        ledger = Path(stage.output) / "ledger.jsonl"
-        if ledger.exists():
-            records = map(json.loads, ledger.read_text(encoding="utf-8").splitlines())
-            lines += [json.dumps({"stage": number} | record) + "\n" for record in records]
+        records = read_lines(Path(stage.output) / "ledger.jsonl")
+        lines += [json_line({"stage": number} | record) for record in records]
     with atomic_file(out / "ledger.jsonl") as temporary:
         temporary.write_text("".join(lines), encoding="utf-8")
     log.info("all stages are done: %s is %s", out / "model.nemo", best)
@@ -279,8 +284,8 @@ def skip(this: Run, batches, loss: float, grad_norm: float, suspects: list[str])
 
 
 def too_many_skipped(count: int, out: Path) -> str:
-    lines = (out / "nonfinite.jsonl").read_text(encoding="utf-8").splitlines()
-    suspects = Counter(name for line in lines for name in json.loads(line)["utterances"])
+    records = read_lines(out / "nonfinite.jsonl")
+    suspects = Counter(name for record in records for name in record["utterances"])
     worst = "; ".join(f"{name}, {n} times" for name, n in suspects.most_common(5))
     more = f" and {len(suspects) - 5} more" if len(suspects) > 5 else ""
     return (

@@ -258,7 +258,7 @@ def _losses(left: dict, take) -> None:
 
 
 def _freezing(left: dict, take, found: Translation) -> None:
-    modules = found.recipe.get("freeze", {}).get("modules", [])
+    modules = []
     for key, part in (("model.freeze_encoder", "encoder"), ("model.freeze_decoder", "prediction")):
         if take(key):
             modules = [*modules, part]

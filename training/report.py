@@ -15,7 +15,7 @@ import base64
 import contextlib
 import html
 import io
-import json
+import math
 import platform
 import sys
 from collections import Counter
@@ -29,7 +29,9 @@ from fastconformer.audio import load_audio
 from fastconformer.files import atomic_file
 from fastconformer.metrics import align
 from training.data import Utterance, read_manifest
+from training.keep import metrics_of
 from training.recipe import Recipe, load_recipe
+from training.run_folder import read_lines
 
 COLOURS = {"insertion": "#c50", "deletion": "#a00", "substitution": "#06c"}
 PHASES = (
@@ -130,9 +132,15 @@ def table(rows: list[list], header: list[str]) -> str:
     return f"<table><tr>{head}</tr>{body}</table>"
 
 
-def results(ledger: list[dict]) -> str:
-    """WER and CER of every set and head: before, best, last."""
-    best = min(ledger, key=lambda record: (not record["guard_holds"], record["wer"], record["cer"]))
+def results(ledger: list[dict], metric: str) -> str:
+    """WER and CER of every set and head: before, best by `keep.metric` in the last stage, last."""
+
+    def rank(record):  # as training.keep chooses
+        value = metrics_of(record).get(metric, math.inf)
+        return not record["guard_holds"], value, record["cer"], record["step"]
+
+    stage = ledger[-1].get("stage")
+    best = min((record for record in ledger if record.get("stage") == stage), key=rank)
     rows = []
     for name in (*best["sets"], "all"):
         for head in best["all"]:
@@ -171,12 +179,6 @@ def worst_utterances(model, recipe: Recipe, n_clips: int, n_worst: int) -> tuple
     return f"<b>{name}</b>: {advice}", f"<table>{heading}{rows}</table>"
 
 
-def read_lines(path: Path) -> list[dict]:
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
-
-
 def report(run: Path, n_clips: int = 100, n_worst: int = 15) -> str:
     """The page, as HTML.
 
@@ -204,7 +206,7 @@ def report(run: Path, n_clips: int = 100, n_worst: int = 15) -> str:
                     point = (record["step"], 100 * rates["wer"])
                     curves.setdefault(f"{name} {head}", []).append(point)
         sections += [f"<p>The model's phase is {state}.</p>", "<h2>Error rates, %</h2>"]
-        sections += [results(ledger)]
+        sections += [results(ledger, recipe.keep.metric)]
         if len(steps) == 1:
             sections.append(curve("WER, %", curves))
     losses = [(i, r["loss"]) for i, r in enumerate(log, 1) if r.get("loss") is not None]

@@ -172,6 +172,13 @@ def append_line(path: Path, record: dict) -> None:
         file.write(json_line(record))
 
 
+def read_lines(path: Path) -> list[dict]:
+    """The records of a file of JSON lines; none where there is no file."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
 def keep_lines_until(path: Path, step: int) -> None:
     """Drop lines past a step, which a resumed run writes again, and a torn last line."""
     if not path.exists():
