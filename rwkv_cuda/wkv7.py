@@ -3,12 +3,15 @@
     S_t = S_{t-1} diag(exp(-exp(w_t))) + (S_{t-1} a_t) b_t^T + v_t k_t^T,    y_t = S_t r_t
 
 `wkv7` runs it in one direction, `wkv7_bidirectional` in both at once. Implementations: `reference`
-(a loop, the definition), `chunked` (matrix products in plain PyTorch, any device) and `cuda`
-(kernels of csrc/, built on first use). Letters: B clips, T frames, H heads, N head width,
+(a loop, the definition), `chunked` (matrix products in plain PyTorch, any device; on a CPU with
+numba the forward pass is a compiled walk over the frames instead, walk.py) and `cuda` (kernels of
+csrc/, built on first use). Letters: B clips, T frames, H heads, N head width,
 D directions.
 """
 
-from collections.abc import Sequence
+import functools
+import logging
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -20,6 +23,7 @@ BACKENDS = ("auto", "reference", "chunked", "cuda")
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 INTEGERS = (torch.int64, torch.int32)
 NAMES = ("r", "w", "k", "v", "a", "b")
+logger = logging.getLogger("rwkv_cuda")
 
 
 def wkv7(
@@ -177,6 +181,17 @@ def _kernels_usable() -> bool:
     return build.usable()
 
 
+@functools.cache
+def _walk() -> Callable:
+    """The forward pass of a CPU in float32: compiled loops, or without numba the chunked form."""
+    try:
+        from rwkv_cuda import walk
+    except ImportError as error:
+        logger.warning("WKV7 runs in plain PyTorch, slower: numba is not usable (%s)", error)
+        return chunked.forward
+    return walk.forward
+
+
 @torch.library.custom_op("rwkv_cuda::wkv7", mutates_args=())
 def _forward_op(
     r: Tensor,
@@ -200,8 +215,9 @@ def _forward_op(
         return cuda.forward(inputs, lengths, initial_state, directions, save_states)
     states = [None] * len(directions) if initial_state is None else initial_state
     with torch.autocast(r.device.type, enabled=False):
+        run = _walk() if r.device.type == "cpu" and r.dtype != torch.float64 else chunked.forward
         parts = [
-            chunked.forward(r, w, k, v, a, b, reverse, lengths, state, save_states)
+            run(r, w, k, v, a, b, reverse, lengths, state, save_states)
             for reverse, state in zip(directions, states)
         ]
     return tuple(x[0][None] if len(x) == 1 else torch.stack(x) for x in zip(*parts))

@@ -1,12 +1,15 @@
 """The WKV7 operator against its definition: golden data, gradients, lengths, decays, errors."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rwkv_cuda import wkv7, wkv7_bidirectional
+from rwkv_cuda import chunked, wkv7, wkv7_bidirectional
 from rwkv_cuda.reference import wkv7_reference
 from tests.conftest import load_case
 
@@ -79,9 +82,18 @@ def test_gradcheck(reverse):
     assert torch.autograd.gradcheck(run, (*args, state))
 
 
+@pytest.fixture(params=["walk", "chunked"])
+def either_forward(request, monkeypatch):
+    """The compiled walk over frames, and the chunked form that serves where numba is not."""
+    if request.param == "walk":
+        pytest.importorskip("numba", reason="numba is not installed")
+    else:
+        monkeypatch.setattr(sys.modules["rwkv_cuda.wkv7"], "_walk", lambda: chunked.forward)
+
+
 @pytest.mark.parametrize("decay", ["nearly 0", "mixed", "of the fork", "nearly 1", "exactly 1"])
 @pytest.mark.parametrize("reverse", [False, True])
-def test_chunked_is_the_recurrence(decay, reverse):
+def test_chunked_is_the_recurrence(decay, reverse, either_forward):
     """float32 against the loop in float64: y, last state and all gradients, over many chunks."""
     mean, scale = {
         "nearly 0": (3, 1),
@@ -111,6 +123,44 @@ def test_chunked_is_the_recurrence(decay, reverse):
         for name, x, z in zip((*NAMES, "state"), found, expected):
             if z.abs().max() > 1e-20:
                 assert error(x, z) < 2e-5, name
+
+
+def test_threads_change_nothing():
+    """Two threads share heads and columns; clips, pieces in time and saved states."""
+    walk = pytest.importorskip("rwkv_cuda.walk", reason="numba is not installed")
+    args = inputs(3, 9000, 2, 48, w_mean=-4.0)
+    lengths = torch.tensor([9000, 0, 8193])
+    entry = torch.randn(3, 2, 48, 48)
+    assert walk.PIECE // (3 * 2 * 48) < 9000
+    threads = torch.get_num_threads()
+    try:
+        for reverse in (False, True):
+            found = []
+            for n in (1, 2):
+                torch.set_num_threads(n)
+                found.append(walk.forward(*args, reverse, lengths, entry, True))
+            expected = chunked.forward(*args, reverse, lengths, entry, True)
+            for one, two, z in zip(*found, expected):
+                assert torch.equal(one, two) and error(one, z.double()) < 1e-5
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_without_numba():
+    """One logged line, then the chunked form; and importing the operator does not import numba."""
+    code = """
+import logging, sys, torch
+logging.basicConfig(format="%(message)s")
+from rwkv_cuda import chunked, wkv7
+assert "numba" not in sys.modules
+sys.modules["numba"] = None
+args = [torch.randn(1, 40, 1, 32) / 6 for _ in range(6)]
+for _ in range(2):
+    assert torch.equal(wkv7(*args), chunked.forward(*args)[0])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("numba is not usable") == 1 and len(done.stderr.splitlines()) == 1
 
 
 def test_equal_keys_do_not_amplify():
