@@ -145,32 +145,46 @@ def work(side: str, model_path: str, clips_path: str, cold: bool, threads: int):
 # ---- in the parent
 
 
-def parakeet_110m(tokenizer_archive: Path, n_layers: int):
-    """(config, tokenizer files) of parakeet-tdt_ctc-110m's sizes with the archive's 1024 pieces."""
+def parakeet(tokenizer_archive: Path, layers: int, width: int, mels: int, lstm_layers: int):
+    """(config, tokenizer files) of a hybrid of these sizes with the archive's 1024 pieces."""
     from fastconformer.nemo_archive import read_nemo
 
     checkpoint = read_nemo(tokenizer_archive)
     config = checkpoint.config
+    config["preprocessor"]["features"] = mels
     config["encoder"] |= {
-        "n_layers": n_layers,
-        "d_model": 512,
+        "feat_in": mels,
+        "n_layers": layers,
+        "d_model": width,
         "n_heads": 8,
         "subsampling_conv_channels": 256,
         "conv_kernel_size": 9,
         "ff_expansion_factor": 4,
         "xscaling": False,
     }
-    config["model_defaults"] |= {"enc_hidden": 512, "pred_hidden": 640, "joint_hidden": 640}
-    config["decoder"]["prednet"] |= {"pred_hidden": 640, "pred_rnn_layers": 1}
-    config["joint"]["jointnet"] |= {"joint_hidden": 640, "encoder_hidden": 512, "pred_hidden": 640}
-    config["aux_ctc"]["decoder"]["feat_in"] = 512
+    config["model_defaults"] |= {"enc_hidden": width, "pred_hidden": 640, "joint_hidden": 640}
+    config["decoder"]["prednet"] |= {"pred_hidden": 640, "pred_rnn_layers": lstm_layers}
+    config["joint"]["jointnet"] |= {
+        "joint_hidden": 640,
+        "encoder_hidden": width,
+        "pred_hidden": 640,
+    }
+    config["aux_ctc"]["decoder"]["feat_in"] = width
     return config, checkpoint.tokenizer_files
 
 
 def write_model(
-    path: Path, tokenizer_archive: Path, n_layers: int, clips, tokens_per_second: float
+    path: Path,
+    tokenizer_archive: Path,
+    clips,
+    tokens_per_second: float,
+    layers: int = 17,
+    width: int = 512,
+    mels: int = 80,
+    lstm_layers: int = 1,
 ):
-    """Writes the random model; returns (parameters, tokens per second that its decoder emits)."""
+    """Writes a random model, by default of parakeet-tdt_ctc-110m's sizes; returns (parameters,
+    tokens per second that its decoder emits)."""
     import torch
 
     from fastconformer import ASRModel, ModelConfig
@@ -178,7 +192,7 @@ def write_model(
     from fastconformer.tokenizer import load_tokenizer
 
     torch.manual_seed(1)
-    raw, files = parakeet_110m(tokenizer_archive, n_layers)
+    raw, files = parakeet(tokenizer_archive, layers, width, mels, lstm_layers)
     config = ModelConfig.from_nemo(raw)
     model = ASRModel(config, load_tokenizer(raw, files), files).eval()
     seconds = sum(len(c) for c in clips) / model.sample_rate
@@ -350,19 +364,14 @@ def versions(nemo_python: str) -> dict:
     if not line:
         raise SystemExit(f"{nemo_python} cannot import nemo:\n{done.stderr[-1000:]}")
     _, nemo, nemo_torch = line[-1].split()
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    from benchmarks import commit
+
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "nemo": nemo,
         "nemo_torch": nemo_torch,
-        "commit": commit.stdout.strip() or None,
+        "commit": commit(),
     }
 
 
@@ -440,7 +449,7 @@ def main() -> int:
         model, clips_path = Path(folder) / "model.nemo", Path(folder) / "clips.npz"
         np.savez(clips_path, **{f"clip{i:03d}": clip for i, clip in enumerate(clips)})
         parameters, rate = write_model(
-            model, arguments.tokenizer, arguments.layers, clips[:8], arguments.tokens_per_second
+            model, arguments.tokenizer, clips[:8], arguments.tokens_per_second, arguments.layers
         )
         checkpoint_mib = model.stat().st_size / 2**20
         print(

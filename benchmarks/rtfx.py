@@ -16,12 +16,17 @@ texts, which the table says.
 Every engine is a process of its own with the same number of threads, and they take turns. Peers,
 each with the Python of an environment that has it: `nemo` (the same archive), `nano-parakeet` (the
 same weights in its modules; batches of 1 only; TDT), `transformers` (ParakeetForCTC of the same
-sizes with weights of its own: compare with `--head ctc`).
+sizes with weights of its own: compare with `--head ctc`), `onnx-asr` and `sherpa-onnx` (TDT; ONNX
+files that NeMo, so `--peer nemo=` too, exports from the same archive, and for int8 onnxruntime's
+dynamic quantization of every matrix product; their environments need onnx and onnxruntime beside
+them). Peers run in float32 on a CPU, the two of ONNX also in int8 where `--dtypes` has it, and in
+bfloat16 on a GPU.
 
 The result goes to `--out` as JSON, with machine, versions and commit; `--plot FILE.svg` draws it.
 """
 
 import argparse
+import contextlib
 import json
 import statistics
 import subprocess
@@ -31,10 +36,11 @@ import time
 from itertools import pairwise
 from pathlib import Path
 
+from benchmarks import commit
 from benchmarks import cpu_vs_nemo as common
 
 DTYPES = ("float32", "bfloat16", "float16", "int8")
-PEERS = ("nemo", "nano-parakeet", "transformers")
+PEERS = ("nemo", "nano-parakeet", "transformers", "onnx-asr", "sherpa-onnx")
 SIZES = {"random-110m": (17, 512, 80, 1), "random-0.6b": (24, 1024, 128, 2)}
 
 
@@ -194,18 +200,149 @@ def transformers_engine(model_path, dtype, device, head):
     return from_memory, from_files, None
 
 
-ENGINES = {"nano-parakeet": nano_engine, "nemo": nemo_engine, "transformers": transformers_engine}
+def onnx_asr_engine(model_path, dtype, device, head):
+    import onnx_asr
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = int(common.os.environ["OMP_NUM_THREADS"])
+    model = onnx_asr.load_model(
+        "nemo-conformer-tdt",
+        Path(model_path).with_suffix(".onnx"),
+        quantization="int8" if dtype == "int8" else None,
+        sess_options=options,
+        providers=["CPUExecutionProvider"],
+    )
+
+    def transcribe(inputs, batch_size):
+        texts = []
+        for first in range(0, len(inputs), batch_size):
+            texts += model.recognize(inputs[first : first + batch_size])
+        return texts
+
+    def from_files(paths, batch_size):
+        import soundfile
+
+        return transcribe([soundfile.read(p, dtype="float32")[0] for p in paths], batch_size)
+
+    return transcribe, from_files, None
+
+
+def sherpa_engine(model_path, dtype, device, head):
+    import sherpa_onnx
+    import soundfile
+
+    folder = Path(model_path).with_suffix(".onnx")
+    names = ("sherpa_encoder", "sherpa_decoder", "sherpa_joiner")
+    suffix = ".int8.onnx" if dtype == "int8" else ".onnx"
+    encoder, decoder, joiner = (str(folder / f"{name}{suffix}") for name in names)
+    recognizer = sherpa_onnx.OfflineRecognizer.from_transducer(
+        encoder=encoder,
+        decoder=decoder,
+        joiner=joiner,
+        tokens=str(folder / "vocab.txt"),
+        num_threads=int(common.os.environ["OMP_NUM_THREADS"]),
+        feature_dim=json.loads((folder / "config.json").read_text())["features_size"],
+        model_type="nemo_transducer",
+    )
+
+    def from_memory(clips, batch_size):
+        texts = []
+        for first in range(0, len(clips), batch_size):
+            streams = [recognizer.create_stream() for _ in clips[first : first + batch_size]]
+            for stream, clip in zip(streams, clips[first:], strict=False):
+                stream.accept_waveform(16000, clip)
+            recognizer.decode_streams(streams)
+            texts += [stream.result.text.strip() for stream in streams]
+        return texts
+
+    def from_files(paths, batch_size):
+        return from_memory([soundfile.read(p, dtype="float32")[0] for p in paths], batch_size)
+
+    return from_memory, from_files, None
+
+
+def export_onnx(model_path: str, folder: Path) -> None:
+    """Writes what onnx-asr and sherpa-onnx take, with real NeMo: the encoder, the decoder with the
+    joint (and each alone, for sherpa-onnx), tokens and sizes."""
+    from nemo.collections.asr.models import ASRModel
+
+    model = ASRModel.restore_from(model_path, map_location="cpu").eval()
+    model.export(str(folder / "model.onnx"))
+    model.decoder.export(str(folder / "sherpa_decoder.onnx"))
+    model.joint.export(str(folder / "sherpa_joiner.onnx"))
+    tokens = [*model.tokenizer.vocab, "<blk>"]
+    lines = "".join(f"{token} {i}\n" for i, token in enumerate(tokens))
+    (folder / "vocab.txt").write_text(lines, encoding="utf-8")
+    sizes = {
+        "model_type": "nemo-conformer-tdt",
+        "features_size": model.cfg.preprocessor.features,
+        "subsampling_factor": model.cfg.encoder.subsampling_factor,
+        "max_tokens_per_step": 10,
+        "normalize_type": model.cfg.preprocessor.normalize,
+        "vocab_size": model.decoder.vocab_size,
+        "pred_rnn_layers": model.decoder.pred_rnn_layers,
+        "pred_hidden": model.decoder.pred_hidden,
+    }
+    (folder / "config.json").write_text(json.dumps(sizes))
+
+
+def quantize_onnx(folder: Path) -> None:
+    """int8 beside every exported file, and sherpa-onnx's encoder, which wants the sizes inside.
+
+    Signed weights of matrix products only: convolutions too, as sherpa-onnx's scripts do it, took
+    onnxruntime 1.5 times as long.
+    """
+    import onnx
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    for name in ("encoder-model", "decoder_joint-model", "sherpa_decoder", "sherpa_joiner"):
+        quantize_dynamic(
+            folder / f"{name}.onnx",
+            folder / f"{name}.int8.onnx",
+            weight_type=QuantType.QInt8,
+            op_types_to_quantize=["MatMul"] if name == "encoder-model" else None,
+        )
+    config = json.loads((folder / "config.json").read_text())
+    about = config | {"model_type": "EncDecRNNTBPEModel", "feat_dim": config["features_size"]}
+    about["url"] = "tdt"  # by which sherpa-onnx tells TDT from RNNT
+    for suffix in (".onnx", ".int8.onnx"):
+        encoder = onnx.load(str(folder / f"encoder-model{suffix}"))
+        for key, value in about.items():
+            encoder.metadata_props.add(key=key, value=str(value))
+        onnx.save(encoder, str(folder / f"sherpa_encoder{suffix}"))
+
+
+ENGINES = {
+    "nano-parakeet": nano_engine,
+    "nemo": nemo_engine,
+    "onnx-asr": onnx_asr_engine,
+    "sherpa-onnx": sherpa_engine,
+    "transformers": transformers_engine,
+}
 
 
 def work(arguments) -> None:
-    """A worker's life: loads its engine, then answers `memory N`, `files N` and `stages N`."""
+    """A worker's life: loads its engine, then answers `memory N`, `files N` and `stages N`; or
+    exports the model for onnxruntime, or quantizes the export, and is done."""
     import numpy as np
-    import torch
 
-    torch.set_num_threads(arguments.threads)
     task = json.loads(Path(arguments.work).read_text())
     clips = list(np.load(task["clips"]).values())
+    if arguments.engine in ("export", "quantize"):
+        folder = Path(task["model"]).with_suffix(".onnx")
+        if arguments.engine == "export":
+            export_onnx(task["model"], folder)
+        else:
+            quantize_onnx(folder)
+        common.reply(load_s=0.0)
+        return
     name, dtype = arguments.engine.rsplit(":", 1)
+    on_gpu = arguments.device != "cpu"
+    if "onnx" not in name:  # whose environments need not have torch
+        import torch
+
+        torch.set_num_threads(arguments.threads)
     make = ENGINES.get(name, our_engine)
     started = time.perf_counter()
     memory, files, stages = make(task["model"], dtype, arguments.device, arguments.head)
@@ -216,41 +353,19 @@ def work(arguments) -> None:
             common.reply(stages=stages(clips, int(batch_size)) if stages else None)
             continue
         inputs = clips if what == "memory" else task["paths"]
-        if torch.device(arguments.device).type == "cuda":
+        if on_gpu:
             torch.cuda.reset_peak_memory_stats()
             torch.cuda.synchronize()
         start = time.perf_counter()
         texts = (memory if what == "memory" else files)(inputs, int(batch_size))
         seconds = time.perf_counter() - start
         peak = common.status_kib("VmHWM") / 1024
-        if torch.device(arguments.device).type == "cuda":
+        if on_gpu:
             peak = torch.cuda.max_memory_allocated() / 2**20
         common.reply(seconds=seconds, texts=texts, peak_mib=peak)
 
 
 # ---- in the parent
-
-
-def random_model(path: Path, name: str, clips, tokens_per_second: float) -> None:
-    """An archive of Parakeet's sizes with random weights."""
-    layers, width, mels, lstm_layers = SIZES[name]
-    usual = common.parakeet_110m
-
-    def sized(archive, n_layers):
-        config, files = usual(archive, n_layers)
-        config["preprocessor"]["features"] = config["encoder"]["feat_in"] = mels
-        config["encoder"] |= {"d_model": width}
-        config["model_defaults"]["enc_hidden"] = width
-        config["decoder"]["prednet"]["pred_rnn_layers"] = lstm_layers
-        config["joint"]["jointnet"]["encoder_hidden"] = width
-        config["aux_ctc"]["decoder"]["feat_in"] = width
-        return config, files
-
-    common.parakeet_110m = sized
-    try:
-        common.write_model(path, common.TOKENIZER, layers, clips, tokens_per_second)
-    finally:
-        common.parakeet_110m = usual
 
 
 def describe(path: Path) -> dict:
@@ -332,6 +447,45 @@ class Worker:
             self.process.wait(timeout=30)
         except subprocess.TimeoutExpired:
             self.process.kill()
+
+
+def prepare_model(folder: Path, arguments, clips) -> Path:
+    """The archive that all engines load; a random one is kept from the run before."""
+    model = folder / "model.nemo"
+    if arguments.model not in SIZES:
+        from fastconformer.checkpoint import read_checkpoint
+        from fastconformer.nemo_archive import write_nemo
+
+        write_nemo(model, read_checkpoint(arguments.model))
+    elif not model.exists():
+        rate = arguments.tokens_per_second
+        common.write_model(model, common.TOKENIZER, clips[:4], rate, *SIZES[arguments.model])
+    return model
+
+
+def prepare_onnx(model: Path, arguments, work_file: Path) -> None:
+    """Exports and quantizes the model where a peer needs it and it has not been done."""
+    peers = [name for name in arguments.peers if "onnx" in name]
+    folder = model.with_suffix(".onnx")
+    if not peers or (folder / "sherpa_encoder.int8.onnx").exists():
+        return
+    folder.mkdir(exist_ok=True)
+    for step, python in (
+        ("export", arguments.peers["nemo"]),
+        ("quantize", arguments.peers[peers[0]]),
+    ):
+        Worker(step, python, arguments, work_file).close()
+
+
+def engines(arguments) -> list[tuple[str, str]]:
+    """(name:dtype, its Python) of every engine, ours first."""
+    found = [(f"ours:{dtype}", sys.executable) for dtype in arguments.dtypes]
+    for name, python in arguments.peers.items():
+        dtypes = ["float32"] if arguments.device == "cpu" else ["bfloat16"]
+        if "onnx" in name:
+            dtypes = [dtype for dtype in arguments.dtypes if dtype in ("float32", "int8")]
+        found += [(f"{name}:{dtype}", python) for dtype in dtypes]
+    return found
 
 
 def measure(workers: dict, arguments, audio_s: float, references) -> list[dict]:
@@ -425,6 +579,9 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     parser.add_argument(
         "--peer", action="append", default=[], metavar="NAME=PYTHON", help=", ".join(PEERS)
     )
+    parser.add_argument(
+        "--folder", type=Path, help="keeps the random model and its exports here, for the next run"
+    )
     parser.add_argument("--out", type=Path, default=common.RESULTS / "rtfx.json")
     parser.add_argument("--plot", type=Path, metavar="FILE.svg")
     parser.add_argument("--work", help=argparse.SUPPRESS)
@@ -438,6 +595,10 @@ def parse_arguments(argv=None) -> argparse.Namespace:
             parser.error(
                 f"--peer {name}={python}: expected one of {', '.join(PEERS)}, = and a Python"
             )
+    if any("onnx" in name for name in arguments.peers) and "nemo" not in arguments.peers:
+        parser.error("onnx-asr and sherpa-onnx need --peer nemo= too, which exports the model")
+    if arguments.folder:
+        arguments.folder.mkdir(parents=True, exist_ok=True)
     return arguments
 
 
@@ -457,17 +618,11 @@ def main(argv=None) -> int:
         print(f"rtfx: {error}", file=sys.stderr)
         return 1
     audio_s = sum(len(c) for c in clips) / 16000
-    with tempfile.TemporaryDirectory() as folder:
+    with contextlib.ExitStack() as stack:
+        folder = arguments.folder or stack.enter_context(tempfile.TemporaryDirectory())
         folder = Path(folder)
-        model = folder / "model.nemo"
         try:
-            if arguments.model in SIZES:
-                random_model(model, arguments.model, clips[:4], arguments.tokens_per_second)
-            else:
-                from fastconformer.checkpoint import read_checkpoint
-                from fastconformer.nemo_archive import write_nemo
-
-                write_nemo(model, read_checkpoint(arguments.model))
+            model = prepare_model(folder, arguments, clips)
             sizes = describe(model)
         except (OSError, ValueError) as error:
             print(f"rtfx: {error}", file=sys.stderr)
@@ -479,14 +634,10 @@ def main(argv=None) -> int:
         work_file = folder / "work.json"
         task = {"model": str(model), "clips": str(folder / "clips.npz"), "paths": paths}
         work_file.write_text(json.dumps(task))
+        prepare_onnx(model, arguments, work_file)
         workers = {}
         try:
-            for dtype in arguments.dtypes:
-                workers[f"ours:{dtype}"] = Worker(
-                    f"ours:{dtype}", sys.executable, arguments, work_file
-                )
-            for name, python in arguments.peers.items():
-                engine = f"{name}:float32" if arguments.device == "cpu" else f"{name}:bfloat16"
+            for engine, python in engines(arguments):
                 workers[engine] = Worker(engine, python, arguments, work_file)
             rows = measure(workers, arguments, audio_s, references)
         finally:
@@ -495,16 +646,9 @@ def main(argv=None) -> int:
     machine = common.machine()
     if torch.cuda.is_available():
         machine["gpu"] = torch.cuda.get_device_name()
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        cwd=common.REPOSITORY,
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout.strip()
     result = {
         "machine": machine,
-        "versions": {"torch": torch.__version__, "commit": commit or None},
+        "versions": {"torch": torch.__version__, "commit": commit()},
         "model": arguments.model if arguments.model in SIZES else Path(arguments.model).name,
         "sizes": sizes,
         "head": arguments.head or "default",
