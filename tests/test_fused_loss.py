@@ -573,6 +573,33 @@ def test_no_more_logits_than_a_tile(monkeypatch):
     assert sum(cells for cells, outputs in sizes if outputs == 5) == n_cells
 
 
+def test_a_clip_that_fits_is_visited_once(monkeypatch):
+    """Its logits are made once, and again only where the clips' weights turn out unequal."""
+    inputs, *batch = make((20, 12, 9), (6, 4, 0), 40, 5)
+    loss = lambda *x, cells=150: fused_transducer_loss(
+        *x, *batch, (0, 1, 2, 3, 4), eps=1e-3, tile_cells=cells
+    )
+    made, linear = [], F.linear
+    monkeypatch.setattr(
+        F, "linear", lambda x, w, b: made.append((len(x), len(w))) or linear(x, w, b)
+    )
+    unequal = torch.tensor([1.0, 2.0, 1.0], dtype=torch.float64)
+    n_cells = 20 * 7 + 12 * 5 + 9
+    for cells, weights, visits in (
+        (150, None, 1), (None, -2 * torch.ones(3), 1), (139, None, 2), (150, unequal, 2),
+    ):  # fmt: skip
+        made.clear()
+        actual = run(lambda *x: loss(*x, cells=cells), inputs, weights)
+        assert max(n for n, outputs in made if outputs == 46) <= (cells or n_cells)
+        n_made = sum(n for n, outputs in made if outputs == 46)
+        assert n_made == n_cells if visits == 1 else n_cells < n_made < 2 * n_cells
+        assert_near(actual, run(lambda *x: loss(*x, cells=7), inputs, weights), 1e-12)
+    # A weight of 0 hides even what is not a number.
+    inputs[0][0, 0] = math.nan
+    _, grads = run(loss, inputs, torch.zeros(3))
+    assert (grads[0] == 0).all() and (grads[1] == 0).all()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", [fused_cpu], indirect=True)
 def test_peak_memory_is_a_fraction_of_the_joint_tensor():

@@ -26,6 +26,12 @@ visited twice:
 Memory beside inputs and gradients is one tile and about 4 * (8 + N) bytes a cell. The price is the
 first product made twice: four products where the joint tensor needs three.
 
+On a CPU, where the products are nearly all of the time, clips whose logits fit in `_KEPT_BYTES` are
+worked through one group after another, and the group's logits kept from step 1 to step 3: three
+products. The gradients are then made in the forward pass, before the weights of the clips in the
+loss are known: those of the plain sum are made, and the backward pass multiplies by the weight if
+it is the same for all clips, or else visits the tiles again.
+
 Dropout's mask is a hash of seed, cell and channel (`keep` in fused_vectorised.py), so that the two
 visits agree without storing it. No sum depends on scheduling: the same call gives the same bits.
 
@@ -54,6 +60,7 @@ from collections.abc import Iterator, Sequence
 from types import ModuleType
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -74,9 +81,12 @@ log = logging.getLogger(__name__)
 
 ACTIVATIONS = ("relu", "tanh", "sigmoid")
 
-# Logits of a tile: large enough for full speed of the products, small beside everything else.
-_TILE_BYTES = {"cpu": 32 << 20, "cuda": 128 << 20}
-_TILE_CELLS = {"cpu": 2048, "cuda": 32768}
+# Logits of a tile: large enough for full speed of the products, small beside everything else, and
+# on a CPU within its caches.
+_TILE_BYTES = {"cpu": 16 << 20, "cuda": 128 << 20}
+_TILE_CELLS = {"cpu": 1024, "cuda": 32768}
+# Logits that a CPU keeps between the two visits, a clip's or several clips' (module docstring).
+_KEPT_BYTES = 48 << 20
 
 
 def fused_transducer_loss(
@@ -119,7 +129,7 @@ def fused_transducer_loss(
         dropout: probability of a hidden channel being zeroed, in every call (give 0 outside
             training). The seed is one draw from torch's default CPU generator; none for 0.
         eps: gradients skip cells less occupied than this; 0 skips none. Bound: module docstring.
-        tile_cells: cells whose logits are in memory at once; None: by the device.
+        tile_cells: cells whose logits are in memory at once; None: by the device, at most 128 MiB.
         report: gets "active_share" (of a clip's cells, those that the gradient visits) and
             "skipped_occupancy" (share of the clip's occupancy in the others), (B,) each.
     Returns:
@@ -152,13 +162,24 @@ def fused_transducer_loss(
         dtype = torch.float32
     if out_bias is None:
         out_bias = out_weight.new_zeros(n_outputs)
-    differentiable = (enc_proj, pred_proj, out_weight, out_bias)
-    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in differentiable)
+    needs = [
+        torch.is_grad_enabled() and x.requires_grad
+        for x in (enc_proj, pred_proj, out_weight, out_bias)
+    ]
+    # From the padded shape, so that shapes of inputs alone decide the shapes of what is saved.
+    # The weights of clips in "mean" are not equal.
+    kept_cells = tile_cells or _KEPT_BYTES // (n_outputs * dtype.itemsize)
+    fits = enc_proj.shape[1] * pred_proj.shape[1] <= kept_cells
+    if not fits or not any(needs) or reduction == "mean" or device.type != "cpu":
+        kept_cells = 0
     options = Options(
         sigma, omega, fastemit_lambda, clamp if clamp > 0.0 else math.inf, dropout, eps
     )
-    losses, *_, activity = _forward(
-        *differentiable,
+    losses, activity, *_ = _forward(
+        enc_proj,
+        pred_proj,
+        out_weight,
+        out_bias,
         targets,
         logit_lengths,
         target_lengths,
@@ -171,7 +192,9 @@ def fused_transducer_loss(
         list(options),
         dtype,
         tile_cells or 0,
-        needs_grad,
+        kept_cells,
+        needs[0] or needs[1],
+        needs[2] or needs[3],
     )
     if report is not None:
         report["active_share"], report["skipped_occupancy"] = activity.detach().unbind()
@@ -314,9 +337,12 @@ def _forward(
     options: Sequence[float],
     dtype: torch.dtype,
     tile_cells: int,
-    needs_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The losses (B,), the five tensors of Cells, and (2, B): active share, skipped occupancy."""
+    kept_cells: int,
+    wants_states: bool,
+    wants_output: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The losses (B,); active share and skipped occupancy (2, B); the five tensors of Cells; with
+    kept_cells the gradients of the sum of losses for the first four inputs (else empty)."""
     batch, n_frames, _ = enc.shape
     inputs = f"enc_proj is {tuple(enc.shape)}, pred_proj {tuple(pred.shape)}"
     check_batch(
@@ -331,9 +357,17 @@ def _forward(
         )  # fmt: skip
         backend = _backend(enc.device)
         cells = _empty_cells(enc, len(job.enc) * job.n_rows, len(durations or ()), dtype)
-        for tile in _tiles(job, None, tile_cells):
-            backend.scores(job, tile, cells)
-        log_likelihood = backend.lattice(job, cells, needs_grad)
+        needs_grad = wants_states or wants_output
+        wanted = (wants_states, wants_output) if kept_cells else (False, False)
+        sums = _empty_sums((enc, pred, weight, bias), *wanted, dtype)
+        if kept_cells:
+            for total in sums:
+                total.zero_()
+            log_likelihood = _visit_once(job, backend, cells, options, tile_cells, kept_cells, sums)
+        else:
+            for tile in _tiles(job, tile_cells):
+                backend.scores(job, tile, cells)
+            log_likelihood = backend.lattice(job, cells, needs_grad)
     activity = cells.top.new_tensor([[1.0], [0.0]]).repeat(1, batch)
     if needs_grad and options.eps > 0.0:
         passing = (cells.blank + cells.label)[: job.n_cells]
@@ -343,7 +377,74 @@ def _forward(
         activity = torch.stack([share, lost]).to(passing.dtype)
     # NeMo has this factor in float32: 1e-8 of the loss in float64.
     factor = torch.tensor(1.0 + options.fastemit_lambda, dtype=torch.float32).item()
-    return (-factor * log_likelihood).to(cells.top.dtype), *cells, activity
+    return (-factor * log_likelihood).to(cells.top.dtype), activity, *cells, *sums
+
+
+def _visit_once(job, backend, cells, options, tile_cells, kept_cells, sums) -> Tensor:
+    """Forward and backward of the sum of losses, by groups of clips whose logits are kept between
+    the two. Adds to `sums`; returns the log-likelihoods."""
+    sizes = [t * r for t, r in job.shapes]
+    kept = _memory(min(kept_cells, job.n_cells), len(job.weight), job.weight.dtype)
+    weights = torch.ones(len(sizes), dtype=cells.top.dtype)
+    log_likelihoods = []
+    first_clip = lo = 0
+    while first_clip < len(sizes):
+        last_clip, hi = first_clip, lo
+        while last_clip < len(sizes) and hi + sizes[last_clip] - lo <= kept_cells:
+            hi += sizes[last_clip]
+            last_clip += 1
+        for tile in _tiles(job, tile_cells, lo, hi):
+            logits = backend.scores(job, tile, cells)
+            kept[tile.first - lo : tile.last + 1 - lo] = logits
+        clips = slice(first_clip, last_clip)
+        group = job._replace(
+            frames=job.frames[clips],
+            rows=job.rows[clips],
+            offsets=job.offsets[clips] - lo,
+            n_cells=hi - lo,
+        )
+        of_group = Cells(*(x[lo:hi] for x in cells))
+        log_likelihoods.append(backend.lattice(group, of_group, True))
+        skipped = None
+        if options.eps > 0.0:
+            skipped = of_group.blank + of_group.label < options.eps
+        for tile in _tiles(job, tile_cells, lo, hi, skipped):
+            if skipped is None:
+                grad = kept[tile.first - lo : tile.last + 1 - lo]
+            else:
+                grad = kept.index_select(0, tile.index - lo)
+            hidden = backend.hidden(job, tile)
+            _add_gradients(job, backend, tile, cells, weights, options, hidden, grad, sums)
+        first_clip, lo = last_clip, hi
+    return torch.cat(log_likelihoods)
+
+
+def _add_gradients(job, backend, tile, cells, weights, options, hidden, logits, sums):
+    """Adds a tile's share to the gradients `sums`, those that are not empty."""
+    backend.gradient(job, tile, cells, weights, options.fastemit_lambda, options.clamp, logits)
+    of_enc, of_pred, of_weight, of_bias = sums
+    n_outputs = len(job.weight)  # omega's branch leaves the durations alone
+    if of_weight.numel():
+        add_outer_product(of_weight[:n_outputs], logits, hidden)
+        of_bias[:n_outputs] += logits.sum(0, dtype=of_bias.dtype)
+    if of_enc.numel():
+        d_hidden = product(logits, job.weight.t(), None)
+        backend.scatter(job, tile, hidden, d_hidden, of_enc.flatten(0, 1), of_pred.flatten(0, 1))
+
+
+def _memory(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    # numpy asks the kernel for huge pages and torch does not: a fourth of the time to touch it.
+    bits = {torch.bfloat16: np.int16, torch.float64: np.float64}.get(dtype, np.float32)
+    return torch.from_numpy(np.empty((rows, columns), bits)).view(dtype)
+
+
+def _empty_sums(inputs, wants_states, wants_output, dtype) -> list[Tensor]:
+    wanted = (wants_states, wants_states, wants_output, wants_output)
+    dtype = _wide(dtype)
+    return [
+        x.new_empty(x.shape if want else 0, dtype=dtype)
+        for x, want in zip(inputs, wanted, strict=True)
+    ]
 
 
 def _sums(job: Job, values: Tensor) -> Tensor:
@@ -355,11 +456,14 @@ def _sums(job: Job, values: Tensor) -> Tensor:
 @_forward.register_fake
 def _(
     enc, pred, weight, bias, targets, logit_lengths, target_lengths, coin, seed, durations, blank,
-    activation, options, dtype, tile_cells, needs_grad,
+    activation, options, dtype, tile_cells, kept_cells, wants_states, wants_output,
 ):  # fmt: skip
     size = enc.shape[0] * enc.shape[1] * pred.shape[1]
     cells = _empty_cells(enc, size, len(durations or ()), dtype)
-    return cells.top.new_empty(enc.shape[0]), *cells, cells.top.new_empty(2, enc.shape[0])
+    losses = cells.top.new_empty(enc.shape[0])
+    wanted = (wants_states, wants_output) if kept_cells else (False, False)
+    sums = _empty_sums((enc, pred, weight, bias), *wanted, dtype)
+    return losses, losses.new_empty(2, enc.shape[0]), *cells, *sums
 
 
 def _empty_cells(enc, size, n_durations, dtype) -> Cells:
@@ -374,6 +478,7 @@ def _empty_cells(enc, size, n_durations, dtype) -> Cells:
 def _backward(
     grad_losses: Tensor,
     cells: Sequence[Tensor],
+    known: Sequence[Tensor],
     enc: Tensor,
     pred: Tensor,
     weight: Tensor,
@@ -392,8 +497,14 @@ def _backward(
     wants_states: bool,
     wants_output: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of the first four inputs; empty where not wanted."""
+    """Gradients of the first four inputs, empty where not wanted; `known` are those of the sum of
+    losses, or empty."""
     options, cells, wide = Options(*options), Cells(*cells), _wide(dtype)
+    inputs = (enc, pred, weight, bias)
+    factor = grad_losses[0].to(wide)
+    # Not for a weight of 0, which is to hide NaN.
+    if known[0].numel() + known[2].numel() and factor and (grad_losses == factor).all():
+        return tuple((x * factor).to(of.dtype) for x, of in zip(known, inputs, strict=True))
     with torch.autocast(enc.device.type, enabled=False):
         job = _job(
             enc, pred, weight, bias, targets, logit_lengths, target_lengths, coin, seed, durations,
@@ -406,36 +517,21 @@ def _backward(
         skipped = None
         if options.eps > 0.0:
             skipped = (cells.blank + cells.label)[: job.n_cells] < options.eps
-        sums = [
-            torch.zeros(x.shape if wanted else 0, dtype=wide, device=x.device)
-            for x, wanted in (
-                (job.enc, wants_states), (job.pred, wants_states),
-                (weight, wants_output), (bias, wants_output),
-            )
-        ]  # fmt: skip
-        n_outputs = len(job.weight)  # omega's branch leaves the durations alone
-        for tile in _tiles(job, skipped, tile_cells):
+        sums = _empty_sums(inputs, wants_states, wants_output, dtype)
+        for total in sums:
+            total.zero_()
+        for tile in _tiles(job, tile_cells, skipped=skipped):
             hidden = backend.hidden(job, tile)
-            grad = product(hidden, job.weight, job.bias)
-            backend.gradient(
-                job, tile, cells, weights, options.fastemit_lambda, options.clamp, grad
-            )
-            if wants_output:
-                add_outer_product(sums[2][:n_outputs], grad, hidden)
-                sums[3][:n_outputs] += grad.sum(0, dtype=wide)
-            if wants_states:
-                d_hidden = product(grad, job.weight.t(), None)
-                backend.scatter(job, tile, hidden, d_hidden, sums[0], sums[1])
-    return tuple(
-        (total * largest).to(x.dtype).view(x.shape if total.numel() else 0)
-        for total, x in zip(sums, (enc, pred, weight, bias), strict=True)
-    )
+            logits = product(hidden, job.weight, job.bias)
+            _add_gradients(job, backend, tile, cells, weights, options, hidden, logits, sums)
+    return tuple(x.mul_(largest).to(of.dtype) for x, of in zip(sums, inputs, strict=True))
 
 
 @_backward.register_fake
 def _(
-    grad_losses, cells, enc, pred, weight, bias, targets, logit_lengths, target_lengths, coin, seed,
-    durations, blank, activation, options, dtype, tile_cells, wants_states, wants_output,
+    grad_losses, cells, known, enc, pred, weight, bias, targets, logit_lengths, target_lengths,
+    coin, seed, durations, blank, activation, options, dtype, tile_cells, wants_states,
+    wants_output,
 ):  # fmt: skip
     wanted = (wants_states, wants_states, wants_output, wants_output)
     return tuple(
@@ -447,22 +543,19 @@ def _(
 def _setup_context(ctx, inputs, output):
     ctx.set_materialize_grads(False)
     tensors, (ctx.durations, ctx.blank, ctx.activation, ctx.options) = inputs[:9], inputs[9:13]
-    ctx.dtype, ctx.tile_cells, _ = inputs[13:]
-    ctx.save_for_backward(*tensors, *output[1:6])
+    ctx.dtype, ctx.tile_cells, _, *ctx.wants = inputs[13:]
+    ctx.save_for_backward(*tensors, *output[2:])
 
 
 def _differentiate(ctx, grad_losses, *_):
     if grad_losses is None:
-        return (None,) * 16
-    *tensors, top, total, of_blank, of_label, of_duration = ctx.saved_tensors
-    needs = ctx.needs_input_grad
-    wants_states, wants_output = needs[0] or needs[1], needs[2] or needs[3]
+        return (None,) * 18
+    tensors, cells, known = ctx.saved_tensors[:9], ctx.saved_tensors[9:14], ctx.saved_tensors[14:]
     grads = _backward(
-        grad_losses, [top, total, of_blank, of_label, of_duration], *tensors, ctx.durations,
-        ctx.blank, ctx.activation, ctx.options, ctx.dtype, ctx.tile_cells, wants_states,
-        wants_output,
+        grad_losses, cells, known, *tensors, ctx.durations, ctx.blank, ctx.activation, ctx.options,
+        ctx.dtype, ctx.tile_cells, *ctx.wants,
     )  # fmt: skip
-    return *(g if need else None for g, need in zip(grads, needs)), *(None,) * 12
+    return *(g if need else None for g, need in zip(grads, ctx.needs_input_grad)), *(None,) * 14
 
 
 _forward.register_autograd(_differentiate, setup_context=_setup_context)
@@ -472,23 +565,32 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _tiles(job: Job, skipped: Tensor | None, tile_cells: int) -> Iterator[Tile]:
-    if not tile_cells:
-        kind = "cpu" if job.enc.device.type == "cpu" else "cuda"
-        row_bytes = len(job.weight) * job.enc.element_size()
-        tile_cells = min(_TILE_CELLS[kind], max(128, _TILE_BYTES[kind] // row_bytes))
+def _tiles(
+    job: Job,
+    tile_cells: int,
+    lo: int = 0,
+    hi: int | None = None,
+    skipped: Tensor | None = None,
+) -> Iterator[Tile]:
+    """The cells from lo to hi, those that are not skipped (hi - lo,)."""
+    hi = job.n_cells if hi is None else hi
+    kind = "cpu" if job.enc.device.type == "cpu" else "cuda"
+    row_bytes = len(job.weight) * job.enc.element_size()
+    most = min(_TILE_CELLS[kind], max(128, _TILE_BYTES[kind] // row_bytes))
+    # On a CPU `tile_cells` may mean more, to be kept.
+    tile_cells = min(tile_cells or most, most) if kind == "cpu" else tile_cells or most
     if skipped is None:
-        for lo in range(0, job.n_cells, tile_cells):
-            hi = min(lo + tile_cells, job.n_cells)
-            yield Tile(torch.arange(lo, hi, device=job.enc.device), lo, hi - 1)
+        for first in range(lo, hi, tile_cells):
+            last = min(first + tile_cells, hi) - 1
+            yield Tile(torch.arange(first, last + 1, device=job.enc.device), first, last)
         return
     before = F.pad((~skipped).cumsum(0, dtype=torch.int32), (1, 0))
-    visited = (~skipped).nonzero()[:, 0]
+    visited = (~skipped).nonzero()[:, 0] + lo
     starts = range(0, len(visited), tile_cells)
     firsts = visited[::tile_cells].tolist()  # one wait for the device, not one a tile
     lasts = [*(visited[tile_cells - 1 :: tile_cells].tolist()), *visited[-1:].tolist()]
-    for lo, first, last in zip(starts, firsts, lasts):
-        yield Tile(visited[lo : lo + tile_cells], first, last, lo, before)
+    for start, first, last in zip(starts, firsts, lasts):
+        yield Tile(visited[start : start + tile_cells], first, last, start, before)
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -503,8 +605,8 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def add_outer_product(out: Tensor, grad: Tensor, hidden: Tensor):
     """out (O, H) += grad (C, O)^T hidden (C, H), summed in out's type where the device can."""
     if _onednn(grad, hidden.shape[1]):
-        transposed = hidden.t().contiguous()
-        out += torch.ops.mkldnn._linear_pointwise(transposed, grad.t(), None, "none", [], "").t()
+        transposed = grad.t().contiguous()
+        out += torch.ops.mkldnn._linear_pointwise(transposed, hidden.t(), None, "none", [], "")
     elif out.dtype == grad.dtype:
         torch.addmm(out, grad.t(), hidden, out=out)
     elif grad.device.type == "cuda":

@@ -43,7 +43,7 @@ def hidden(job, tile) -> Tensor:
     return out
 
 
-def scores(job, tile, cells):
+def scores(job, tile, cells) -> Tensor:
     from fastconformer.losses.fused import product
 
     logits = product(hidden(job, tile), job.weight, job.bias)
@@ -52,6 +52,7 @@ def scores(job, tile, cells):
             _array(logits), *_place(job, tile), job.targets.numpy(), job.blank, job.n_classes,
             job.sigma, *(x.numpy() for x in cells), n_threads,
         )  # fmt: skip
+    return logits
 
 
 def lattice(job, cells, needs_grad) -> Tensor:

@@ -59,7 +59,7 @@ def hidden(job, tile) -> Tensor:
     return activated.to(job.enc.dtype)
 
 
-def scores(job, tile, cells):
+def scores(job, tile, cells) -> Tensor:
     logits = F.linear(hidden(job, tile), job.weight, job.bias)
     clip, _, row = locate(job, tile.index)
     lo, hi = tile.first, tile.last + 1  # without gaps
@@ -73,6 +73,7 @@ def scores(job, tile, cells):
     if job.durations is not None:
         duration = logits[:, job.n_classes :].to(cells.top.dtype)
         cells.duration[lo:hi] = duration.log_softmax(-1)
+    return logits
 
 
 def lattice(job, cells, needs_grad) -> Tensor:
