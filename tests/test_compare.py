@@ -48,6 +48,12 @@ def test_facts_in_numbers(recipe, capsys):
     assert "8000 Hz; slower ones are resampled up" in told
 
 
+def test_the_batch_that_the_device_takes_is_found(recipe, capsys):
+    auto = {"batch_duration_s": "auto", "batch_memory_gb": 4.0}
+    assert compare.main([recipe(data=auto)]) == 0
+    assert "audio in a step       9 s" in capsys.readouterr().out  # any limit: two clips a batch
+
+
 def test_nothing_is_written(recipe, tmp_path):
     assert compare.main([recipe()]) == 0
     assert not (tmp_path / "run").exists()

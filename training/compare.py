@@ -25,7 +25,7 @@ from fastconformer import ASRModel
 from fastconformer.audio import load_audio
 from fastconformer.checkpoint import read_checkpoint
 from training.data import Utterance
-from training.find_batch import device_memory, training_step
+from training.find_batch import device_memory, find_batch_duration, training_step
 from training.freeze import Freezing
 from training.load import TrainingSet, batch_order, load_data, read_source
 from training.objective import Objective, batch_loss, objective_of
@@ -84,15 +84,18 @@ class Prepared:
 
 
 def prepared(recipe: Recipe) -> Prepared:
-    """Raises what the run itself would raise."""
-    if recipe.data.batch_duration_s == "auto":
-        raise ValueError(
-            "data.batch_duration_s is auto; let training.find_batch find it, and give its number"
-        )
+    """Raises what the run itself would raise. `data.batch_duration_s: auto` becomes a number."""
     model = build_model(recipe.model, recipe.loss, recipe.trainer.seed, recipe.encoder)
     objective = objective_of(recipe, model)
     train, _ = load_data(recipe, model, objective.heads, None)
-    return Prepared(recipe, model, objective, prepare(model, recipe, objective), train)
+    freezing = prepare(model, recipe, objective)
+    if recipe.data.batch_duration_s == "auto":
+        step = training_step(model, objective, freezing, recipe)
+        model.to(choose_device(recipe.trainer.device))
+        found = find_batch_duration(recipe, train, model, step, recipe.data.batch_memory_gb)
+        data = dataclasses.replace(recipe.data, batch_duration_s=found, batch_memory_gb=None)
+        recipe = dataclasses.replace(recipe, data=data)
+    return Prepared(recipe, model, objective, freezing, train)
 
 
 def facts(job: Prepared) -> dict[str, str]:
