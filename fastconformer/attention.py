@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from .linear import Linear
 
-SCORE_BYTES, SCORE_BYTES_GPU = 1 << 26, 1 << 29  # of the scores that are in memory at once
+SCORE_BYTES, SCORE_BYTES_GPU = 1 << 21, 1 << 29  # of the scores that are in memory at once
 
 
 def position_encoding(positions: torch.Tensor, d_model: int) -> torch.Tensor:
@@ -64,13 +64,14 @@ class RelPositionMultiHeadAttention(nn.Module):
         is True where a key may not be seen. Returns (B, T, D)."""
         q, k, v = (self._heads(f(x)) for f in (self.linear_q, self.linear_k, self.linear_v))
         p = self._heads(self.linear_pos(pos_emb)[None]) * self.d_head**-0.5  # (1, H, 2T-1, K)
+        if x.device.type == "cpu" and not torch.is_grad_enabled():
+            return self.linear_out(self._in_cache(q, k, v, p, hidden))
         t, pieces = x.shape[1], []
         rows = t
-        if (
-            not torch.is_grad_enabled()
-        ):  # queries in pieces: memory grows with T, not with its square
-            limit = SCORE_BYTES_GPU if x.is_cuda else SCORE_BYTES
-            rows = max(16, limit // (x.shape[0] * self.n_heads * 2 * t * x.element_size()))
+        if not torch.is_grad_enabled():  # queries in pieces: memory does not grow with T's square
+            rows = max(
+                16, SCORE_BYTES_GPU // (x.shape[0] * self.n_heads * 2 * t * x.element_size())
+            )
         for start in range(0, t, rows):
             stop = min(start + rows, t)
             query = q[:, :, start:stop]
@@ -91,6 +92,31 @@ class RelPositionMultiHeadAttention(nn.Module):
             )
             pieces.append(out.transpose(1, 2).flatten(2))
         return self.linear_out(pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1))
+
+    def _in_cache(self, q, k, v, p, hidden) -> torch.Tensor:
+        """The same for a CPU: few queries at a time, so that their scores stay in its caches, and
+        no more distances than these queries have. q, k, v (B, H, T, K), p (1, H, 2T-1, K) scaled
+        -> (B, T, D)."""
+        b, h, t, _ = q.shape
+        to_key = (q + self.pos_bias_u[:, None]).mul_(self.d_head**-0.5).flatten(0, 1)
+        to_position = (q + self.pos_bias_v[:, None]).flatten(0, 1)
+        k, v = k.flatten(0, 1).transpose(1, 2), v.flatten(0, 1)
+        p = p.expand(b, -1, -1, -1).flatten(0, 1).transpose(1, 2)  # (B H, K, 2T-1)
+        masked = bool(hidden.any())
+        rows = SCORE_BYTES // (b * h * t * q.element_size())
+        rows = max(16, min(rows, 512 // q.element_size()))
+        out = q.new_empty(b, t, h, q.shape[3])
+        for start in range(0, t, rows):
+            stop = min(start + rows, t)
+            position = to_position[:, start:stop] @ p[:, :, t - stop : 2 * t - 1 - start]
+            position = _relative_shift(position.unflatten(0, (b, h)), t)
+            scores = torch.baddbmm(position.flatten(0, 1), to_key[:, start:stop], k)
+            if masked:
+                unseen = hidden if hidden.shape[2] == 1 else hidden[:, :, start:stop]
+                scores.unflatten(0, (b, h)).masked_fill_(unseen, _masked_value(scores.dtype))
+            heads = (scores.softmax(-1) @ v).unflatten(0, (b, h))
+            out[:, start:stop] = heads.transpose(1, 2)
+        return out.flatten(2)
 
 
 def _relative_shift(x: torch.Tensor, t: int) -> torch.Tensor:

@@ -34,7 +34,7 @@ class FeedForward(nn.Module):
         self.linear2 = Linear(d_ff, d_model, bias=use_bias)
 
     def forward(self, x):
-        return self.linear2(self.dropout(self.linear1(x, silu=True)))
+        return self.linear2(self.dropout(self.linear1(x, "swish")))
 
 
 class Convolution(nn.Module):
@@ -64,8 +64,13 @@ class Convolution(nn.Module):
         # width-1 convolutions as matrix products: no transposes, faster kernels
         x = linear(x, self.pointwise_conv1.weight, self.pointwise_conv1.bias)
         x = F.glu(x, dim=-1).masked_fill(pad_mask[..., None], 0.0)
-        x = F.pad(x.transpose(1, 2), self.context)  # (B, D, T)
         norm, conv = self.batch_norm, self.depthwise_conv
+        # (B, D, T), on a CPU with the channels last in memory, as its fast kernel wants them
+        on_cpu = x.device.type == "cpu" and not torch.is_grad_enabled()
+        if on_cpu:
+            x = F.pad(x, (0, 0, *self.context)).transpose(1, 2)
+        else:
+            x = F.pad(x.transpose(1, 2), self.context)
         if isinstance(norm, nn.BatchNorm1d) and not norm.training:
             # fixed statistics: fold the norm into the convolution's weights
             scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
@@ -73,7 +78,11 @@ class Convolution(nn.Module):
             bias = bias if conv.bias is None else bias + conv.bias * scale
             weight = conv.weight * scale[:, None, None]
             # pure bfloat16 training keeps the norm in float32
-            x = F.conv1d(x, weight.to(x.dtype), bias.to(x.dtype), groups=conv.groups)
+            weight, bias = weight.to(x.dtype), bias.to(x.dtype)
+            if on_cpu:
+                x = F.conv2d(x[:, :, None], weight[:, :, None], bias, groups=conv.groups)[:, :, 0]
+            else:
+                x = F.conv1d(x, weight, bias, groups=conv.groups)
             x = x.transpose(1, 2)
         elif isinstance(norm, nn.LayerNorm):
             x = norm(conv(x).transpose(1, 2))

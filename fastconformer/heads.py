@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .config import CTCConfig, JointConfig, PredictionConfig
-from .linear import Linear, linear
+from .linear import Int8Weight, Linear, linear
 
 _ACTIVATIONS = {"relu": nn.ReLU, "sigmoid": nn.Sigmoid, "tanh": nn.Tanh}
 
@@ -83,7 +83,14 @@ class PredictionNetwork(nn.Module):
     def forward(self, targets: torch.Tensor) -> torch.Tensor:
         """targets (B, U) -> states (B, U+1, H); row 0 follows the start, a zero vector."""
         embedded = F.pad(self.prediction["embed"](targets), (0, 0, 1, 0))
-        return self.prediction["dec_rnn"](embedded)[0]
+        if not isinstance(self.prediction["dec_rnn"].lstm.weight_hh_l0, Int8Weight):
+            return self.prediction["dec_rnn"](embedded)[0]
+        zeros = embedded.new_zeros(len(targets), self.hidden)
+        state, outputs = [(zeros, zeros)] * self.n_layers, []
+        for x in embedded.unbind(1):
+            x, state = self._cells(x, state)
+            outputs.append(x)
+        return torch.stack(outputs, 1)
 
     def start(self, batch: int):
         """(output (B, H), state) after the start symbol, for step-by-step decoding."""
@@ -99,10 +106,21 @@ class PredictionNetwork(nn.Module):
     def _cells(self, x, state):
         lstm, after = self.prediction["dec_rnn"].lstm, []
         for layer, (h, c) in enumerate(state):
-            weights = (getattr(lstm, f"{name}_l{layer}") for name in lstm_weight_names)
-            x, c = torch.lstm_cell(x, (h, c), *weights)
+            weights = [getattr(lstm, f"{name}_l{layer}") for name in lstm_weight_names]
+            if x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_grad_enabled():
+                x, c = _cell(x, h, c, *weights)
+            else:
+                x, c = torch.lstm_cell(x, (h, c), *weights)
             after.append((x, c))
         return x, after
+
+
+def _cell(x, h, c, weight_ih, weight_hh, bias_ih, bias_hh):
+    """torch.lstm_cell by `linear`: for a CPU and weights of any kind."""
+    gates = linear(x, weight_ih, bias_ih).add_(linear(h, weight_hh, bias_hh))
+    take, keep, new, show = gates.chunk(4, dim=1)
+    c = torch.addcmul(keep.sigmoid() * c, take.sigmoid(), new.tanh())
+    return show.sigmoid() * c.tanh(), c
 
 
 lstm_weight_names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
@@ -120,7 +138,7 @@ class Joint(nn.Module):
         # NeMo has no Dropout module where dropout is 0, which moves the output layer's index
         dropout = [nn.Dropout(config.dropout)] if config.dropout else []
         self.joint_net = nn.Sequential(
-            _ACTIVATIONS[config.activation](), *dropout, nn.Linear(config.joint_hidden, n_out)
+            _ACTIVATIONS[config.activation](), *dropout, Linear(config.joint_hidden, n_out)
         )
 
     @property

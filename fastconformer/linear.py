@@ -43,15 +43,14 @@ def linear(
     x: torch.Tensor,
     weight: torch.Tensor | Int8Weight,
     bias: torch.Tensor | None = None,
-    silu: bool = False,
+    after: str = "none",
 ) -> torch.Tensor:
-    """x (..., D_in), weight (D_out, D_in), or (D_out, D_in, 1) of a convolution of width 1 ->
-    (..., D_out), then SiLU where asked for."""
+    """x (..., D_in), weight (D_out, D_in), or (D_out, D_in, 1 ...) of a convolution of width 1 ->
+    (..., D_out), then "swish" or "relu" where asked for."""
     if isinstance(weight, Int8Weight):
-        y = weight.product(x, bias)
-        return F.silu(y, inplace=True) if silu else y
-    if weight.dim() == 3:
-        weight = weight[..., 0]
+        return _AFTER[after](weight.product(x, bias))
+    if weight.dim() > 2:
+        weight = weight.flatten(1)
     if (
         x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
@@ -61,22 +60,24 @@ def linear(
         and x.numel()
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     ):
-        after = "swish" if silu else "none"
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, after, [], "")
-    y = F.linear(x, weight, bias)
-    return F.silu(y) if silu else y
+    return _AFTER[after](F.linear(x, weight, bias))
+
+
+_AFTER = {"none": lambda y: y, "swish": F.silu, "relu": F.relu}
 
 
 class Linear(nn.Linear):
     """nn.Linear by `linear`."""
 
-    def forward(self, x, silu: bool = False):
-        return linear(x, self.weight, self.bias, silu)
+    def forward(self, x, after: str = "none"):
+        return linear(x, self.weight, self.bias, after)
 
 
 def quantize(module: nn.Module) -> int:
-    """Puts int8 in place of the weights of every `Linear` and every convolution of width 1 within
-    `module`; the number replaced. For inference on a CPU; such a model cannot be saved or trained.
+    """Puts int8 in place of the weights of every `Linear`, every convolution of width 1 and every
+    LSTM within `module`; the number replaced. For inference on a CPU; such a model cannot be saved
+    or trained.
 
     ValueError: this torch has no int8 product for this CPU.
     """
@@ -85,9 +86,12 @@ def quantize(module: nn.Module) -> int:
     count = 0
     for child in module.modules():
         pointwise = isinstance(child, nn.Conv1d) and child.kernel_size == (1,)
-        if pointwise or isinstance(child, Linear):
-            weight = child.weight.detach()
-            del child.weight
-            child.weight = Int8Weight(weight[..., 0] if pointwise else weight)
-            count += 1
+        names = ("weight",) if pointwise or isinstance(child, Linear) else ()
+        if isinstance(child, nn.LSTM):
+            names = [name for name, _ in child.named_parameters() if name.startswith("weight")]
+        for name in names:
+            weight = getattr(child, name).detach().flatten(1)
+            delattr(child, name)
+            setattr(child, name, Int8Weight(weight))
+        count += len(names)
     return count

@@ -617,11 +617,15 @@ def model_of(
 
 
 def _cast(model: ASRModel, dtype: torch.dtype):
-    """Parameters and statistics to `dtype`; the front end stays in float32. int8: the encoder's
-    matrix products, all else in float32."""
+    """Parameters and statistics to `dtype`; the front end stays in float32. int8: the matrix
+    products of the encoder's layers, the prediction network and the joint's output, all else in
+    float32."""
     if dtype == torch.int8:
         _cast(model, torch.float32)
         quantize(model.encoder.layers)
+        if model.config.joint:
+            quantize(model.decoder)
+            quantize(model.joint.joint_net)
         return
     model.preprocessor.float()
     for child in (

@@ -17,13 +17,13 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.mark.parametrize("shape", [(1, 8), (3, 7, 64), (1, 1, 1, 33)])
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("silu", [True, False])
-def test_product_beside_float64(shape, bias, silu):
+@pytest.mark.parametrize("after", ["none", "swish", "relu"])
+def test_product_beside_float64(shape, bias, after):
     torch.manual_seed(0)
     x, weight = torch.randn(shape), torch.randn(48, shape[-1])
     b = torch.randn(48) if bias else None
-    exact = linear(x.double(), weight.double(), b if b is None else b.double(), silu)
-    found = linear(x, Int8Weight(weight), b, silu)
+    exact = linear(x.double(), weight.double(), b if b is None else b.double(), after)
+    found = linear(x, Int8Weight(weight), b, after)
     assert found.dtype == torch.float32 and found.shape == exact.shape
     error = (found - exact).norm() / exact.norm()
     assert 1e-5 < error < 0.02  # 8 bits: not exact, but near
