@@ -2,12 +2,14 @@
 
     python -m benchmarks.losses --nemo-python nemo-venv/bin/python
 
-On a CPU (B=4, T'=200, U=40, V=1024, H=640, RNNT, float32 where not said otherwise):
+On a CPU (B=4, T'=200, U=40, V=1024, H=640, RNNT and TDT; float32, or bfloat16 by autocast where
+the name ends in -bf16):
 
-    fused, fused-eps, fused-bf16    ours; every cell, those of occupancy 1e-7 and more, autocast
-    joint+rnnt_loss                 the joint tensor in plain PyTorch, then our loss of logits
-    pytorch                         the joint tensor, log_softmax and the recursion by autograd
-    nemo                            NeMo's joint and its numba RNNT loss (with --nemo-python)
+    fused, fused-eps    ours; every cell, those of occupancy 1e-7 and more
+    joint+loss          the joint tensor in plain PyTorch, then our `rnnt_loss` or `tdt_loss`
+    pytorch             the joint tensor, log_softmax and the recursion by autograd (RNNT)
+    nemo                NeMo's joint and its numba RNNT loss, one turn of about a minute (with
+                        --nemo-python; NeMo 3.0 has no TDT loss of that kind for a CPU)
 
 On a GPU, where one is at hand, bfloat16 and the shapes of SHAPES: `fused` and `fused-eps`,
 torchaudio's `rnnt_loss` (RNNT only), transformers' `tdt_loss` (TDT only) and NeMo's numba loss
@@ -16,8 +18,9 @@ with its best sub-batch, each if it can be imported and fits.
 Each side is a process of its own; they take turns, and medians are compared: of wall times, and on
 a CPU also of the processor time of all threads, which other load on the machine moves less.
 Memory on a CPU is the peak resident set beyond what inputs, libraries and a tiny warm-up took; that
-of the joint tensor is measured on an eighth of a clip and scaled, as all of it grows with the
-number of cells. The last line is the result as JSON; it is also written to `--out`.
+of the joint tensor is measured where it is below --joint-mib, and else on an eighth of a clip and
+scaled, as all of it grows with the number of cells. The last line is the result as JSON; it is also
+written to `--out`.
 """
 
 import argparse
@@ -37,13 +40,13 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 OUT = REPOSITORY / "benchmarks" / "results" / "losses.json"
 WIDTH = 640
 DURATIONS = (0, 1, 2, 3, 4)
-CPU_SHAPE = (4, 200, 40, 1024, ())
+CPU_SHAPES = ((4, 200, 40, 1024, ()), (4, 200, 40, 1024, DURATIONS))
 SHAPES = (
     (32, 375, 120, 1024, DURATIONS),
     (32, 375, 120, 8192, DURATIONS),
     (32, 400, 128, 1024, ()),
 )
-CPU_SIDES = ("fused", "fused-eps", "fused-bf16", "joint+rnnt_loss", "pytorch")
+CPU_SIDES = ("fused", "fused-eps", "joint+loss", "fused-eps-bf16", "joint+loss-bf16", "pytorch")
 GPU_SIDES = ("fused", "fused-eps", "torchaudio", "transformers")
 GOALS_MS = {"(32, 375, 120, 1030)": 13, "(32, 375, 120, 8198)": 100}
 REPLY = "@reply "
@@ -97,27 +100,25 @@ def pytorch_rnnt(logits, targets, n_frames, n_tokens, blank):
 def side_of(name, leaves, batch, vocab, durations):
     """A function that runs one forward and backward pass and returns the mean loss."""
     device = leaves[0].device.type
-    half = name == "fused-bf16" or device == "cuda"
+    half = name.endswith("-bf16") or device == "cuda"
     options = dict(durations=durations or None, reduction="mean_batch")
 
     def value():
         if name.startswith("fused"):
             from fastconformer.losses import fused_transducer_loss
 
-            eps = 1e-7 if name == "fused-eps" else 0.0
+            eps = 1e-7 if "eps" in name else 0.0
             return fused_transducer_loss(*leaves, *batch, eps=eps, **options)
         if name.startswith("nemo"):
             return nemo_loss(leaves, batch, vocab, durations, int(name.partition("/")[2] or 0))
         logits = joint(*leaves)
         targets, n_frames, n_tokens = (x.int() for x in batch)
-        if name == "joint+rnnt_loss":
-            from fastconformer.losses import rnnt_loss
+        if name.startswith("joint+loss"):
+            from fastconformer.losses import rnnt_loss, tdt_loss
 
+            if durations:
+                return tdt_loss(logits, *batch, durations, vocab)
             return rnnt_loss(logits, *batch, vocab)
-        if name == "joint+tdt_loss":
-            from fastconformer.losses import tdt_loss
-
-            return tdt_loss(logits, *batch, durations, vocab)
         if name == "torchaudio":
             import torchaudio
 
@@ -172,7 +173,10 @@ def work(name: str, shape, threads: int, device: str):
     vocab, durations = shape[3], tuple(shape[4])
     leaves, batch = make(*shape[:4], durations, device)
     step = side_of(name, leaves, batch, vocab, durations)
-    step()  # warm: compiled, caches filled
+    if name.startswith("nemo") and device == "cpu":
+        side_of(name, *make(1, 3, 2, vocab, durations, device), vocab, durations)()  # compiled
+    else:
+        step()  # warm: compiled, caches filled
     if device == "cuda":
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
@@ -257,9 +261,10 @@ def compare(sides: dict[str, str], shape, threads, device, repeats) -> dict:
         else:
             rows[name] = {"not_run": worker.close()}
     turns = {worker.name: [] for worker in workers}
-    for _ in range(repeats):
+    for turn in range(repeats):
         for worker in workers:
-            turns[worker.name].append(worker.turn())
+            if turn == 0 or worker.name != "nemo":
+                turns[worker.name].append(worker.turn())
     for worker in workers:
         worker.close()
         answers = [answer for answer in turns[worker.name] if answer]
@@ -275,37 +280,37 @@ def compare(sides: dict[str, str], shape, threads, device, repeats) -> dict:
     return rows
 
 
-def memory_table(batches, vocabs, n_frames, n_tokens, threads) -> list[dict]:
+def memory_table(batches, vocabs, n_frames, n_tokens, threads, joint_mib) -> list[dict]:
     """Extra memory of the fused loss over batch sizes and vocabularies, and of the joint tensor."""
+
+    def measure(name, *shape):
+        worker = Worker(sys.executable, "--memory", name, (*shape, DURATIONS), threads, "cpu")
+        answer, error = worker.answer(), worker.close()
+        if answer is None:
+            raise RuntimeError(f"{name}: {error}")
+        return answer
+
     table = []
     for vocab in vocabs:
-        part = (1, n_frames // 8, n_tokens, vocab, DURATIONS)
-        [naive] = _replies(
-            Worker(sys.executable, "--memory", "joint+tdt_loss", part, threads, "cpu")
-        )
-        per_clip = naive["mib"] * n_frames / part[1]
+        part = n_frames // 8
+        per_clip = measure("joint+loss", 1, part, n_tokens, vocab)["mib"] * n_frames / part
         for batch in batches:
-            shape = (batch, n_frames, n_tokens, vocab, DURATIONS)
-            worker = Worker(sys.executable, "--memory", "fused-eps", shape, threads, "cpu")
-            [row] = _replies(worker)
+            joint_mib_here, measured = per_clip * batch, per_clip * batch <= joint_mib
+            if measured:
+                joint_mib_here = measure("joint+loss", batch, n_frames, n_tokens, vocab)["mib"]
+            row = measure("fused-eps", batch, n_frames, n_tokens, vocab)
             table.append(
                 {
                     "shape": [batch, n_frames, n_tokens, vocab + 1 + len(DURATIONS)],
                     "fused_mib": round(row["mib"], 1),
-                    "joint_tensor_path_mib": round(per_clip * batch, 1),
-                    "ratio": round(per_clip * batch / row["mib"], 1),
+                    "joint_tensor_path_mib": round(joint_mib_here, 1),
+                    "joint_tensor_path": "measured" if measured else "scaled",
+                    "ratio": round(joint_mib_here / row["mib"], 1),
                     "seconds": round(row["seconds"], 2),
                 }
             )
             print(table[-1], flush=True)
     return table
-
-
-def _replies(worker) -> list[dict]:
-    answer, error = worker.answer(), worker.close()
-    if answer is None:
-        raise RuntimeError(f"{worker.name}: {error}")
-    return [answer]
 
 
 def run(arguments) -> dict:
@@ -327,28 +332,33 @@ def run(arguments) -> dict:
             "python": platform.python_version(), "torch": torch.__version__, "commit": commit,
         },
     }  # fmt: skip
-    sides = dict.fromkeys(arguments.sides, sys.executable)
     if arguments.nemo_python:
-        sides["nemo"] = arguments.nemo_python
         result["versions"]["nemo"] = subprocess.run(
             [arguments.nemo_python, "-c", "import nemo; print(nemo.__version__)"],
             capture_output=True, text=True,
         ).stdout.split()[-1]  # fmt: skip
     if "cpu" in arguments.parts:
-        shape = arguments.cpu_shape or CPU_SHAPE
-        rows = compare(sides, shape, arguments.threads, "cpu", arguments.repeats)
-        result["cpu"] = {"shape": shape, "rows": rows}
-        for kind, key in (("wall_time", "median_s"), ("processor_time", "median_cpu_s")):
-            result["cpu"][f"{kind}_over_fused"] = {
-                name: round(row[key] / rows["fused"][key], 2)
-                for name, row in rows.items()
-                if key in row
-            }
-        print(json.dumps(result["cpu"]), flush=True)
+        result["cpu"] = []
+        for shape in [arguments.cpu_shape] if arguments.cpu_shape else CPU_SHAPES:
+            sides = dict.fromkeys(arguments.sides, sys.executable)
+            if shape[4]:
+                sides.pop("pytorch", None)
+            elif arguments.nemo_python:
+                sides["nemo"] = arguments.nemo_python
+            rows = compare(sides, shape, arguments.threads, "cpu", arguments.repeats)
+            of_shape = {"shape": shape, "rows": rows}
+            for ours in ("fused", "fused-eps", "fused-eps-bf16"):
+                of_shape[f"wall_time_over_{ours}"] = {
+                    name: round(row["median_s"] / rows[ours]["median_s"], 2)
+                    for name, row in rows.items()
+                    if "median_s" in row and ours in rows
+                }
+            result["cpu"].append(of_shape)
+            print(json.dumps(of_shape), flush=True)
     if "memory" in arguments.parts:
         table = memory_table(
             arguments.batches, arguments.vocabs, arguments.frames, arguments.tokens,
-            arguments.threads,
+            arguments.threads, arguments.joint_mib,
         )  # fmt: skip
         result["memory"] = table
     if "gpu" in arguments.parts and torch.cuda.is_available():
@@ -376,7 +386,7 @@ def main():
     )
     parser.add_argument("--nemo-python", help="python of an environment with NeMo")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--repeats", type=int, default=3, help="turns of each side")
+    parser.add_argument("--repeats", type=int, default=5, help="turns of each side")
     parser.add_argument("--sides", nargs="+", default=CPU_SIDES, help="on a CPU, beside NeMo")
     parser.add_argument("--parts", nargs="+", default=["cpu", "memory", "gpu"])
     parser.add_argument("--cpu-shape", type=json.loads, help="[B, T, U, V, durations], as JSON")
@@ -384,6 +394,9 @@ def main():
     parser.add_argument("--vocabs", type=int, nargs="+", default=[1024, 8192])
     parser.add_argument("--frames", type=int, default=375)
     parser.add_argument("--tokens", type=int, default=120)
+    parser.add_argument(
+        "--joint-mib", type=float, default=8000, help="memory the joint tensor's path may take"
+    )
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--work", help=argparse.SUPPRESS)
     parser.add_argument("--memory", help=argparse.SUPPRESS)
