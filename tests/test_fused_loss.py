@@ -13,6 +13,7 @@ from conftest import golden, load_case
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import fastconformer
 from fastconformer import losses
@@ -472,6 +473,67 @@ def test_operators_are_declared_right(monkeypatch):
     for arguments in seen:
         tests = ("test_schema", "test_faketensor", "test_autograd_registration")
         torch.library.opcheck(true, arguments, test_utils=tests)
+
+
+class Joint(torch.nn.Module):
+    """Both projections and the output layer, as in training, down to the losses."""
+
+    def __init__(self, wide, width, n_outputs):
+        super().__init__()
+        self.enc, self.pred = torch.nn.Linear(wide, width), torch.nn.Linear(wide, width)
+        self.out = torch.nn.Linear(width, n_outputs)
+
+    def forward(self, frames, states, *batch, **options):
+        inputs = self.enc(frames), self.pred(states), self.out.weight, self.out.bias
+        return fused_transducer_loss(*inputs, *batch, (0, 1, 2), reduction="mean_batch", **options)
+
+
+def gradients_in_a_process(rank, n_processes, folder, problem):
+    """Gradients of the mean loss over this process's clips, averaged by DDP, into a file."""
+    torch.set_num_threads(1)
+    store = f"file://{folder}/store"
+    torch.distributed.init_process_group("gloo", store, rank=rank, world_size=n_processes)
+    results = []
+    for eps, kwargs in (
+        (0.0, {}), (1e-7, {"static_graph": True}), (1e-7, {"find_unused_parameters": True}),
+    ):  # fmt: skip
+        torch.manual_seed(0)
+        joint = torch.nn.parallel.DistributedDataParallel(Joint(9, 16, 44), **kwargs)
+        for _ in range(2):  # a static graph is learnt in the first pass
+            joint.zero_grad()
+            joint(*(x[rank::n_processes] for x in problem), eps=eps).backward()
+        results.append([p.grad for p in joint.parameters()])
+    torch.save(results, Path(folder) / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("backend", [fused_cpu], indirect=True)
+def test_two_processes_have_the_gradients_of_one(tmp_path):
+    (frames, states, *_), *batch = make((20, 12, 17, 9), (6, 4, 3, 0), 40, 3, width=9)
+    problem = frames.float(), states.float(), *batch
+    torch.multiprocessing.spawn(gradients_in_a_process, (2, str(tmp_path), problem), nprocs=2)
+    torch.manual_seed(0)
+    joint = Joint(9, 16, 44)
+    joint(*problem).backward()
+    for rank in range(2):
+        for grads in torch.load(tmp_path / f"{rank}.pt"):
+            for (name, parameter), grad in zip(joint.named_parameters(), grads, strict=True):
+                limit = 1e-5 * parameter.grad.abs().max()
+                assert (grad - parameter.grad).abs().max() <= limit, name
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing(reentrant):
+    """The second forward pass draws the same dropout mask and tosses the same coin."""
+    inputs, *batch = make((20, 12), (6, 4), 11, 3, width=8)
+    options = {"dropout": 0.3, "omega": 0.5, "eps": 1e-9}
+    loss = lambda *x: fused_transducer_loss(*x, *batch, (0, 1, 2), **options)
+    saved = lambda *x: checkpoint(loss, *x, use_reentrant=reentrant)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        expected = run(loss, inputs)
+        torch.manual_seed(seed)
+        assert_near(run(saved, inputs), expected, 1e-12)
 
 
 # In the model

@@ -550,7 +550,8 @@ def _setup_context(ctx, inputs, output):
 def _differentiate(ctx, grad_losses, *_):
     if grad_losses is None:
         return (None,) * 18
-    tensors, cells, known = ctx.saved_tensors[:9], ctx.saved_tensors[9:14], ctx.saved_tensors[14:]
+    saved = ctx.saved_tensors  # asked for once: activation checkpointing unpacks them once
+    tensors, cells, known = saved[:9], saved[9:14], saved[14:]
     grads = _backward(
         grad_losses, cells, known, *tensors, ctx.durations, ctx.blank, ctx.activation, ctx.options,
         ctx.dtype, ctx.tile_cells, *ctx.wants,
