@@ -1,7 +1,8 @@
 """Recordings too long for one pass: the encoder runs over windows, the decoder over their seams.
 
 A window is a piece of the features with context on both sides; of what the encoder makes of it only
-the middle is kept, and the middles are joined to one sequence. The decoder then reads that sequence
+the middle is kept, and the middles are joined to one sequence. (BiRWKV7 carries its past along and
+sees context ahead only.) The decoder then reads that sequence
 once, from its first frame to its last, with its state carried along. So no text is merged: a word
 across a border is neither lost nor doubled, whatever the border. Borders are moved to the quietest
 place nearby. Features are normalised over the whole recording, as in a single pass.
@@ -183,12 +184,18 @@ def encode_in_windows(
     where `context_s` (None: `context_seconds`) holds all that a frame depends on.
 
     Windows are encoded at most `batch_size` at a time, as the budget allows, so that memory does
-    not grow with T but for the result.
+    not grow with T but for the result. BiRWKV7 goes through one after another instead, with all of
+    the past in its carried states, and `context_s` of look-ahead.
     """
     config = model.config
     stride_s = config.preprocessor.hop_samples / model.sample_rate
     if context_s is None:
         context_s = context_seconds(config)
+    if config.encoder.self_attention_model == "rwkv7_attn":
+        window, ahead = (round(s / config.frame_seconds) for s in (window_s, context_s))
+        features = features[None].to(model.encoder.pre_encode.out.weight.dtype)
+        lengths = torch.tensor([features.shape[2]], device=features.device)
+        return model.encoder.encode_in_chunks(features, lengths, max(1, window), ahead)[0]
     if budget_bytes is not None:
         dtype = model.encoder.pre_encode.out.weight.dtype
         largest = memory_estimate(config, window_s + 2 * context_s, dtype)

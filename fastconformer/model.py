@@ -371,7 +371,8 @@ class ASRModel(nn.Module):
             min_duration_s: shorter clips get silence on both sides, as in NeMo 3.0; times stay the
                 input's.
             long: how a clip goes through the encoder. "full": in one pass. "chunks": in windows
-                with context on both sides, decoded as one sequence. "local": in one pass of local
+                with context on both sides (BiRWKV7: all of the past, and context ahead), decoded
+                as one sequence. "local": in one pass of local
                 attention over 128 frames on both sides, with the same weights. "auto": "full" where
                 it fits the memory (see longform.choose_mode), "chunks" where not.
             memory_gb: what a pass may take beside the weights; None: most of what is free now.

@@ -5,7 +5,7 @@ import torch
 from conftest import golden
 
 import fastconformer
-from fastconformer import features, subsampling, tiles
+from fastconformer import features, longform, subsampling, tiles
 from fastconformer.config import PreprocessorConfig
 from fastconformer.decoding.confidence import Confidence
 from fastconformer.decoding.ctc import ctc_greedy
@@ -94,6 +94,23 @@ def test_chunks_with_carried_state():
     with pytest.raises(ValueError, match="need BiRWKV7"):
         attention = fastconformer.load_model(golden("ctc_bpe") / "model.nemo").encoder
         attention.encode_in_chunks(x.float(), lengths, 10, 10)
+
+
+@torch.no_grad()
+def test_transcribe_carries_the_past():
+    """Chunks of `transcribe` for BiRWKV7: the last, whose look-ahead reaches the end, knows all
+    of the past. With one layer it is then as in a single pass; windows with context are not."""
+    model = fastconformer.load_model(golden("birwkv7_encoder") / "model.nemo")
+    model.encoder.layers = model.encoder.layers[:1]
+    torch.manual_seed(0)
+    features = torch.randn(80, 4000)  # 500 frames of 80 ms
+    whole, _ = model.encode(features[None], torch.tensor([4000]))
+    windows = longform.encode_in_windows(model, features, window_s=16.0, context_s=2.0)
+    assert windows.shape == whole.shape and not torch.allclose(windows, whole, atol=1e-4)
+    # the convolution of the first frames sees frames before, which lacked some of their future
+    torch.testing.assert_close(windows[:, 404:], whole[:, 404:], rtol=0, atol=1e-5)
+    alone, _ = model.encode(features[None, :, 3040:], torch.tensor([960]))  # with context, no state
+    assert not torch.allclose(alone[:, 24:], whole[:, 404:], atol=1e-4)
 
 
 @pytest.mark.parametrize("case", ["ctc_bpe", "local_attn_g0", "birwkv7_encoder"])
