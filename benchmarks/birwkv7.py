@@ -2,6 +2,7 @@
 
     python -m benchmarks.birwkv7 --plot docs/birwkv7_cost.svg
     python -m benchmarks.birwkv7 --audio talk.ogg --hours 1 --model models/base_tiny.nemo
+    python -m benchmarks.birwkv7 --audio talk.ogg --decode 20000 100000 400000
     python -m benchmarks.birwkv7 --curves attention=runs/a random=runs/b --plot docs/curves.svg
 
 First form: an encoder with random weights takes random features of each length, one clip, in one
@@ -14,7 +15,10 @@ Second form: a recording, repeated to so many hours, through `model.transcribe` 
 attention model is converted first. Prints seconds, times real time and peak memory beside what
 `memory_estimate` said.
 
-Third form: word error rates of training runs, by step, from the `ledger.jsonl` of their folders.
+Third form: greedy decoding alone, of so many encoder frames: those of the recording's first minute,
+repeated. CPU seconds of the decoder, and of text, words and segments with times.
+
+Fourth form: word error rates of training runs, by step, from the `ledger.jsonl` of their folders.
 
 The last line printed is the result as JSON; it is also written to `--out`.
 """
@@ -196,6 +200,46 @@ def long_recording(arguments) -> dict:
     return result
 
 
+def long_decoding(arguments) -> dict:
+    """{head: [a row for each number of frames]} of greedy decoding and of words with times."""
+    import torch
+
+    from fastconformer import load_model
+    from fastconformer.audio import load_audio
+
+    torch.set_num_threads(arguments.threads)
+    model = load_model(arguments.model)
+    audio = torch.from_numpy(load_audio(arguments.audio, model.sample_rate))
+    audio = audio[None, : 60 * model.sample_rate]
+    with torch.no_grad():
+        features, lengths = model.featurize(audio, torch.tensor([audio.shape[1]]))
+        minute, lengths = model.encode(features, lengths)
+    minute = minute[:, : int(lengths[0])]
+    rows = {head: [] for head in model.heads}
+    for frames in arguments.decode:
+        encoded = minute.repeat(1, -(-frames // minute.shape[1]), 1)[:, :frames]
+        for head in model.heads:
+            before = resident_bytes()
+            peak_bytes(reset=True)
+            start = time.process_time()
+            (hypothesis,) = model.decode_greedy(encoded, torch.tensor([frames]), head)
+            decoded = time.process_time()
+            seconds = frames * model.config.frame_seconds
+            transcript = model.transcript(hypothesis, head, seconds, timestamps=True)
+            row = {
+                "frames": frames,
+                "tokens": len(hypothesis.tokens),
+                "words": len(transcript.words),
+                "decode_cpu_s": round(decoded - start, 3),
+                "times_cpu_s": round(time.process_time() - decoded, 3),
+                "bytes": peak_bytes() - before,
+            }
+            rows[head].append(row)
+            print(f"{head}: {row}", flush=True)
+            del hypothesis, transcript
+    return {"machine": machine(), "threads": arguments.threads, "decoding": rows}
+
+
 def learning_curves(runs: list[str]) -> dict:
     """{"name": {head: [(step, WER in %), ...]}} of `name=folder` each."""
     curves = {}
@@ -240,6 +284,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=3, help="(%(default)s)")
     parser.add_argument("--audio", type=Path, help="a recording: transcribe it instead")
     parser.add_argument("--hours", type=float, default=1.0, help="its length (%(default)s)")
+    parser.add_argument("--decode", type=int, nargs="+", metavar="T", help="decode T frames of it")
     parser.add_argument("--curves", nargs="+", metavar="NAME=FOLDER", help="run folders instead")
     parser.add_argument("--model", default="models/base_tiny.nemo", help="(%(default)s)")
     parser.add_argument("--plot", type=Path, metavar="FILE.svg")
@@ -258,7 +303,10 @@ def main(argv: list[str] | None = None) -> int:
     elif arguments.audio:
         if not arguments.audio.is_file():
             parser.error(f"--audio {arguments.audio} is not a file")
-        result, name = long_recording(arguments), "birwkv7_long.json"
+        if arguments.decode:
+            result, name = long_decoding(arguments), "birwkv7_decoding.json"
+        else:
+            result, name = long_recording(arguments), "birwkv7_long.json"
     else:
         result, name = cost_by_length(arguments), "birwkv7.json"
         if arguments.plot:

@@ -34,7 +34,14 @@ from .encoder import ConformerEncoder
 from .features import Preprocessor
 from .heads import CTCHead, Joint, PredictionNetwork
 from .linear import Int8Weight, quantize
-from .timestamps import Span, in_seconds, segment_spans, token_spans, word_spans
+from .timestamps import (
+    Span,
+    in_seconds,
+    segment_spans,
+    token_spans,
+    without_collection,
+    word_spans,
+)
 from .tokenizer import Tokenizer, load_tokenizer
 
 LOG_PROBS = 1 << 26  # CTC log-probabilities in memory at once in greedy decoding
@@ -449,12 +456,14 @@ class ASRModel(nn.Module):
         times = self.config.frame_seconds, shift_s, duration_s
         if timestamps:
             config, tokenizer = self.config, self.tokenizer
-            tokens = token_spans(hypothesis, head, tokenizer)
             pieces = tokenizer.ids_to_pieces(hypothesis.tokens)
             aggregate = confidence.aggregate if confidence else min
-            words = word_spans(tokens, pieces, tokenizer, aggregate)
-            segments = segment_spans(words, config.segment_separators, config.segment_gap_frames)
-            words, segments = in_seconds(words, *times), in_seconds(segments, *times)
+            ends = config.segment_separators, config.segment_gap_frames
+            with without_collection():
+                tokens = token_spans(hypothesis, head, tokenizer)
+                words = word_spans(tokens, pieces, tokenizer, aggregate)
+                segments = segment_spans(words, *ends)
+                words, segments = in_seconds(words, *times), in_seconds(segments, *times)
         return Transcript(
             text=self.tokenizer.decode(hypothesis.tokens),
             tokens=hypothesis.tokens,

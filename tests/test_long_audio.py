@@ -1,5 +1,7 @@
 """Long inputs in pieces: the same numbers as whole, and memory that does not grow with the rest."""
 
+import gc
+
 import pytest
 import torch
 from conftest import golden
@@ -7,6 +9,7 @@ from conftest import golden
 import fastconformer
 from fastconformer import features, longform, subsampling, tiles
 from fastconformer.config import PreprocessorConfig
+from fastconformer.decoding import Hypothesis
 from fastconformer.decoding.confidence import Confidence
 from fastconformer.decoding.ctc import ctc_greedy
 from fastconformer.features import FilterbankFeatures
@@ -122,6 +125,18 @@ def test_memory_estimate(case):
     assert memory_estimate(config, 0, torch.float32) < 1 << 20
     with pytest.raises(ValueError, match="seconds is -1"):
         memory_estimate(config, -1, torch.float32)
+
+
+def test_times_of_hours_wake_no_collector():
+    """Python's garbage collector would look through all that is alive as the spans add up."""
+    model = fastconformer.load_model(golden("ctc_bpe") / "model.nemo")
+    torch.manual_seed(0)
+    tokens = torch.randint(1, model.tokenizer.vocab_size, (20000,)).tolist()
+    hypothesis = Hypothesis(tokens, list(range(20000)), [1] * 20000, 0.0)
+    before = gc.get_stats()[0]["collections"]
+    transcript = model.transcript(hypothesis, "ctc", 1600.0, timestamps=True)
+    assert gc.get_stats()[0]["collections"] - before < 10 and transcript.words
+    assert gc.isenabled()
 
 
 @torch.no_grad()
