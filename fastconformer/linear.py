@@ -48,7 +48,7 @@ def linear(
     """x (..., D_in), weight (D_out, D_in), or (D_out, D_in, 1 ...) of a convolution of width 1 ->
     (..., D_out), then "swish" or "relu" where asked for."""
     if isinstance(weight, Int8Weight):
-        return _AFTER[after](weight.product(x, bias))
+        return AFTER[after](weight.product(x, bias))
     if weight.dim() > 2:
         weight = weight.flatten(1)
     if (
@@ -61,10 +61,10 @@ def linear(
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     ):
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, after, [], "")
-    return _AFTER[after](F.linear(x, weight, bias))
+    return AFTER[after](F.linear(x, weight, bias))
 
 
-_AFTER = {"none": lambda y: y, "swish": F.silu, "relu": F.relu}
+AFTER = {"none": lambda y: y, "swish": F.silu, "relu": F.relu}
 
 
 class Linear(nn.Linear):

@@ -65,7 +65,7 @@ def test_the_forward_pass_is_the_formula():
     expected = x.double() @ weight.T + layer.bias.double()
     torch.testing.assert_close(layer(x).double(), expected, rtol=1e-5, atol=1e-5)
     silu = torch.nn.functional.silu(expected)
-    torch.testing.assert_close(layer(x, silu=True).double(), silu, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(layer(x, after="swish").double(), silu, rtol=1e-5, atol=1e-5)
 
 
 def test_alpha_is_the_rank_unless_given():

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastconformer import ASRModel
-from fastconformer.linear import Linear
+from fastconformer.linear import AFTER, Linear
 from training.recipe import LoraRecipe
 
 TARGETS = ("attention", "feed_forward")
@@ -34,13 +34,13 @@ class LoRALinear(Linear):
         self.merged = False  # True while W holds the product (training.ema.plain_weights)
         nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
 
-    def forward(self, x: Tensor, silu: bool = False) -> Tensor:
-        """(..., D_in) -> (..., D_out), then SiLU where asked for."""
+    def forward(self, x: Tensor, after: str = "none") -> Tensor:
+        """(..., D_in) -> (..., D_out), then what `fastconformer.linear.linear` names `after`."""
         if self.merged:
-            return super().forward(x, silu)
+            return super().forward(x, after)
         low = F.linear(self.lora_dropout(x), self.lora_a)
         y = super().forward(x) + self.scale * F.linear(low, self.lora_b)
-        return F.silu(y) if silu else y
+        return AFTER[after](y)
 
 
 def add_lora(model: ASRModel, recipe: LoraRecipe, seed: int) -> list[str]:
