@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from .linear import Linear
 
+KEPT_FRAMES = 512  # the longest clip whose projected positions are kept between calls
 SCORE_BYTES, SCORE_BYTES_GPU = 1 << 21, 1 << 29  # of the scores that are in memory at once
 
 
@@ -55,6 +56,7 @@ class RelPositionMultiHeadAttention(nn.Module):
             pos_bias_u = nn.Parameter(torch.zeros(n_heads, self.d_head))
             pos_bias_v = nn.Parameter(torch.zeros(n_heads, self.d_head))
         self.pos_bias_u, self.pos_bias_v = pos_bias_u, pos_bias_v
+        self._projected = None, None  # what they were made of, projected positions (2T-1, D)
 
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
         return x.unflatten(-1, (self.n_heads, self.d_head)).transpose(1, 2)  # (B, H, T, K)
@@ -63,7 +65,7 @@ class RelPositionMultiHeadAttention(nn.Module):
         """x (B, T, D), pos_emb (2T-1, D) for distances T-1 ... -(T-1); `hidden` (B, 1, 1 or T, T)
         is True where a key may not be seen. Returns (B, T, D)."""
         q, k, v = (self._heads(f(x)) for f in (self.linear_q, self.linear_k, self.linear_v))
-        p = self._heads(self.linear_pos(pos_emb)[None]) * self.d_head**-0.5  # (1, H, 2T-1, K)
+        p = self._heads(self._project(pos_emb)[None]) * self.d_head**-0.5  # (1, H, 2T-1, K)
         if x.device.type == "cpu" and not torch.is_grad_enabled():
             return self.linear_out(self._in_cache(q, k, v, p, hidden))
         t, pieces = x.shape[1], []
@@ -92,6 +94,24 @@ class RelPositionMultiHeadAttention(nn.Module):
             )
             pieces.append(out.transpose(1, 2).flatten(2))
         return self.linear_out(pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1))
+
+    def _project(self, pos_emb: torch.Tensor) -> torch.Tensor:
+        """linear_pos(pos_emb), which depends on T alone: for inference on a CPU, where it is a
+        twentieth of the work, the longest seen is kept, and shorter ones are its middle."""
+        weight, t = self.linear_pos.weight, (len(pos_emb) + 1) // 2
+        if pos_emb.is_cuda or torch.is_grad_enabled() or t > KEPT_FRAMES:
+            return self.linear_pos(pos_emb)
+        made_of = weight, pos_emb.dtype
+        if isinstance(weight, torch.Tensor):
+            if weight.is_inference():
+                return self.linear_pos(pos_emb)
+            made_of = weight.data_ptr(), weight._version, pos_emb.dtype
+        before, kept = self._projected
+        if before != made_of or len(kept) < len(pos_emb):
+            kept = self.linear_pos(pos_emb)
+            self._projected = made_of, kept
+        beside = (len(kept) - len(pos_emb)) // 2
+        return kept[beside : beside + len(pos_emb)]
 
     def _in_cache(self, q, k, v, p, hidden) -> torch.Tensor:
         """The same for a CPU: few queries at a time, so that their scores stay in its caches, and

@@ -107,7 +107,7 @@ class PredictionNetwork(nn.Module):
         lstm, after = self.prediction["dec_rnn"].lstm, []
         for layer, (h, c) in enumerate(state):
             weights = [getattr(lstm, f"{name}_l{layer}") for name in lstm_weight_names]
-            if x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_grad_enabled():
+            if x.device.type == "cpu" and not torch.is_grad_enabled():
                 x, c = _cell(x, h, c, *weights)
             else:
                 x, c = torch.lstm_cell(x, (h, c), *weights)

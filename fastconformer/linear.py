@@ -8,6 +8,7 @@ gradient, so training takes the usual way. Its int8 product is behind `Int8Weigh
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.weak import WeakIdKeyDictionary
 
 
 class Int8Weight:
@@ -49,21 +50,38 @@ def linear(
     (..., D_out), then "swish" or "relu" where asked for."""
     if isinstance(weight, Int8Weight):
         return AFTER[after](weight.product(x, bias))
-    if weight.dim() > 2:
+    matrix = weight.dim() == 2
+    if not matrix:
         weight = weight.flatten(1)
     if (
         x.device.type == "cpu"
-        and x.dtype == weight.dtype == torch.float32
+        and x.dtype == weight.dtype
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
         and x.numel()
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     ):
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, after, [], "")
+        few = x.numel() <= FEW_ROWS * x.shape[-1] and x.dtype == torch.bfloat16 and matrix
+        if few and torch.ops.mkldnn._is_mkldnn_bf16_supported() and not weight.is_inference():
+            return torch.ops.mkldnn._linear_pointwise(x, _packed(weight), bias, after, [], "")
+        if x.dtype == torch.float32:
+            return torch.ops.mkldnn._linear_pointwise(x, weight, bias, after, [], "")
     return AFTER[after](F.linear(x, weight, bias))
 
 
+def _packed(weight: torch.Tensor) -> torch.Tensor:
+    """A bfloat16 weight in oneDNN's order, kept while the weight lives and stays what it is. It is
+    put in that order for every product otherwise, which a few rows do not pay for."""
+    version, packed = _PACKED.get(weight, (None, None))
+    if version != weight._version:
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 1)
+        _PACKED[weight] = weight._version, packed
+    return packed
+
+
+FEW_ROWS = 16
+_PACKED = WeakIdKeyDictionary()
 AFTER = {"none": lambda y: y, "swish": F.silu, "relu": F.relu}
 
 

@@ -44,6 +44,7 @@ from .timestamps import (
 )
 from .tokenizer import Tokenizer, load_tokenizer
 
+CPU_FRAMES = 1500  # feature frames of clips that a CPU encodes together
 LOG_PROBS = 1 << 26  # CTC log-probabilities in memory at once in greedy decoding
 
 
@@ -422,7 +423,7 @@ class ASRModel(nn.Module):
                     )
                     lengths = torch.tensor([encoded.shape[1]], device=device)
                 else:
-                    encoded, lengths = model.encode(features, lengths)
+                    encoded, lengths = model._encode_batch(features, lengths)
                 found = self.decode(encoded, lengths, head, options)
                 for row, (i, shift, hypothesis) in enumerate(zip(batch, shifts, found)):
                     retries = []
@@ -437,6 +438,22 @@ class ASRModel(nn.Module):
             if training:
                 self.train()
         return transcripts
+
+    def _encode_batch(self, features: torch.Tensor, lengths: torch.Tensor):
+        """`encode`, on a CPU a few clips at a time, as many as its caches like: they gain nothing
+        from one another, and are padded less. Clips come longest first."""
+        parts, rows = [], list(range(len(lengths)))
+        norms = self.config.encoder.conv_norm_type in ("batch_norm", "layer_norm")
+        while rows and features.device.type == "cpu" and norms:
+            longest = int(lengths[rows[0]])
+            group = rows[: max(1, CPU_FRAMES // longest)]
+            parts.append(self.encode(features[group][:, :, :longest], lengths[group]))
+            rows = rows[len(group) :]
+        if not parts:
+            return self.encode(features, lengths)
+        encoded = [clip for part, _ in parts for clip in part]
+        encoded = nn.utils.rnn.pad_sequence(encoded, batch_first=True)
+        return encoded, torch.cat([part_lengths for _, part_lengths in parts])
 
     def transcript(
         self,
