@@ -383,6 +383,21 @@ def test_autocast_casts_the_products_only():
         assert (a - b).norm() < 0.03 * b.norm()
 
 
+def test_states_are_not_rounded_before_their_sum():
+    """Under autocast they come as they are: a sum near 0 is on the side of ReLU it is on in plain
+    PyTorch, so that the gradient is as near the truth as plain PyTorch's."""
+    inputs, *batch = make((20, 12), (6, 4), 40, 0, width=64)
+    inputs = [inputs[0].float(), 0.01 * inputs[1].float() - inputs[0][:, :1].float(), *inputs[2:]]
+    inputs = [x.float() for x in inputs]
+    plain = lambda *x: losses.rnnt_loss(joint(*x), *batch, 40, reduction="none")
+    _, truth = run(plain, [x.double() for x in inputs])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        _, usual = run(plain, inputs)
+        _, grads = run(lambda *x: fused_transducer_loss(*x, *batch), inputs)
+    for g, u, t in zip(grads, usual, truth, strict=True):
+        assert (g - t).norm() <= 2 * (u - t).norm()
+
+
 def test_the_same_call_gives_the_same_bits():
     inputs, *batch = make((40, 35), (12, 9), 150, 5, width=64)
     inputs = [x.float() for x in inputs]

@@ -53,6 +53,7 @@ NeMo pull request 16040; the numbers: NeMo 3.0's RNNTLoss and TDTLossNumba.
 Letters besides the style guide's: H joint width, R = U+1 rows of a frame, C cells.
 """
 
+import contextlib
 import functools
 import logging
 import math
@@ -240,9 +241,9 @@ class Options(NamedTuple):
 class Job(NamedTuple):
     """What the passes over tiles share. Tensors are contiguous, on one device."""
 
-    enc: Tensor  # (B * T', H), in the type of the products
-    pred: Tensor  # (B * R, H)
-    weight: Tensor  # (outputs in use, H)
+    enc: Tensor  # (B * T', H)
+    pred: Tensor  # (B * R, H), of the same type
+    weight: Tensor  # (outputs in use, H), in the type of the products
     bias: Tensor
     targets: Tensor  # (B, R), int64, 0 where there is none
     frames: Tensor  # (B,), int64
@@ -297,9 +298,13 @@ def _job(
     shapes = tuple((t, u + 1) for t, u in zip(logit_lengths.tolist(), target_lengths.tolist()))
     targets = F.pad(targets.to(device, torch.int64), (0, max(0, n_rows - targets.shape[1])))
     none = torch.arange(n_rows, device=device) >= rows[:, None] - 1
+    # As they are, also under autocast: rounded before their sum, a ReLU might take the other side.
+    states = torch.promote_types(enc.dtype, pred.dtype)
+    if dtype == torch.float64 or (states == torch.float16 and device.type == "cpu"):
+        states = dtype
     return Job(
-        enc.to(dtype).reshape(-1, width).contiguous(),
-        pred.to(dtype).reshape(-1, width).contiguous(),
+        enc.to(states).reshape(-1, width).contiguous(),
+        pred.to(states).reshape(-1, width).contiguous(),
         weight.to(dtype).contiguous(),
         bias.to(dtype).contiguous(),
         targets[:, :n_rows].masked_fill(none, 0).contiguous(),
@@ -350,7 +355,7 @@ def _forward(
     )  # fmt: skip
     check_targets(targets, target_lengths, len(weight) - len(durations or ()), blank)
     options = Options(*options)
-    with torch.autocast(enc.device.type, enabled=False):
+    with torch.autocast(enc.device.type, enabled=False), _device_of(enc):
         job = _job(
             enc, pred, weight, bias, targets, logit_lengths, target_lengths, coin, seed, durations,
             blank, activation, options, dtype,
@@ -448,9 +453,14 @@ def _empty_sums(inputs, wants_states, wants_output, dtype) -> list[Tensor]:
 
 
 def _sums(job: Job, values: Tensor) -> Tensor:
-    """Of each clip's cells, (B,), without atomics."""
-    running = F.pad(values.cumsum(0, dtype=torch.float64), (1, 0))
-    return running[job.offsets + job.frames * job.rows] - running[job.offsets]
+    """Of each clip's cells, (B,), in a fixed order (a cumsum of floats has none on a GPU)."""
+    lengths = job.frames * job.rows
+    return torch.segment_reduce(values.double(), "sum", lengths=lengths, unsafe=True)
+
+
+def _device_of(tensor: Tensor):
+    """Triton launches on the current device, which need not be the tensors'."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
 @_forward.register_fake
@@ -505,7 +515,7 @@ def _backward(
     # Not for a weight of 0, which is to hide NaN.
     if known[0].numel() + known[2].numel() and factor and (grad_losses == factor).all():
         return tuple((x * factor).to(of.dtype) for x, of in zip(known, inputs, strict=True))
-    with torch.autocast(enc.device.type, enabled=False):
+    with torch.autocast(enc.device.type, enabled=False), _device_of(enc):
         job = _job(
             enc, pred, weight, bias, targets, logit_lengths, target_lengths, coin, seed, durations,
             blank, activation, options, dtype,
@@ -576,10 +586,12 @@ def _tiles(
     """The cells from lo to hi, those that are not skipped (hi - lo,)."""
     hi = job.n_cells if hi is None else hi
     kind = "cpu" if job.enc.device.type == "cpu" else "cuda"
-    row_bytes = len(job.weight) * job.enc.element_size()
+    row_bytes = len(job.weight) * job.weight.element_size()
     most = min(_TILE_CELLS[kind], max(128, _TILE_BYTES[kind] // row_bytes))
     # On a CPU `tile_cells` may mean more, to be kept.
     tile_cells = min(tile_cells or most, most) if kind == "cpu" else tile_cells or most
+    # Kernels have offsets of 32 bits inside a tile.
+    tile_cells = min(tile_cells, ((1 << 31) - 1) // max(job.weight.shape))
     if skipped is None:
         for first in range(lo, hi, tile_cells):
             last = min(first + tile_cells, hi) - 1
@@ -610,7 +622,7 @@ def add_outer_product(out: Tensor, grad: Tensor, hidden: Tensor):
         out += torch.ops.mkldnn._linear_pointwise(transposed, hidden.t(), None, "none", [], "")
     elif out.dtype == grad.dtype:
         torch.addmm(out, grad.t(), hidden, out=out)
-    elif grad.device.type == "cuda":
+    elif grad.device.type == "cuda" and "dtype_out" in torch.ops.aten.addmm.overloads():  # 2.8
         torch.addmm(out, grad.t(), hidden, out_dtype=out.dtype, out=out)
     else:
         out += grad.t() @ hidden

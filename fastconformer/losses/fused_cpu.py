@@ -34,7 +34,7 @@ _ACTIVATIONS = {"relu": 0, "tanh": 1, "sigmoid": 2}
 
 
 def hidden(job, tile) -> Tensor:
-    out = torch.empty((len(tile.index), job.enc.shape[1]), dtype=job.enc.dtype)
+    out = torch.empty((len(tile.index), job.enc.shape[1]), dtype=job.weight.dtype)
     with _threads(out.numel()) as n_threads:
         _hidden(
             _array(job.enc), _array(job.pred), *_place(job, tile), _ACTIVATIONS[job.activation],

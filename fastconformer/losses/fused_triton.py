@@ -36,7 +36,7 @@ _ACTIVATIONS = {"relu": 0, "tanh": 1, "sigmoid": 2}
 
 def hidden(job, tile) -> Tensor:
     n, width = len(tile.index), job.enc.shape[1]
-    out = job.enc.new_empty((n, width))
+    out = job.weight.new_empty((n, width))
     block_m, block_h = 32, min(128, triton.next_power_of_2(width))
     _hidden_kernel[(triton.cdiv(n, block_m), triton.cdiv(width, block_h))](
         job.enc, job.pred, out, tile.index, n, width, job.n_frames, job.n_rows, *_clips(job),
@@ -47,7 +47,7 @@ def hidden(job, tile) -> Tensor:
 
 
 def scores(job, tile, cells):
-    if job.enc.dtype == torch.float64:  # for gradcheck; tensor cores have no such product
+    if job.weight.dtype == torch.float64:  # for gradcheck; tensor cores have no such product
         return fused_vectorised.scores(job, tile, cells)
     rows, weight, bias = hidden(job, tile), job.weight, job.bias
     n, width = rows.shape
@@ -60,7 +60,7 @@ def scores(job, tile, cells):
     if not rows.is_cuda:  # the interpreter: small, to see the loops turn; no bfloat16 products
         block_m, block_v, block_k = 16, 16, 16
         rows, weight, bias = rows.float(), weight.float(), bias.float()
-    precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    precision = "tf32" if _allows_tf32() else "ieee"
     _scores_kernel[(triton.cdiv(n, block_m),)](
         rows, weight, bias, job.targets, *cells, n, tile.first, width, job.n_rows,
         n_main, job.n_classes, n_outputs, job.blank, job.sigma, *_clips(job),
@@ -73,7 +73,9 @@ def scores(job, tile, cells):
 def lattice(job, cells, needs_grad) -> Tensor:
     device, n_clips = job.enc.device, len(job.frames)
     rnnt = job.durations is None
-    durations = torch.tensor((0, 1) if rnnt else job.durations, dtype=torch.int32, device=device)
+    # One that leads out of any clip is as good as any other, and has no sum beyond 32 bits.
+    durations = (0, 1) if rnnt else [min(d, job.n_frames + 1) for d in job.durations]
+    durations = torch.tensor(durations, dtype=torch.int32, device=device)
     n_diagonals = job.n_frames + job.n_rows
     # By diagonal and row: neighbouring rows of a diagonal lie side by side.
     a, b = torch.empty(2, n_clips, n_diagonals, job.n_rows, dtype=torch.float64, device=device)
@@ -87,6 +89,7 @@ def lattice(job, cells, needs_grad) -> Tensor:
     _lattice_kernel[(n_clips, 2 if needs_grad else 1)](
         *shared, job.frames, job.rows, job.offsets, rnnt, exact,
         triton.next_power_of_2(len(durations)), block_u, num_warps=min(8, max(1, block_u // 32)),
+        num_stages=1,  # a load may not pass the barrier before it
     )  # fmt: skip
     if needs_grad:
         block = 128
@@ -147,6 +150,13 @@ def _clip_and_frame(job, cell: int) -> tuple[int, int]:
     starts = list(itertools.accumulate((t * r for t, r in job.shapes), initial=0))
     clip = bisect.bisect_right(starts, cell) - 1
     return clip, (cell - starts[clip]) // job.shapes[clip][1]
+
+
+def _allows_tf32() -> bool:
+    settings = torch.backends.cuda.matmul
+    if hasattr(settings, "fp32_precision"):  # torch 2.9; then asking for the old name may raise
+        return settings.fp32_precision == "tf32"
+    return settings.allow_tf32
 
 
 def _has_much_shared_memory(device) -> bool:

@@ -56,7 +56,7 @@ def hidden(job, tile) -> Tensor:
     activated = _ACT[job.activation](total)
     if job.dropout:
         activated = torch.where(keep(job, index), activated / (1.0 - job.dropout), 0.0)
-    return activated.to(job.enc.dtype)
+    return activated.to(job.weight.dtype)
 
 
 def scores(job, tile, cells) -> Tensor:
