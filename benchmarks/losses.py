@@ -8,15 +8,16 @@ the name ends in -bf16):
     fused, fused-eps    ours; every cell, those of occupancy 1e-7 and more
     joint+loss          the joint tensor in plain PyTorch, then our `rnnt_loss` or `tdt_loss`
     pytorch             the joint tensor, log_softmax and the recursion by autograd (RNNT)
-    nemo                NeMo's joint and its numba RNNT loss, one turn of about a minute (with
+    nemo                NeMo's joint and its numba RNNT loss, in one turn (with
                         --nemo-python; NeMo 3.0 has no TDT loss of that kind for a CPU)
 
 On a GPU, where one is at hand, bfloat16 and the shapes of SHAPES: `fused` and `fused-eps`,
 torchaudio's `rnnt_loss` (RNNT only), transformers' `tdt_loss` (TDT only) and NeMo's numba loss
 with its best sub-batch, each if it can be imported and fits.
 
-Each side is a process of its own; they take turns, and medians are compared: of wall times, and on
-a CPU also of the processor time of all threads, which other load on the machine moves less.
+Each side is a process of its own; they take turns of some passes, the first of which, after the
+wait, is not counted. Medians are compared, of wall times; beside them stands the processor time of
+all threads, which other load on the machine moves less.
 Memory on a CPU is the peak resident set beyond what inputs, libraries and a tiny warm-up took; that
 of the joint tensor is measured where it is below --joint-mib, and else on an eighth of a clip and
 scaled, as all of it grows with the number of cells. The last line is the result as JSON; it is also
@@ -39,6 +40,7 @@ from torch.nn import functional as F
 REPOSITORY = Path(__file__).resolve().parent.parent
 OUT = REPOSITORY / "benchmarks" / "results" / "losses.json"
 WIDTH = 640
+PASSES = 3  # of a turn
 DURATIONS = (0, 1, 2, 3, 4)
 CPU_SHAPES = ((4, 200, 40, 1024, ()), (4, 200, 40, 1024, DURATIONS))
 SHAPES = (
@@ -164,7 +166,7 @@ def nemo_loss(leaves, batch, vocab, durations, sub_batch):
 
 
 def work(name: str, shape, threads: int, device: str):
-    """A worker's life: a line on stdin is one measured pass."""
+    """A worker's life: a line on stdin is a turn."""
     torch.set_num_threads(threads)
     if name.startswith("nemo") and device == "cpu":
         import numba
@@ -183,12 +185,15 @@ def work(name: str, shape, threads: int, device: str):
         torch.cuda.reset_peak_memory_stats()
     print(REPLY + json.dumps({"ready": True}), flush=True)
     for _ in sys.stdin:
-        start, start_cpu = time.perf_counter(), time.process_time()
-        loss = step()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        answer = {"seconds": time.perf_counter() - start, "loss": loss}
-        answer["cpu_seconds"] = time.process_time() - start_cpu
+        step()
+        answer = {"seconds": [], "cpu_seconds": []}
+        for _ in range(PASSES):
+            start, start_cpu = time.perf_counter(), time.process_time()
+            answer["loss"] = step()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            answer["seconds"].append(time.perf_counter() - start)
+            answer["cpu_seconds"].append(time.process_time() - start_cpu)
         if device == "cuda":
             answer["extra_mib"] = (torch.cuda.max_memory_allocated() - before) / 2**20
         print(REPLY + json.dumps(answer), flush=True)
@@ -268,10 +273,12 @@ def compare(sides: dict[str, str], shape, threads, device, repeats) -> dict:
     for worker in workers:
         worker.close()
         answers = [answer for answer in turns[worker.name] if answer]
-        seconds = [answer["seconds"] for answer in answers]
+        seconds, cpu_seconds = (
+            [x for answer in answers for x in answer[key]] for key in ("seconds", "cpu_seconds")
+        )
         rows[worker.name] = {
             "median_s": round(statistics.median(seconds), 4),
-            "median_cpu_s": round(statistics.median(a["cpu_seconds"] for a in answers), 4),
+            "median_cpu_s": round(statistics.median(cpu_seconds), 4),
             "all_s": [round(s, 4) for s in seconds],
             "loss": answers[-1]["loss"],
         }
@@ -371,7 +378,7 @@ def run(arguments) -> dict:
                 sides |= {f"nemo/{n}": arguments.nemo_python for n in (2, 8, 32)}
             rows = {}
             for name, python in sides.items():  # one at a time: each may need most of the memory
-                rows |= compare({name: python}, shape, 4, "cuda", 5 * arguments.repeats)
+                rows |= compare({name: python}, shape, 4, "cuda", 2 * arguments.repeats)
             label = str((*shape[:3], shape[3] + 1 + len(durations)))
             result["gpu"].append({"shape": label, "goal_ms": GOALS_MS.get(label), "rows": rows})
             print(json.dumps(result["gpu"][-1]), flush=True)
@@ -386,7 +393,7 @@ def main():
     )
     parser.add_argument("--nemo-python", help="python of an environment with NeMo")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--repeats", type=int, default=5, help="turns of each side")
+    parser.add_argument("--repeats", type=int, default=3, help="turns of each side")
     parser.add_argument("--sides", nargs="+", default=CPU_SIDES, help="on a CPU, beside NeMo")
     parser.add_argument("--parts", nargs="+", default=["cpu", "memory", "gpu"])
     parser.add_argument("--cpu-shape", type=json.loads, help="[B, T, U, V, durations], as JSON")

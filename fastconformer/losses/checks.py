@@ -1,6 +1,8 @@
 """Arguments of the transducer losses: what fits together, and the reductions; no arithmetic."""
 
 import math
+import numbers
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -65,19 +67,23 @@ def check_targets(targets: Tensor, target_lengths: Tensor, n_classes: int, blank
 
 
 def check_durations(durations: Sequence[int]) -> tuple[int, ...]:
-    durations = tuple(durations) if isinstance(durations, Sequence) else (durations,)
-    whole = all(isinstance(d, int) or (hasattr(d, "__index__")) for d in durations)
-    if not whole or any(d < 0 for d in durations) or not any(d > 0 for d in durations):
+    try:
+        whole = tuple(operator.index(d) for d in durations)  # of a tensor or an array, too
+    except TypeError:
+        whole = ()
+    if not whole or min(whole) < 0 or max(whole) == 0:
         raise ValueError(
             f"durations are {durations}, expected integers of at least 0, one of them positive "
             f"(a blank must advance), for example (0, 1, 2, 3, 4)"
         )
-    return tuple(int(d) for d in durations)
+    return whole
 
 
 def check_classes(n_outputs: int, durations: Sequence[int] | None, blank: int) -> int:
     """V+1, when the joint's outputs, the durations and the blank fit together."""
     n_classes = n_outputs - len(durations or ())
+    if not isinstance(blank, numbers.Integral):
+        raise ValueError(f"blank is {blank!r}, expected an integer, an index of the logits")
     if durations is None and not 0 <= blank < n_classes:
         raise ValueError(f"blank is {blank}, expected 0 to {n_classes - 1}, an index of the logits")
     # With blank in the middle a list of durations that is too short could not be told from tokens.

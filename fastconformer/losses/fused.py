@@ -203,8 +203,9 @@ def fused_transducer_loss(
 
 
 def _check_inputs(enc_proj, pred_proj, weight, bias, activation, dropout, eps, tile_cells):
+    is_float = torch.is_floating_point
     for name, tensor in (("enc_proj", enc_proj), ("pred_proj", pred_proj)):
-        if tensor.dim() != 3 or not tensor.is_floating_point() or 0 in tensor.shape:
+        if tensor.dim() != 3 or not is_float(tensor) or 0 in tensor.shape:
             raise ValueError(f"{name} is {describe(tensor)}, expected floats, not empty (B, n, H)")
     width = enc_proj.shape[2]
     if pred_proj.shape[0] != enc_proj.shape[0] or pred_proj.shape[2] != width:
@@ -212,9 +213,9 @@ def _check_inputs(enc_proj, pred_proj, weight, bias, activation, dropout, eps, t
             f"enc_proj is {tuple(enc_proj.shape)} and pred_proj {tuple(pred_proj.shape)}, expected "
             "(B, T', H) and (B, U+1, H) with the same B and H"
         )
-    if weight.dim() != 2 or weight.shape[1] != width or not len(weight):
+    if weight.dim() != 2 or weight.shape[1] != width or not len(weight) or not is_float(weight):
         raise ValueError(f"out_weight is {describe(weight)}, expected floats (V+1+N, {width})")
-    if bias is not None and bias.shape != (len(weight),):
+    if bias is not None and (bias.shape != (len(weight),) or not is_float(bias)):
         raise ValueError(f"out_bias is {describe(bias)}, expected floats ({len(weight)},) or None")
     devices = {str(x.device) for x in (enc_proj, pred_proj, weight, bias) if x is not None}
     if len(devices) > 1:
@@ -225,8 +226,8 @@ def _check_inputs(enc_proj, pred_proj, weight, bias, activation, dropout, eps, t
         raise ValueError(f"dropout is {dropout}, expected a probability below 1")
     if not 0.0 <= eps < 1.0:
         raise ValueError(f"eps is {eps}, expected an occupancy from 0 to below 1")
-    if tile_cells is not None and tile_cells < 1:
-        raise ValueError(f"tile_cells is {tile_cells}, expected at least 1, or None")
+    if tile_cells is not None and not (isinstance(tile_cells, int) and tile_cells >= 1):
+        raise ValueError(f"tile_cells is {tile_cells}, expected an integer from 1, or None")
 
 
 class Options(NamedTuple):
