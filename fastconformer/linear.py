@@ -80,7 +80,7 @@ def _packed(weight: torch.Tensor) -> torch.Tensor:
     return packed
 
 
-FEW_ROWS = 16
+FEW_ROWS = 8  # more would pack the encoder for a clip of a second, and double its memory
 _PACKED = WeakIdKeyDictionary()
 AFTER = {"none": lambda y: y, "swish": F.silu, "relu": F.relu}
 
