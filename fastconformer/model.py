@@ -123,9 +123,9 @@ class ASRModel(nn.Module):
         return self.config.vocab_size
 
     def featurize(self, audio: torch.Tensor, audio_lengths: torch.Tensor):
-        """audio (B, L) float32 in [-1, 1], lengths (B,) in samples -> features (B, M, T) float32,
-        lengths (B,) in frames."""
-        return self.preprocessor(audio, audio_lengths)
+        """audio (B, L) float32 in [-1, 1] or int16, lengths (B,) in samples -> features (B, M, T)
+        float32, lengths (B,) in frames."""
+        return self.preprocessor(_as_float(audio), audio_lengths)
 
     def encode(self, features: torch.Tensor, lengths: torch.Tensor):
         """features (B, M, T), lengths (B,) -> encoded (B, T', D) in the model's dtype, lengths."""
@@ -276,7 +276,7 @@ class ASRModel(nn.Module):
         if head == "ctc" or not stretches:
             return []
         frame_samples = round(frame_s * self.sample_rate)
-        levels = loudness(samples.cpu(), frame_samples, len(encoded))
+        levels = loudness(_as_float(samples.cpu()), frame_samples, len(encoded))
         mended = []
         for first, end in stretches:
             if not speaks(levels, first, end, frame_s):
@@ -506,7 +506,7 @@ class ASRModel(nn.Module):
                 f"an audio array has shape {samples.shape}, expected (samples,), not empty"
             )
         if samples.dtype == np.int16:
-            return samples.astype(np.float32) / 32768.0
+            return samples  # to the device as they are: half the bytes
         if not np.issubdtype(samples.dtype, np.floating):
             raise ValueError(f"an audio array has type {samples.dtype}, expected float or int16")
         if not np.isfinite(samples).all():
@@ -517,11 +517,13 @@ class ASRModel(nn.Module):
         """(audio (B, L), lengths (B,), seconds of silence put in front of each)."""
         shortest = int(min_duration_s * self.sample_rate)
         lengths = [max(len(clip), shortest) for clip in clips]
-        audio = torch.zeros(len(clips), max(lengths))
+        whole = all(clip.dtype == np.int16 for clip in clips)
+        audio = torch.zeros(len(clips), max(lengths), dtype=torch.int16 if whole else torch.float32)
         shifts = []
         for row, clip, length in zip(audio, clips, lengths):
             left = (length - len(clip)) // 2
-            row[left : left + len(clip)] = torch.from_numpy(clip)
+            clip = torch.from_numpy(clip)
+            row[left : left + len(clip)] = clip if whole else _as_float(clip)
             shifts.append(left / self.sample_rate)
         return audio, torch.tensor(lengths), shifts
 
@@ -539,6 +541,10 @@ class ASRModel(nn.Module):
     def save(self, folder: str | Path):
         """Writes config.json, model.safetensors and the tokenizer's files to `folder`."""
         write_folder(folder, self.to_checkpoint())
+
+
+def _as_float(samples: torch.Tensor) -> torch.Tensor:
+    return samples.float() / 32768.0 if samples.dtype == torch.int16 else samples
 
 
 def _ctc_name(config: ModelConfig) -> str:

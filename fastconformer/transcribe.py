@@ -57,22 +57,23 @@ def to_text(transcript: Transcript, name: str | None = None) -> str:
     return "\n".join(lines) + "\n"
 
 
-def to_srt(transcript: Transcript) -> str:
-    """SubRip subtitles; empty for an empty text. ValueError: the transcript has no times."""
+def to_srt(transcript: Transcript, **limits) -> str:
+    """SubRip subtitles; empty for an empty text. `limits`: see `cues`. ValueError: the transcript
+    has no times."""
     blocks = [
         f"{number}\n{_clock(cue.start, ',')} --> {_clock(cue.end, ',')}\n{cue.text}\n"
-        for number, cue in enumerate(cues(transcript), start=1)
+        for number, cue in enumerate(cues(transcript, **limits), start=1)
     ]
     return "\n".join(blocks)
 
 
-def to_vtt(transcript: Transcript) -> str:
-    """WebVTT subtitles. ValueError: the transcript has no times."""
+def to_vtt(transcript: Transcript, **limits) -> str:
+    """WebVTT subtitles. `limits`: see `cues`. ValueError: the transcript has no times."""
     blocks = ["WEBVTT\n"]
     blocks += [
         f"{_clock(cue.start, '.')} --> {_clock(cue.end, '.')}\n"
         f"{html.escape(cue.text, quote=False)}\n"
-        for cue in cues(transcript)
+        for cue in cues(transcript, **limits)
     ]
     return "\n".join(blocks)
 
@@ -124,13 +125,24 @@ def to_json(transcript: Transcript, **fields) -> dict:
     )
 
 
-def cues(transcript: Transcript) -> list[Span]:
-    """Subtitles: spans whose text has at most two lines of 42 characters and lasts at most seven
-    seconds. They end with segments and at pauses, and are cut between words.
+def cues(
+    transcript: Transcript,
+    line_characters: int = LINE_CHARACTERS,
+    lines: int = CUE_LINES,
+    reading_speed: float = READING_SPEED,
+) -> list[Span]:
+    """Subtitles: spans whose text has at most so many lines of so many characters and lasts at
+    most seven seconds. They end with segments and at pauses, and are cut between words.
 
-    They stay for as long as they take to read, 17 characters a second, or until the next cue.
-    A single longer word stays whole. Cues are in order, do not overlap and are never of length 0.
+    They stay for as long as they take to read, `reading_speed` characters a second, or until the
+    next cue. A single longer word stays whole. Cues are in order, do not overlap and are never of
+    length 0. ValueError: a limit below 1, or no times.
     """
+    if line_characters < 1 or lines < 1 or not reading_speed >= 1:
+        raise ValueError(
+            f"subtitles of {lines} lines of {line_characters} characters, {reading_speed} read a "
+            "second: expected at least 1 of each"
+        )
     _need_times(transcript)
     groups: list[list[Span]] = []
     for word, starts_segment in _words_of_segments(transcript):
@@ -140,7 +152,7 @@ def cues(transcript: Transcript) -> list[Span]:
             or starts_segment
             or word.start - group[-1].end >= PAUSE_SECONDS
             or word.end - group[0].start > CUE_SECONDS
-            or len(_lines([*group, word])) > CUE_LINES
+            or len(_lines([*group, word], line_characters)) > lines
         ):
             groups.append([word])
         else:
@@ -149,14 +161,14 @@ def cues(transcript: Transcript) -> list[Span]:
     for k, group in enumerate(groups):
         start = group[0].start
         start = max(start, spans[-1].end if spans else 0.0)
-        reading_s = sum(len(word.text) + 1 for word in group) / READING_SPEED
+        reading_s = sum(len(word.text) + 1 for word in group) / reading_speed
         end = max(group[-1].end, start + SHORTEST_CUE_SECONDS, start + reading_s)
         if transcript.duration > start:
             end = min(end, max(transcript.duration, start + LEAST_CUE_SECONDS))
         if k + 1 < len(groups):
             end = min(end, groups[k + 1][0].start)
         end = min(max(end, start + LEAST_CUE_SECONDS), start + CUE_SECONDS)
-        spans.append(Span("\n".join(_lines(group)), start, end))
+        spans.append(Span("\n".join(_lines(group, line_characters)), start, end))
     return spans
 
 
@@ -176,10 +188,10 @@ def _words_of_segments(transcript: Transcript) -> Iterator[tuple[Span, bool]]:
                 starts = True
 
 
-def _lines(words: list[Span]) -> list[str]:
+def _lines(words: list[Span], characters: int) -> list[str]:
     return textwrap.wrap(
         " ".join(word.text for word in words),
-        LINE_CHARACTERS,
+        characters,
         break_long_words=False,
         break_on_hyphens=False,
     )
@@ -492,6 +504,17 @@ def parse_arguments(argv=None) -> argparse.Namespace:
         default="text",
         help="srt, vtt and ctm imply --timestamps (%(default)s)",
     )
+    group = parser.add_argument_group("subtitles")
+    group.add_argument(
+        "--line-characters", type=int, default=LINE_CHARACTERS, help="of a line (%(default)s)"
+    )
+    group.add_argument("--lines", type=int, default=CUE_LINES, help="of a subtitle (%(default)s)")
+    group.add_argument(
+        "--reading-speed",
+        type=float,
+        default=READING_SPEED,
+        help="characters a second that a subtitle stays for (%(default)s)",
+    )
     parser.add_argument(
         "-o",
         "--output",
@@ -540,6 +563,13 @@ def run(args) -> int:
     decoding = decoding_options(args, model)
     if args.confidence:
         decoding["confidence"] = Confidence(args.confidence)
+    limits = {
+        "line_characters": args.line_characters,
+        "lines": args.lines,
+        "reading_speed": args.reading_speed,
+    }
+    if subtitles and not all(value >= 1 for value in limits.values()):
+        raise UsageError("--line-characters, --lines and --reading-speed are at least 1")
     timestamps = args.timestamps or args.format in ("srt", "vtt", "ctm")
     decoding |= {"long": args.long, "memory_gb": args.memory_gb, "workers": args.workers}
     if args.format == "jsonl":
@@ -562,7 +592,7 @@ def run(args) -> int:
             name = names.of_recording(clip.path)
             pieces.append(to_ctm(transcript, name, clip.offset_s or 0.0))
         elif subtitles:
-            text = {"srt": to_srt, "vtt": to_vtt}[args.format](transcript)
+            text = {"srt": to_srt, "vtt": to_vtt}[args.format](transcript, **limits)
             if folder:
                 folder.mkdir(parents=True, exist_ok=True)
                 write_text(folder / f"{names.fresh(clip.path.stem)}.{args.format}", text)

@@ -101,6 +101,54 @@ def test_windows_equal_a_single_pass_of_local_attention(base, window_s):
         assert found.tokens == expected.tokens and found.frames == expected.frames
 
 
+def test_a_border_anywhere_in_a_word_neither_loses_nor_doubles_it(base, monkeypatch):
+    """A border on every encoder frame of a second, in the middle of what is said."""
+    local = longform.with_local_attention(base, 4)
+    samples = babble(6.0, seed=1)
+    audio = torch.from_numpy(samples)[None]
+    features, lengths = local.featurize(audio, torch.tensor([len(samples)]))
+    features = features[:, :, : lengths[0]]
+    whole, lengths = local.encode(features, lengths)
+    factor, total = local.config.encoder.subsampling_factor, int(lengths[0])
+    context = round(longform.context_seconds(local.config) / local.config.frame_seconds)
+    assert context < total // 2
+
+    def words(encoded, head):
+        (found,) = local.decode_greedy(encoded, lengths, head)
+        return local.transcript(found, head, 6.0, timestamps=True).words
+
+    expected = {head: words(whole, head) for head in base.heads}
+    middle = expected["ctc"][len(expected["ctc"]) // 2]
+    first = round((middle.start + middle.end) / 2 / local.config.frame_seconds) - 12
+    kept = {True: 0, False: 0}  # texts that stay the same, with context and without
+    for border in range(first, first + 25):
+        for seen in (context, 2):
+            start, stop = max(0, border - seen), min(total, border + seen)
+            plan = [
+                longform.Window(0, stop * factor, 0, border),
+                longform.Window(start * factor, features.shape[2], border - start, total - border),
+            ]
+            monkeypatch.setattr(longform, "plan_windows", lambda *_, plan=plan: plan)
+            joined = longform.encode_in_windows(local, features[0])
+            kept[seen == context] += all(words(joined, h) == expected[h] for h in base.heads)
+    assert kept[True] == 25 > kept[False]
+
+
+def test_kept_positions_follow_the_weights():
+    """Attention without gradients keeps its projected positions; they are those of other lengths
+    and of weights that changed."""
+    torch.manual_seed(0)
+    layer = attention.RelPositionMultiHeadAttention(32, 4, 0.0, True)
+    for t in (20, 33, 20, 7, 33):
+        x = torch.randn(1, t, 32)
+        pos_emb = attention.position_encoding(torch.arange(t - 1, -t, -1), 32)
+        hidden = torch.zeros(1, 1, 1, t, dtype=torch.bool)
+        expected = layer(x, pos_emb, hidden).detach()  # with gradients nothing is kept
+        with torch.no_grad():
+            torch.testing.assert_close(layer(x, pos_emb, hidden), expected, rtol=1e-5, atol=1e-5)
+            layer.linear_pos.weight.mul_(1.5)
+
+
 def test_batches_hold_every_clip_once_within_the_budget(base):
     durations = [3.0, 700.0, 1.0, 90.0, 12.0, 12.0, 3000.0]
     budget = memory_estimate(base.config, 100.0, torch.float32)

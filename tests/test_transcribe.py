@@ -121,6 +121,40 @@ def test_subtitle_times_grow(transcript):
         assert all(start < end for start, end in zip(flat[::2], flat[1::2], strict=True))
 
 
+def test_whole_samples_are_what_floats_are(nemo, recordings):
+    model = fastconformer.load_model(nemo)
+    whole, other = (soundfile.read(path, dtype="int16")[0] for path in recordings[:2])
+    floats = [samples.astype(np.float32) / 32768 for samples in (whole, other)]
+    expected = model.transcribe(floats)
+    for inputs in ([whole, other], [whole, floats[1]]):
+        found = model.transcribe(inputs)
+        assert [t.tokens for t in found] == [t.tokens for t in expected]
+        assert [t.score for t in found] == pytest.approx([t.score for t in expected])
+
+
+def test_subtitle_limits_are_kept():
+    words = [
+        (text, k * 0.5, k * 0.5 + 0.4) for k, text in enumerate(["aaaa", "bbbb", "cccc", "dddd"])
+    ]
+    transcript = transcript_of(words, duration=60.0)
+    texts = [cue.text for cue in cues(transcript, line_characters=9, lines=1)]
+    assert texts == ["aaaa bbbb", "cccc dddd"]
+    assert [cue.text for cue in cues(transcript, 4, 2)] == ["aaaa\nbbbb", "cccc\ndddd"]
+    slow, fast = (cues(transcript, 99, 1, speed)[0].end for speed in (5.0, 100.0))
+    assert slow == pytest.approx(20 / 5) and fast == pytest.approx(1.9)
+    with pytest.raises(ValueError, match="expected at least 1"):
+        cues(transcript, lines=0)
+
+
+def test_subtitle_flags(nemo, recordings, capsys):
+    command = [str(recordings[0]), "--model", str(nemo), "--format", "vtt"]
+    assert main([*command, "--line-characters", "1", "--lines", "1"]) == 0
+    blocks = capsys.readouterr().out.split("\n\n")[1:]
+    assert blocks and all(len(block.split("\n")[1].split()) == 1 for block in blocks)
+    assert main([*command, "--lines", "0"]) == 2
+    assert "--lines" in capsys.readouterr().err
+
+
 def test_srt_text():
     words = [("hello", 0.5, 0.9), ("world.", 1.0, 1.4), ("again", 3661.25, 3662.0)]
     segments = [Span("hello world.", 0.5, 1.4), Span("again", 3661.25, 3662.0)]
