@@ -53,8 +53,9 @@ def library_path(arches: tuple[str, ...]) -> Path:
     return cache / "rwkv_cuda" / name
 
 
-def compile_library(arches: tuple[str, ...]) -> tuple[Path, str]:
-    """Compile for the targets, such as ("sm_80", "sm_90a"); the library's path, ptxas's report.
+def compile_library(arches: tuple[str, ...], more: tuple[str, ...] = ()) -> tuple[Path, str]:
+    """Compile for the targets, such as ("sm_80", "sm_90a"), with `more` options of nvcc; the
+    library's path, ptxas's report.
 
     Raises: BuildError: no nvcc, or it failed.
     """
@@ -66,6 +67,7 @@ def compile_library(arches: tuple[str, ...]) -> tuple[Path, str]:
         number = arch.removeprefix("sm_")
         codes += ["-gencode", f"arch=compute_{number},code={arch}"]
     options = ["-std=c++17", "-O3", "-shared", "-Xcompiler", "-fPIC", "-Xptxas", "-v", *codes]
+    options += more
     path = library_path(arches)
     path.parent.mkdir(parents=True, exist_ok=True)
     # Another process may compile the same: each writes its own file, the last rename wins.

@@ -90,6 +90,19 @@ def test_kernels_take_no_width_beyond_theirs(library):
         kernels.forward(inputs(1, 2, 1, 32, torch.float64), None, None, [False], False)
 
 
+def test_heads_of_64_compile_for_all_targets(monkeypatch, tmp_path):
+    """A third of `make kernels`, for every run of the suite: both dtypes, all kernels."""
+    if build.find_nvcc() is None:
+        pytest.skip("nvcc is not found: the CUDA kernels were not compiled")
+    monkeypatch.setattr(build, "library_path", lambda _: tmp_path / "wkv7.so")
+    path, report = build.compile_library(build.TARGETS, ("-DWKV7_WIDTH=64", "--threads=2"))
+    assert ctypes.CDLL(str(path)).wkv7_shared_bytes(0, 64) > 0
+    rows = build.summarize(report)
+    assert len(rows) == 5 * len(build.TARGETS) and {row["arch"] for row in rows} == {*build.TARGETS}
+    for row in rows:
+        assert row["spilled_bytes"] <= (256 if row["kernel"].startswith("backward") else 0), row
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", build.TARGETS)
 def test_compiles_without_harmful_spills(arch, monkeypatch, tmp_path):
