@@ -25,8 +25,8 @@ from rwkv_cuda.chunked import SEGMENT, n_segments
 
 COLUMNS = 32  # values at once: two registers of AVX-512, so that sums need not wait for each other
 TILE = 16  # frames copied together: a head's lie far apart, and the next copy's loads overlap
-PIECE = 1 << 21  # decays computed at once, 8 MiB
-SMALLEST_SHARE = 20_000  # columns blocks times frames, some ms: less is no work for two threads
+PIECE = 1 << 17  # decays computed at once, half a MiB: still in a cache when they are read
+SMALLEST_SHARE = 10_000  # frames of a head, some ms: less is no work for a thread
 
 
 def forward(
@@ -52,28 +52,31 @@ def forward(
         lengths = torch.full((batch,), frames)
     step = max(SEGMENT, PIECE // max(1, batch * heads * width))
     starts = range(0, frames, step)
-    for start in reversed(starts) if reverse else starts:
-        stop = min(start + step, frames)
-        r_, w_, k_, v_, a_, b_ = (
-            x.detach()[:, start:stop].to(torch.float32).contiguous() for x in (r, w, k, v, a, b)
-        )
-        out = torch.zeros_like(r_)
-        arrays = (r_, w_.exp().neg_().exp_(), k_, v_, a_, b_, out, lengths.long(), state, saved)
-        arrays = [x.numpy() for x in arrays]
-        tasks = batch * heads * -(-width // COLUMNS)
-        threads = min(torch.get_num_threads(), tasks)
-        if tasks * (stop - start) < SMALLEST_SHARE * threads or threads == 0:
-            threads = 1
-
-        def share(first: int, count: int = threads, start: int = start, arrays=arrays) -> None:
-            _walk(*arrays, start, reverse, SEGMENT, first, count)
-
-        if threads == 1:
-            share(0)
-        else:  # not numba's own threads, which are shared with all else that uses them
-            with ThreadPoolExecutor(threads) as pool:
-                list(pool.map(share, range(threads)))
-        y[:, start:stop] = out
+    threads = torch.get_num_threads()
+    if batch * heads * frames < SMALLEST_SHARE * threads:
+        threads = 1
+    parts = 1 if batch * heads >= threads else -(-width // COLUMNS)
+    # Not numba's own threads, which are shared with all else that uses them.
+    with ThreadPoolExecutor(threads) as pool:
+        for start in reversed(starts) if reverse else starts:
+            stop = min(start + step, frames)
+            r_, w_, k_, v_, a_, b_ = (
+                x.detach()[:, start:stop].to(torch.float32).contiguous() for x in (r, w, k, v, a, b)
+            )
+            out = y[:, start:stop]  # itself where its numbers lie as the kernel writes them
+            whole = out.dtype == torch.float32 and out.is_contiguous()
+            part = out if whole else torch.zeros_like(r_)
+            decay = w_.exp().neg_().exp_()
+            arrays = (r_, decay, k_, v_, a_, b_, part, lengths.long(), state, saved)
+            given = (*(x.numpy() for x in arrays), start, reverse, SEGMENT, parts)
+            if threads == 1:
+                _walk(*given, 0, 1)
+            else:
+                jobs = [pool.submit(_walk, *given, first, threads) for first in range(threads)]
+                for job in jobs:
+                    job.result()
+            if not whole:
+                out.copy_(part)
     return y, state.mT.contiguous(), saved
 
 
@@ -144,27 +147,33 @@ def _kernel(function):
 
 
 @_kernel
-def _walk(r, decay, k, v, a, b, y, lengths, state, saved, start, reverse, segment, first, count):
-    """The frames from `start` on, (B, frames, H, N), through the blocks of columns `first`,
-    `first + count`, ... State and saved states are [key, value]."""
+def _walk(
+    r, decay, k, v, a, b, y, lengths, state, saved, start, reverse, segment, parts, first, count
+):
+    """The frames from `start` on, (B, frames, H, N), through the tasks `first`, `first + count`,
+    ... of clips, heads and `parts` of a head's columns. State and saved states are [key, value]."""
     _, frames, heads, width = r.shape
     blocks = -(-width // COLUMNS)
+    mine = -(-blocks // parts)  # blocks of columns of one task: all of a head's, unless shared out
     keys = np.empty((TILE, 5, width), np.float32)
-    values = np.zeros((TILE, COLUMNS), np.float32)
-    local = np.zeros((width, COLUMNS), np.float32)
-    sums, out = np.zeros(COLUMNS, np.float32), np.zeros(COLUMNS, np.float32)
-    for task in range(first, len(lengths) * heads * blocks, count):
-        clip, head, left = task // (heads * blocks), task // blocks % heads, task % blocks * COLUMNS
+    values = np.zeros((mine, TILE, COLUMNS), np.float32)
+    local = np.zeros((mine, width, COLUMNS), np.float32)
+    sums, out = np.zeros((mine, COLUMNS), np.float32), np.zeros(COLUMNS, np.float32)
+    for task in range(first, len(lengths) * heads * parts, count):
+        clip, head, part = task // (heads * parts), task // parts % heads, task % parts
         n = min(frames, lengths[clip] - start)  # valid ones
         if n <= 0:
             continue
-        right = min(left + COLUMNS, width)
-        local[:, : right - left] = state[clip, head, :, left:right]
         begin, step = (n - 1, -1) if reverse else (0, 1)
-        sums[:] = 0
-        for j in range(width):
-            for i in range(COLUMNS):
-                sums[i] += a[clip, begin, head, j] * local[j, i]
+        mine_now = min(mine, blocks - part * mine)
+        for q in range(mine_now):
+            left = (part * mine + q) * COLUMNS
+            right = min(left + COLUMNS, width)
+            local[q, :, : right - left] = state[clip, head, :, left:right]
+            sums[q] = 0
+            for j in range(width):
+                for i in range(COLUMNS):
+                    sums[q, i] += a[clip, begin, head, j] * local[q, j, i]
         for done in range(0, n, TILE):
             size = min(TILE, n - done)
             for i in range(size):
@@ -176,14 +185,24 @@ def _walk(r, decay, k, v, a, b, y, lengths, state, saved, start, reverse, segmen
                     keys[i, 2, j] = k[clip, t, head, j]
                     keys[i, 3, j] = b[clip, t, head, j]
                     keys[i, 4, j] = a[clip, after, head, j]
-                for j in range(right - left):
-                    values[i, j] = v[clip, t, head, left + j]
-            for i in range(size):
-                t = begin + step * (done + i)
-                position = lengths[clip] - 1 - start - t if reverse else start + t
-                if len(saved) and position % segment == 0:
-                    saved[position // segment, clip, head, :, left:right] = local[:, : right - left]
-                _frame(local, keys[i], values[i], sums, out)
-                for j in range(right - left):
-                    y[clip, t, head, left + j] = out[j]
-        state[clip, head, :, left:right] = local[:, : right - left]
+            for q in range(mine_now):
+                left = (part * mine + q) * COLUMNS
+                right = min(left + COLUMNS, width)
+                for i in range(size):
+                    t = begin + step * (done + i)
+                    for j in range(right - left):
+                        values[q, i, j] = v[clip, t, head, left + j]
+                for i in range(size):
+                    t = begin + step * (done + i)
+                    position = lengths[clip] - 1 - start - t if reverse else start + t
+                    if len(saved) and position % segment == 0:
+                        saved[position // segment, clip, head, :, left:right] = local[
+                            q, :, : right - left
+                        ]
+                    _frame(local[q], keys[i], values[q, i], sums[q], out)
+                    for j in range(right - left):
+                        y[clip, t, head, left + j] = out[j]
+        for q in range(mine_now):
+            left = (part * mine + q) * COLUMNS
+            right = min(left + COLUMNS, width)
+            state[clip, head, :, left:right] = local[q, :, : right - left]
