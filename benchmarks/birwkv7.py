@@ -3,6 +3,7 @@
     python -m benchmarks.birwkv7 --plot docs/birwkv7_cost.svg
     python -m benchmarks.birwkv7 --audio talk.ogg --hours 1 --model models/base_tiny.nemo
     python -m benchmarks.birwkv7 --audio talk.ogg --decode 20000 100000 400000
+    python -m benchmarks.birwkv7 --memory 1 10 60 --model models/base_tiny.nemo
     python -m benchmarks.birwkv7 --curves attention=runs/a random=runs/b --plot docs/curves.svg
 
 First form: an encoder with random weights takes random features of each length, one clip, in one
@@ -18,7 +19,11 @@ attention model is converted first. Prints seconds, times real time and peak mem
 Third form: greedy decoding alone, of so many encoder frames: those of the recording's first minute,
 repeated. CPU seconds of the decoder, and of text, words and segments with times.
 
-Fourth form: word error rates of training runs, by step, from the `ledger.jsonl` of their folders.
+Fourth form: peak memory of `model.transcribe` in one pass of so many minutes of noise, in a process
+of its own, beside what `memory_estimate` said; a model with attention also after conversion. It is
+cut to `--layers` layers, since only one layer is at work at a time.
+
+Fifth form: word error rates of training runs, by step, from the `ledger.jsonl` of their folders.
 
 The last line printed is the result as JSON; it is also written to `--out`.
 """
@@ -110,8 +115,8 @@ def measure(attention: str, frames: int, size: dict, repeats: int) -> dict:
     return best | {"bytes": peak_bytes() - before + features.nbytes}
 
 
-def in_a_process(arguments, attention: str, frames: int) -> dict:
-    words = ["--worker", attention, "--frames", str(frames), "--repeats", str(arguments.repeats)]
+def in_a_process(arguments, attention: str, words: list[str]) -> dict:
+    words = [*words, "--worker", attention]
     for name in ("layers", "d_model", "threads"):
         words += [f"--{name.replace('_', '-')}", str(getattr(arguments, name))]
     done = subprocess.run(
@@ -131,7 +136,8 @@ def cost_by_length(arguments) -> dict:
         for frames in arguments.frames:
             if frames > LONGEST.get(attention, frames):
                 continue
-            found = in_a_process(arguments, attention, frames)
+            words = ["--frames", str(frames), "--repeats", str(arguments.repeats)]
+            found = in_a_process(arguments, attention, words)
             row = {"frames": frames} | found
             row["us_per_frame"] = round(found["cpu_s"] / frames * 1e6, 2)
             row["bytes_per_frame"] = round(found["bytes"] / frames)
@@ -183,6 +189,7 @@ def long_recording(arguments) -> dict:
     result = {"machine": machine(), "hours": arguments.hours, "threads": arguments.threads}
     result["estimated_bytes"] = memory_estimate(model.config, seconds, torch.float32)
     for head in model.heads:
+        model.transcribe([audio[: 10 * model.sample_rate]], head=head)  # what is compiled once
         before = resident_bytes()
         peak_bytes(reset=True)
         cpu, wall = time.process_time(), time.monotonic()
@@ -198,6 +205,54 @@ def long_recording(arguments) -> dict:
         }
         print(f"{head}: {result[head]}", flush=True)
     return result
+
+
+def transcription_memory(attention: str, dtype: str, minutes: float, arguments) -> dict:
+    """In a process of its own: {"bytes", "estimated_bytes"} of one pass beyond the weights."""
+    import numpy as np
+    import torch
+
+    from converters.to_birwkv7 import to_birwkv7
+    from fastconformer import load_model
+    from fastconformer.memory import memory_estimate
+    from fastconformer.model import model_of
+
+    torch.set_num_threads(arguments.threads)
+    model = load_model(arguments.model)
+    if attention == "rwkv7_attn" != model.config.encoder.self_attention_model:
+        model = model_of(to_birwkv7(model.to_checkpoint()))
+    assert model.config.encoder.self_attention_model == attention
+    model.encoder.layers = model.encoder.layers[: arguments.layers]
+    dtype = getattr(torch, dtype)
+    model = model.to(dtype).eval()
+    samples = np.random.default_rng(0).standard_normal(round(minutes * 60 * model.sample_rate))
+    samples = (0.05 * samples).astype(np.float32)
+    model.transcribe([samples[: 5 * model.sample_rate]], timestamps=True)  # what is made once
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    before = resident_bytes()
+    peak_bytes(reset=True)
+    model.transcribe([samples], timestamps=True, long="full")
+    seconds = len(samples) / model.sample_rate
+    return {
+        "bytes": peak_bytes() - before,
+        "estimated_bytes": memory_estimate(model.config, seconds, dtype),
+    }
+
+
+def memory_by_length(arguments) -> dict:
+    rows = []
+    for attention in [x for x in arguments.attention if x != "rel_pos_local_attn"]:
+        for dtype in ("float32", "bfloat16"):
+            for minutes in arguments.memory:
+                words = ["--dtype", dtype, "--memory", str(minutes), "--model", arguments.model]
+                row = {"attention": attention, "dtype": dtype, "minutes": minutes}
+                row |= in_a_process(arguments, attention, words)
+                row["estimated_over_measured"] = round(row["estimated_bytes"] / row["bytes"], 2)
+                rows.append(row)
+                print(row, flush=True)
+    result = {"machine": machine(), "model": Path(arguments.model).name, "memory": rows}
+    return result | {"layers": arguments.layers}
 
 
 def long_decoding(arguments) -> dict:
@@ -284,6 +339,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=3, help="(%(default)s)")
     parser.add_argument("--audio", type=Path, help="a recording: transcribe it instead")
     parser.add_argument("--hours", type=float, default=1.0, help="its length (%(default)s)")
+    parser.add_argument("--memory", type=float, nargs="+", metavar="MINUTES", help="of passes")
+    parser.add_argument("--dtype", default="float32", help=argparse.SUPPRESS)
     parser.add_argument("--decode", type=int, nargs="+", metavar="T", help="decode T frames of it")
     parser.add_argument("--curves", nargs="+", metavar="NAME=FOLDER", help="run folders instead")
     parser.add_argument("--model", default="models/base_tiny.nemo", help="(%(default)s)")
@@ -294,12 +351,19 @@ def main(argv: list[str] | None = None) -> int:
     arguments.frames = arguments.frames or [1000, 3000, 10000, 30000, 100000]
     if arguments.worker:
         size = {name: getattr(arguments, name) for name in ("layers", "d_model", "threads")}
-        print(json.dumps(measure(arguments.worker, arguments.frames[0], size, arguments.repeats)))
+        if arguments.memory:
+            given = arguments.worker, arguments.dtype, arguments.memory[0], arguments
+            found = transcription_memory(*given)
+        else:
+            found = measure(arguments.worker, arguments.frames[0], size, arguments.repeats)
+        print(json.dumps(found))
         return 0
     if arguments.curves:
         result, name = learning_curves(arguments.curves), "birwkv7_learning.json"
         if arguments.plot:
             arguments.plot.write_text(plot_curves(result))
+    elif arguments.memory:
+        result, name = memory_by_length(arguments), "birwkv7_memory.json"
     elif arguments.audio:
         if not arguments.audio.is_file():
             parser.error(f"--audio {arguments.audio} is not a file")

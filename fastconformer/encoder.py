@@ -310,6 +310,8 @@ class ConformerEncoder(nn.Module):
 
     def _hidden(self, t: int, left: int, right: int, device) -> torch.Tensor:
         """(T or 1, T) True where the context forbids a key."""
+        if left < 0 and right < 0:
+            return torch.zeros((1, t), dtype=torch.bool, device=device)  # distances would be T x T
         frame = torch.arange(t, device=device)
         if self.config.att_context_style == "chunked_limited" and right >= 0:
             frame = frame // (right + 1)  # whole chunks see each other; right is the look-ahead

@@ -27,6 +27,7 @@ MODES = ("auto", "full", "chunks", "local")
 WINDOW_S, CONTEXT_S = 120.0, 20.0  # kept, and seen on each side of it
 CUT_SEARCH = 0.2  # share of a window in which its end looks for silence
 LOCAL_CONTEXT_FRAMES = 128  # on each side; what NVIDIA recommends for long files with full models
+PIECES_GPU = 2 << 30  # scores and convolutions in flight, larger there than memory_estimate says
 FULL_ATTENTION_S = 24 * 60.0  # beyond it full attention is neither trained nor worth its time
 
 
@@ -46,7 +47,7 @@ def available_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(0.85 * (free + cached))
+        return max(0, int(0.85 * (free + cached)) - PIECES_GPU)
     try:
         with open("/proc/meminfo") as file:
             for line in file:

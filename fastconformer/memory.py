@@ -2,16 +2,19 @@
 
 import torch
 
+from . import tiles
 from .config import EncoderConfig, ModelConfig
 from .subsampling import output_length
 
-SAFETY = 1.15  # allocators round up and keep pieces
-SCRATCH_BYTES = 400 << 20  # pieces of features, convolutions, feed-forwards and scores in flight
+# The counts below are from peaks on a CPU: benchmarks/results/birwkv7_memory.json
+SAFETY = 1.1  # allocators round up and keep pieces
+FRONT_PIECES, ENCODER_PIECES = 30e6, 16e6  # bytes: spectra in flight, convolutions in flight
+LOG_PROBS = 1 << 23  # CTC log-probabilities in memory at once in greedy decoding
 
 
 def memory_estimate(config: ModelConfig, seconds: float, dtype: torch.dtype) -> int:
-    """Peak bytes that one clip of `seconds` takes beyond the weights, from samples in memory to
-    the decoder, without gradients. An upper bound in practice, rarely twice what is taken.
+    """Peak bytes that one clip of `seconds` takes on a CPU beside the weights, from the samples
+    to the decoder, without gradients. An upper bound in practice, within half as much again.
 
     Everything grows linearly with the duration: full attention holds the scores of a piece of its
     queries at a time, local attention its window's, BiRWKV7 what its recurrence takes.
@@ -26,29 +29,28 @@ def memory_estimate(config: ModelConfig, seconds: float, dtype: torch.dtype) -> 
     n_features = samples // config.preprocessor.hop_samples + 1
     frames = output_length(n_features, encoder.subsampling_factor, encoder.causal_downsampling)
     audio, features = 4 * samples, 4 * config.preprocessor.n_features * n_features
-    front_end = 7 * audio + 3 * features  # pre-emphasis, its mask, padding; normalisation
+    front_end = 5 * audio + features + min(FRONT_PIECES, 8 * audio)
     held = audio + features + (features * size // 4 if size < 4 else 0)  # and in the dtype
+    piece = min(frames, tiles.TILE_FRAMES) * encoder.d_model * size
+    piece *= 22 if encoder.self_attention_model == "rwkv7_attn" else 10
+    layer = held + frames * _frame_bytes(encoder, size) + piece + min(ENCODER_PIECES, 8 * audio)
     # the frames, their projection in the joint, and a piece of CTC's log-probabilities
     decoding = (
         frames * (encoder.d_model + (config.joint.joint_hidden if config.joint else 0)) * size
     )
-    decoding += (8 + size) * min(frames * (config.vocab_size + 1), 1 << 26)
-    layer = frames * _frame_bytes(encoder, size)
-    small = min(SCRATCH_BYTES, 16 * frames * encoder.d_model * size * encoder.subsampling_factor)
-    return int(SAFETY * (max(front_end, held + layer, audio + decoding) + small))
+    decoding += (8 + size) * min(frames * (config.vocab_size + 1), LOG_PROBS)
+    return int(SAFETY * max(front_end, layer, audio + decoding))
 
 
 def _frame_bytes(encoder: EncoderConfig, size: int) -> int:
-    """Of one encoder frame: one layer at its worst moment, and what is kept beside it."""
+    """Of one encoder frame, in a layer at its worst moment."""
     d = encoder.d_model
-    beside = 4 * d * size  # the layer's input, sum and normalised sum; the subsampled frames
     if encoder.self_attention_model == "rwkv7_attn":
-        # r, w, k, v, a, kappa and two products, the first layer's values, both results,
-        # one direction's copies in its own layout
-        return beside + 18 * d * size
+        # the layer's input and its normalised form, r, w, k, v, a, kappa and two products, the
+        # first layer's values, both results twice; in bfloat16 some are float32, some twice there
+        return 80 * d
     if encoder.self_attention_model == "rel_pos_local_attn":
-        left, right = encoder.att_contexts[0]
-        window = 3 * max(left, right)
-        return beside + 14 * d * size + 6 * encoder.n_heads * window * size
-    # q, k, v, three sums, the result; encodings and projections of 2 T distances
-    return beside + 8 * d * size + 2 * d * (4 + 3 * size)
+        window = 3 * max(encoder.att_contexts[0])
+        return 18 * d * size + 6 * encoder.n_heads * window * size
+    # the same two, q, k, v, three sums, the result; encodings and projections of 2 T distances
+    return 20 * d * size

@@ -34,6 +34,7 @@ from .encoder import ConformerEncoder
 from .features import Preprocessor
 from .heads import CTCHead, Joint, PredictionNetwork
 from .linear import Int8Weight, quantize
+from .memory import LOG_PROBS
 from .timestamps import (
     Span,
     in_seconds,
@@ -45,7 +46,6 @@ from .timestamps import (
 from .tokenizer import Tokenizer, load_tokenizer
 
 CPU_FRAMES = 1500  # feature frames of clips that a CPU encodes together
-LOG_PROBS = 1 << 26  # CTC log-probabilities in memory at once in greedy decoding
 
 
 @dataclass

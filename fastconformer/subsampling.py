@@ -22,7 +22,7 @@ def output_length(length, factor: int, causal: bool):
 
 
 # Of the first convolution's output in one piece; what fits a CPU's caches takes half the time.
-TILE_BYTES, TILE_BYTES_GPU = 1 << 22, 1 << 28
+TILE_BYTES, TILE_BYTES_GPU = 1 << 21, 1 << 28
 
 
 class StridedConv2d(nn.Conv2d):

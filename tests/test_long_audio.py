@@ -1,6 +1,10 @@
 """Long inputs in pieces: the same numbers as whole, and memory that does not grow with the rest."""
 
 import gc
+import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -125,6 +129,18 @@ def test_memory_estimate(case):
     assert memory_estimate(config, 0, torch.float32) < 1 << 20
     with pytest.raises(ValueError, match="seconds is -1"):
         memory_estimate(config, -1, torch.float32)
+
+
+@pytest.mark.parametrize("attention", ["rel_pos", "rwkv7_attn"])
+def test_memory_estimate_is_a_bound(attention):
+    """Two minutes through the base in a process of its own, beside its peak resident set."""
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("the peak of the resident set cannot be reset on this system")
+    command = [sys.executable, "-m", "benchmarks.birwkv7", "--memory", "2", "--worker", attention]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert 0.6 * found["estimated_bytes"] < found["bytes"] <= found["estimated_bytes"]
 
 
 def test_times_of_hours_wake_no_collector():
