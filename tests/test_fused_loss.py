@@ -398,6 +398,19 @@ def test_states_are_not_rounded_before_their_sum():
         assert (g - t).norm() <= 2 * (u - t).norm()
 
 
+@pytest.mark.parametrize("activation", ["tanh", "sigmoid"])
+def test_the_slope_of_a_saturated_activation_is_not_rounded(activation):
+    inputs, *batch = make((3, 2), (2, 1), 12, 0, width=64)
+    inputs = [x.float() for x in (3 + inputs[0], 2 + inputs[1], *inputs[2:])]
+    plain = lambda *x: losses.rnnt_loss(joint(*x, activation), *batch, 12, reduction="none")
+    _, truth = run(plain, [x.double() for x in inputs])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        _, usual = run(plain, inputs)
+        _, grads = run(lambda *x: fused_transducer_loss(*x, *batch, activation=activation), inputs)
+    for g, u, t in zip(grads, usual, truth, strict=True):
+        assert (g - t).norm() <= 2 * (u - t).norm()
+
+
 def test_the_same_call_gives_the_same_bits():
     inputs, *batch = make((40, 35), (12, 9), 150, 5, width=64)
     inputs = [x.float() for x in inputs]

@@ -435,6 +435,9 @@ def _add_gradients(job, backend, tile, cells, weights, options, hidden, logits, 
         of_bias[:n_outputs] += logits.sum(0, dtype=of_bias.dtype)
     if of_enc.numel():
         d_hidden = product(logits, job.weight.t(), None)
+        if job.activation != "relu" and job.enc.dtype != hidden.dtype:
+            # 1 - y^2 of a y that was rounded for the product would be wrong near saturation
+            hidden = backend.hidden(job, tile, job.enc.dtype)
         backend.scatter(job, tile, hidden, d_hidden, of_enc.flatten(0, 1), of_pred.flatten(0, 1))
 
 

@@ -33,8 +33,8 @@ from fastconformer.losses.fused_vectorised import dropout_threshold
 _ACTIVATIONS = {"relu": 0, "tanh": 1, "sigmoid": 2}
 
 
-def hidden(job, tile) -> Tensor:
-    out = torch.empty((len(tile.index), job.enc.shape[1]), dtype=job.weight.dtype)
+def hidden(job, tile, dtype=None) -> Tensor:
+    out = torch.empty((len(tile.index), job.enc.shape[1]), dtype=dtype or job.weight.dtype)
     with _threads(out.numel()) as n_threads:
         _hidden(
             _array(job.enc), _array(job.pred), *_place(job, tile), _ACTIVATIONS[job.activation],

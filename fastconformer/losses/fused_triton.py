@@ -34,9 +34,9 @@ from fastconformer.losses.fused_vectorised import dropout_threshold
 _ACTIVATIONS = {"relu": 0, "tanh": 1, "sigmoid": 2}
 
 
-def hidden(job, tile) -> Tensor:
+def hidden(job, tile, dtype=None) -> Tensor:
     n, width = len(tile.index), job.enc.shape[1]
-    out = job.weight.new_empty((n, width))
+    out = job.weight.new_empty((n, width), dtype=dtype or job.weight.dtype)
     block_m, block_h = 32, min(128, triton.next_power_of_2(width))
     _hidden_kernel[(triton.cdiv(n, block_m), triton.cdiv(width, block_h))](
         job.enc, job.pred, out, tile.index, n, width, job.n_frames, job.n_rows, *_clips(job),

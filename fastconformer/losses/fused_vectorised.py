@@ -4,7 +4,7 @@ The five functions of a backend, on a Job, a Tile of n cells and the batch's Cel
 
     scores    fills the cells' entries of Cells from their logits
     lattice   log-likelihoods (B,); with a gradient, scores in Cells become occupancies in place
-    hidden    (n, H), the rows that the output layer multiplies
+    hidden    (n, H), the rows that the output layer multiplies, in its dtype or another
     gradient  logits (n, outputs) become the loss's gradient in place
     scatter   gradients of hidden, summed onto the rows of d_enc (B * T', H) and d_pred (B * R, H)
 """
@@ -48,7 +48,7 @@ def _mix(x):  # products wrap around at 64 bits, which leaves their low 32 alone
     return x ^ x >> 16
 
 
-def hidden(job, tile) -> Tensor:
+def hidden(job, tile, dtype=None) -> Tensor:
     index = tile.index
     clip, frame, row = locate(job, index)
     wide = job.enc.dtype if job.enc.dtype == torch.float64 else torch.float32
@@ -56,7 +56,7 @@ def hidden(job, tile) -> Tensor:
     activated = _ACT[job.activation](total)
     if job.dropout:
         activated = torch.where(keep(job, index), activated / (1.0 - job.dropout), 0.0)
-    return activated.to(job.weight.dtype)
+    return activated.to(dtype or job.weight.dtype)
 
 
 def scores(job, tile, cells) -> Tensor:
