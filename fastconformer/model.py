@@ -442,15 +442,15 @@ class ASRModel(nn.Module):
     def _encode_batch(self, features: torch.Tensor, lengths: torch.Tensor):
         """`encode`, on a CPU a few clips at a time, as many as its caches like: they gain nothing
         from one another, and are padded less. Clips come longest first."""
+        by_clip = self.config.encoder.conv_norm_type in ("batch_norm", "layer_norm")
+        if features.device.type != "cpu" or not by_clip:
+            return self.encode(features, lengths)
         parts, rows = [], list(range(len(lengths)))
-        norms = self.config.encoder.conv_norm_type in ("batch_norm", "layer_norm")
-        while rows and features.device.type == "cpu" and norms:
+        while rows:
             longest = int(lengths[rows[0]])
             group = rows[: max(1, CPU_FRAMES // longest)]
             parts.append(self.encode(features[group][:, :, :longest], lengths[group]))
             rows = rows[len(group) :]
-        if not parts:
-            return self.encode(features, lengths)
         encoded = [clip for part, _ in parts for clip in part]
         encoded = nn.utils.rnn.pad_sequence(encoded, batch_first=True)
         return encoded, torch.cat([part_lengths for _, part_lengths in parts])
