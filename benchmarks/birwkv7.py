@@ -39,6 +39,7 @@ import sys
 import time
 from pathlib import Path
 
+from benchmarks import commit
 from benchmarks.charts import line_charts
 from benchmarks.cpu_vs_nemo import machine
 
@@ -375,6 +376,7 @@ def main(argv: list[str] | None = None) -> int:
         result, name = cost_by_length(arguments), "birwkv7.json"
         if arguments.plot:
             arguments.plot.write_text(plot(result))
+    result |= {"commit": commit()}
     (arguments.out or RESULTS / name).write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result))
     return 0

@@ -338,19 +338,15 @@ def cold_starts(arguments, model: Path, clips: Path) -> dict:
 
 
 def machine() -> dict:
-    name = platform.processor()
+    told = ""
     with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(
-            (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name
-        )
-    flags = ""
-    with contextlib.suppress(OSError):
-        flags = Path("/proc/cpuinfo").read_text()
+        told = Path("/proc/cpuinfo").read_text()
+    names = [x.split(":", 1)[1].strip() for x in told.splitlines() if x.startswith("model name")]
+    name = names[0] if names else platform.processor()
     return {
         "cpu": name,
         "cores": os.cpu_count(),
-        "bf16": [f for f in ("avx512_bf16", "amx_bf16") if f" {f}" in flags],
+        "bf16": [f for f in ("avx512_bf16", "amx_bf16") if f" {f}" in told],
         "load_average_before": round(os.getloadavg()[0], 2),
     }
 

@@ -37,6 +37,9 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
+from benchmarks import commit
+from benchmarks.cpu_vs_nemo import machine
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 OUT = REPOSITORY / "benchmarks" / "results" / "losses.json"
 WIDTH = 640
@@ -321,24 +324,12 @@ def memory_table(batches, vocabs, n_frames, n_tokens, threads, joint_mib) -> lis
 
 
 def run(arguments) -> dict:
-    cpu = platform.processor() or platform.machine()
-    with open("/proc/cpuinfo") as file:
-        cpu = next((x.split(":")[1].strip() for x in file if x.startswith("model name")), cpu)
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True
-    ).stdout.strip()
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
     result = {
-        "machine": {
-            "cpu": cpu,
-            "cores": os.cpu_count(),
-            "threads": arguments.threads,
-            "load_average_before": round(os.getloadavg()[0], 2),
-            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        },
-        "versions": {
-            "python": platform.python_version(), "torch": torch.__version__, "commit": commit,
-        },
-    }  # fmt: skip
+        "machine": machine() | {"threads": arguments.threads, "gpu": gpu},
+        "versions": versions | {"commit": commit()},
+    }
     if arguments.nemo_python:
         result["versions"]["nemo"] = subprocess.run(
             [arguments.nemo_python, "-c", "import nemo; print(nemo.__version__)"],

@@ -23,7 +23,6 @@ import ctypes
 import functools
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -33,6 +32,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from benchmarks import commit
+from benchmarks.cpu_vs_nemo import machine
 from fastconformer.files import atomic_file
 from rwkv_cuda import build, wkv7, wkv7_bidirectional
 
@@ -253,11 +254,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     os.environ["OMP_NUM_THREADS"] = str(options.threads)
-    load = os.getloadavg()[0]
     result = {
-        "machine": {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()},
-        "load_average_before": round(load, 2),
-        "torch": torch.__version__,
+        "machine": machine(),
+        "versions": {"torch": torch.__version__, "commit": commit()},
         "threads": options.threads,
     } | (on_gpu(options) if options.device == "cuda" else on_cpu(options))
     out = options.out or RESULTS / f"wkv7_{options.device}.json"
