@@ -11,6 +11,7 @@ on from it. Importing this module needs numba; the kernel compiles at its first 
 on disk where that is possible. Letters: B clips, T frames, H heads, N head width.
 """
 
+import math
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -24,8 +25,14 @@ from torch import Tensor
 from rwkv_cuda.chunked import SEGMENT, n_segments
 
 COLUMNS = 32  # values at once: two registers of AVX-512, so that sums need not wait for each other
-TILE = 16  # frames copied together: a head's lie far apart, and the next copy's loads overlap
-PIECE = 1 << 17  # decays computed at once, half a MiB: still in a cache when they are read
+TILE = 16  # frames copied together, all heads of a frame in the order in which they lie in memory
+MOST_HEADS = 16  # heads copied together: 0.4 MiB a tile, which the second cache holds
+PIECE = 1 << 17  # numbers of an input that are made float32 at once, half a MiB: still in a cache
+MOST = np.float32(87)  # exp(-87) is the last one above the denormal numbers
+LOG2_E = np.float32(1 / math.log(2))
+LN2_HIGH, LN2_LOW = np.float32(0.693359375), np.float32(math.log(2) - 0.693359375)
+ROUNDING = np.float32(1.5 * 2**23)  # added and taken away, leaves the nearest whole number
+INVERSE_FACTORIALS = tuple(np.float32(1 / math.factorial(i)) for i in range(8))
 SMALLEST_SHARE = 10_000  # frames of a head, some ms: less is no work for a thread
 
 
@@ -44,10 +51,12 @@ def forward(
     """See `chunked.forward`; float32 or bfloat16 on the CPU. Uses torch's number of threads."""
     batch, frames, heads, width = r.shape
     y = torch.zeros_like(r, memory_format=torch.contiguous_format)
-    state = torch.zeros(batch, heads, width, width)
+    blocks = -(-width // COLUMNS)
+    state = torch.zeros(batch, heads, width, blocks * COLUMNS)  # [key, value], padded
     if initial_state is not None:
-        state.copy_(initial_state.mT)
-    saved = torch.zeros(n_segments(frames) if save_states else 0, *state.shape)
+        state[..., :width] = initial_state.mT
+    state = state.unflatten(-1, (blocks, COLUMNS)).transpose(2, 3).contiguous()
+    saved = torch.zeros(n_segments(frames) if save_states else 0, batch, heads, width, width)
     if lengths is None:
         lengths = torch.full((batch,), frames)
     step = max(SEGMENT, PIECE // max(1, batch * heads * width))
@@ -55,7 +64,8 @@ def forward(
     threads = torch.get_num_threads()
     if batch * heads * frames < SMALLEST_SHARE * threads:
         threads = 1
-    parts = 1 if batch * heads >= threads else -(-width // COLUMNS)
+    parts = 1 if batch * heads >= threads else blocks
+    groups = max(min(heads, threads), -(-heads // MOST_HEADS))
     # Not numba's own threads, which are shared with all else that uses them.
     with ThreadPoolExecutor(threads) as pool:
         for start in reversed(starts) if reverse else starts:
@@ -66,9 +76,8 @@ def forward(
             out = y[:, start:stop]  # itself where its numbers lie as the kernel writes them
             whole = out.dtype == torch.float32 and out.is_contiguous()
             part = out if whole else torch.zeros_like(r_)
-            decay = w_.exp().neg_().exp_()
-            arrays = (r_, decay, k_, v_, a_, b_, part, lengths.long(), state, saved)
-            given = (*(x.numpy() for x in arrays), start, reverse, SEGMENT, parts)
+            arrays = (r_, w_, k_, v_, a_, b_, part, lengths.long(), state, saved)
+            given = (*(x.numpy() for x in arrays), start, reverse, SEGMENT, groups, parts)
             if threads == 1:
                 _walk(*given, 0, 1)
             else:
@@ -77,6 +86,7 @@ def forward(
                     job.result()
             if not whole:
                 out.copy_(part)
+    state = state.transpose(2, 3).flatten(3)[..., :width]
     return y, state.mT.contiguous(), saved
 
 
@@ -139,6 +149,40 @@ def _frame(typing_context, state, keys, values, sums, out):
     return types.void(state, keys, values, sums, out), generate
 
 
+@intrinsic
+def _two_to(typing_context, shifted):
+    """2^n as float32, n the whole number that lies in the last bits of n + ROUNDING."""
+
+    def generate(context, builder, signature, arguments):
+        bits = builder.bitcast(arguments[0], ir.IntType(32))
+        bits = builder.add(builder.shl(bits, bits.type(23)), bits.type(127 << 23))
+        return builder.bitcast(bits, ir.FloatType())
+
+    return types.float32(shifted), generate
+
+
+@njit(inline="always", error_model="numpy")
+def _exp(x):
+    """exp for |x| <= 87, within 2 units in the last place, in steps that LLVM makes vectors of."""
+    shifted = x * LOG2_E + ROUNDING
+    n = shifted - ROUNDING
+    x = x - n * LN2_HIGH - n * LN2_LOW  # within ln(2) / 2 of 0, where seven terms suffice
+    y = INVERSE_FACTORIALS[7]
+    y = y * x + INVERSE_FACTORIALS[6]
+    y = y * x + INVERSE_FACTORIALS[5]
+    y = y * x + INVERSE_FACTORIALS[4]
+    y = y * x + INVERSE_FACTORIALS[3]
+    y = y * x + INVERSE_FACTORIALS[2]
+    y = y * x + INVERSE_FACTORIALS[1]
+    y = y * x + INVERSE_FACTORIALS[0]
+    return y * _two_to(shifted)
+
+
+@njit(inline="always", error_model="numpy")
+def _decay(w):
+    return _exp(max(-_exp(max(min(w, MOST), -MOST)), -MOST))
+
+
 def _kernel(function):
     try:
         return njit(nogil=True, cache=True, error_model="numpy")(function)
@@ -148,61 +192,69 @@ def _kernel(function):
 
 @_kernel
 def _walk(
-    r, decay, k, v, a, b, y, lengths, state, saved, start, reverse, segment, parts, first, count
+    r, w, k, v, a, b, y, lengths, state, saved, start, reverse, segment, groups, parts, first, count
 ):
     """The frames from `start` on, (B, frames, H, N), through the tasks `first`, `first + count`,
-    ... of clips, heads and `parts` of a head's columns. State and saved states are [key, value]."""
+    ... of clips, `groups` of heads and `parts` of a head's columns. `state` is (B, H, blocks of
+    columns, N keys, COLUMNS), the saved states are [key, value]."""
     _, frames, heads, width = r.shape
-    blocks = -(-width // COLUMNS)
+    blocks = state.shape[2]
+    share = -(-heads // groups)  # heads of one task
     mine = -(-blocks // parts)  # blocks of columns of one task: all of a head's, unless shared out
-    keys = np.empty((TILE, 5, width), np.float32)
-    values = np.zeros((mine, TILE, COLUMNS), np.float32)
-    local = np.zeros((mine, width, COLUMNS), np.float32)
-    sums, out = np.zeros((mine, COLUMNS), np.float32), np.zeros(COLUMNS, np.float32)
-    for task in range(first, len(lengths) * heads * parts, count):
-        clip, head, part = task // (heads * parts), task // parts % heads, task % parts
+    keys = np.empty((share, TILE, 5, width), np.float32)
+    values = np.zeros((share, blocks, TILE, COLUMNS), np.float32)
+    out = np.zeros((share, blocks, TILE, COLUMNS), np.float32)
+    sums = np.zeros((share, blocks, COLUMNS), np.float32)
+    for task in range(first, len(lengths) * groups * parts, count):
+        clip, group, part = task // (groups * parts), task // parts % groups, task % parts
         n = min(frames, lengths[clip] - start)  # valid ones
         if n <= 0:
             continue
         begin, step = (n - 1, -1) if reverse else (0, 1)
-        mine_now = min(mine, blocks - part * mine)
-        for q in range(mine_now):
-            left = (part * mine + q) * COLUMNS
-            right = min(left + COLUMNS, width)
-            local[q, :, : right - left] = state[clip, head, :, left:right]
-            sums[q] = 0
-            for j in range(width):
-                for i in range(COLUMNS):
-                    sums[q, i] += a[clip, begin, head, j] * local[q, j, i]
+        h0, q0 = group * share, part * mine
+        h1, q1 = min(h0 + share, heads), min(q0 + mine, blocks)
+        for h in range(h0, h1):
+            for q in range(q0, q1):
+                sums[h - h0, q] = 0
+                for j in range(width):
+                    for i in range(COLUMNS):
+                        sums[h - h0, q, i] += a[clip, begin, h, j] * state[clip, h, q, j, i]
         for done in range(0, n, TILE):
             size = min(TILE, n - done)
             for i in range(size):
                 t = begin + step * (done + i)
                 after = t + step if done + i + 1 < n else t
-                for j in range(width):
-                    keys[i, 0, j] = r[clip, t, head, j]
-                    keys[i, 1, j] = decay[clip, t, head, j]
-                    keys[i, 2, j] = k[clip, t, head, j]
-                    keys[i, 3, j] = b[clip, t, head, j]
-                    keys[i, 4, j] = a[clip, after, head, j]
-            for q in range(mine_now):
-                left = (part * mine + q) * COLUMNS
-                right = min(left + COLUMNS, width)
-                for i in range(size):
-                    t = begin + step * (done + i)
-                    for j in range(right - left):
-                        values[q, i, j] = v[clip, t, head, left + j]
-                for i in range(size):
-                    t = begin + step * (done + i)
-                    position = lengths[clip] - 1 - start - t if reverse else start + t
-                    if len(saved) and position % segment == 0:
-                        saved[position // segment, clip, head, :, left:right] = local[
-                            q, :, : right - left
-                        ]
-                    _frame(local[q], keys[i], values[q, i], sums[q], out)
-                    for j in range(right - left):
-                        y[clip, t, head, left + j] = out[j]
-        for q in range(mine_now):
-            left = (part * mine + q) * COLUMNS
-            right = min(left + COLUMNS, width)
-            state[clip, head, :, left:right] = local[q, :, : right - left]
+                for h in range(h0, h1):
+                    for j in range(width):
+                        keys[h - h0, i, 0, j] = r[clip, t, h, j]
+                        keys[h - h0, i, 1, j] = _decay(w[clip, t, h, j])
+                        keys[h - h0, i, 2, j] = k[clip, t, h, j]
+                        keys[h - h0, i, 3, j] = b[clip, t, h, j]
+                        keys[h - h0, i, 4, j] = a[clip, after, h, j]
+                    for q in range(q0, q1):
+                        for j in range(min(COLUMNS, width - q * COLUMNS)):
+                            values[h - h0, q, i, j] = v[clip, t, h, q * COLUMNS + j]
+            for h in range(h0, h1):
+                for q in range(q0, q1):
+                    left = q * COLUMNS
+                    right = min(left + COLUMNS, width)
+                    for i in range(size):
+                        t = begin + step * (done + i)
+                        position = lengths[clip] - 1 - start - t if reverse else start + t
+                        if len(saved) and position % segment == 0:
+                            saved[position // segment, clip, h, :, left:right] = state[
+                                clip, h, q, :, : right - left
+                            ]
+                        _frame(
+                            state[clip, h, q],
+                            keys[h - h0, i],
+                            values[h - h0, q, i],
+                            sums[h - h0, q],
+                            out[h - h0, q, i],
+                        )
+            for i in range(size):
+                t = begin + step * (done + i)
+                for h in range(h0, h1):
+                    for q in range(q0, q1):
+                        for j in range(min(COLUMNS, width - q * COLUMNS)):
+                            y[clip, t, h, q * COLUMNS + j] = out[h - h0, q, i, j]

@@ -126,12 +126,18 @@ def test_chunked_is_the_recurrence(decay, reverse, either_forward):
 
 
 def test_threads_change_nothing():
-    """Two threads share heads and columns; clips, pieces in time and saved states."""
+    """Two threads share heads; clips, pieces in time, saved states, more heads than one copy's."""
     walk = pytest.importorskip("rwkv_cuda.walk", reason="numba is not installed")
-    args = inputs(3, 9000, 2, 48, w_mean=-4.0)
-    lengths = torch.tensor([9000, 0, 8193])
-    entry = torch.randn(3, 2, 48, 48)
-    assert walk.PIECE // (3 * 2 * 48) < 9000
+    assert walk.MOST_HEADS < 17 and walk.PIECE // (3 * 2 * 48) < 9000
+    the_same_on_two_threads(walk, inputs(3, 9000, 2, 48, w_mean=-4.0), [9000, 0, 8193])
+    the_same_on_two_threads(walk, inputs(1, 1300, 17, 32, w_mean=-4.0), [1290])
+    the_same_on_two_threads(walk, inputs(1, 20_100, 1, 64, w_mean=-4.0), [20_001])  # its columns
+
+
+def the_same_on_two_threads(walk, args, lengths):
+    batch, frames, heads, width = args[0].shape
+    lengths, entry = torch.tensor(lengths), torch.randn(batch, heads, width, width)
+    assert batch * frames * heads >= 2 * walk.SMALLEST_SHARE
     threads = torch.get_num_threads()
     try:
         for reverse in (False, True):
