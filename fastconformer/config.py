@@ -173,9 +173,9 @@ class EncoderConfig:
             "supported are rel_pos, rel_pos_local_attn and rwkv7_attn",
         )
         _require(
-            self.att_context_style in ("regular", "chunked_limited"),
+            self.att_context_style in ("regular", "chunked_limited", "chunked_limited_with_rc"),
             f"encoder.att_context_style is {self.att_context_style!r}, "
-            "supported are regular and chunked_limited",
+            "supported are regular, chunked_limited and chunked_limited_with_rc",
         )
         norm = self.conv_norm_type
         group_norm = norm.startswith("group_norm") and norm[len("group_norm") :].isdigit()
@@ -216,6 +216,10 @@ class EncoderConfig:
     @property
     def att_contexts(self) -> list[tuple[int, int]]:
         """All (left, right) contexts in frames, -1 unlimited; the first is used in evaluation."""
+        if self.att_context_style == "chunked_limited_with_rc":
+            # Parakeet unified: contexts of (left, chunk, right) are for streaming alone; NeMo 3.0
+            # attends to everything otherwise, whatever is configured
+            return [(-1, -1)]
         sizes = self.att_context_size or [-1, -1]
         return [tuple(s) for s in (sizes if isinstance(sizes[0], (list, tuple)) else [sizes])]
 
@@ -318,7 +322,10 @@ class ModelConfig:
     def frame_seconds(self) -> float:
         """Seconds between two encoder frames."""
         pre = self.preprocessor
-        return pre.hop_samples * self.encoder.subsampling_factor / pre.sample_rate
+        # NeMo quirk kept: its times count `window_stride`, also where a hop of whole samples is
+        # shorter (220 samples for 10 ms at 22,050 Hz)
+        hop_s = pre.n_window_stride / pre.sample_rate if pre.n_window_stride else pre.window_stride
+        return hop_s * self.encoder.subsampling_factor
 
     @staticmethod
     def from_nemo(cfg: dict) -> "ModelConfig":
@@ -381,8 +388,15 @@ class ModelConfig:
                 "use_pytorch_sdpa_backends",
                 "sync_max_audio_length",
                 "reduction_position",
+                "att_chunk_context_size",
             ),
-            off={"reduction": (), "reduction_factor": (1,)},
+            off={
+                "reduction": (),
+                "reduction_factor": (1,),
+                # dcc: dynamic chunks of convolutions, which NeMo 3.0 only uses in streaming
+                "conv_context_style": ("regular", "dcc"),
+                "conv_dual_mode": (False,),
+            },
         )
         _require(
             encoder.feat_in == preprocessor.n_features,
@@ -410,7 +424,9 @@ class ModelConfig:
                 )
         decoding = cfg.get("decoding") or {}
         greedy = decoding.get("greedy") or {}
-        max_symbols = greedy.get("max_symbols", greedy.get("max_symbols_per_step", 10))
+        max_symbols = greedy.get("max_symbols") or greedy.get("max_symbols_per_step")
+        if not greedy.keys() & {"max_symbols", "max_symbols_per_step"}:
+            max_symbols = 10  # of archives older than the option
         return ModelConfig(
             nemo=cfg,
             class_name=class_name,

@@ -86,7 +86,7 @@ class FilterbankFeatures(nn.Module):
         # before NeMo 2.5 the last, half-empty frame counted
         return frames + 1 if self.stft_pad == "reflect" else frames
 
-    def forward(self, audio: torch.Tensor, audio_lengths: torch.Tensor):
+    def forward(self, audio: torch.Tensor, audio_lengths: torch.Tensor, pad: bool = True):
         c = self.config
         x = audio.float()
         frames = self.feature_lengths(audio_lengths)
@@ -119,7 +119,7 @@ class FilterbankFeatures(nn.Module):
         valid = (torch.arange(x.shape[2], device=x.device) < frames[:, None])[:, None]  # (B, 1, T)
         x = _normalize(x, frames, valid, c.normalize)
         x = x.masked_fill(~valid, c.pad_value)
-        if self.training and c.pad_to > 0 and x.shape[2] % c.pad_to:
+        if pad and c.pad_to > 0 and x.shape[2] % c.pad_to:
             x = nn.functional.pad(x, (0, c.pad_to - x.shape[2] % c.pad_to), value=c.pad_value)
         return x, frames
 
@@ -195,6 +195,7 @@ class Preprocessor(nn.Module):
         super().__init__()
         self.featurizer = FilterbankFeatures(config, stft_pad)
 
-    def forward(self, audio: torch.Tensor, audio_lengths: torch.Tensor):
-        """(B, L) samples in [-1, 1], (B,) -> (B, M, T) features, (B,) valid frames."""
-        return self.featurizer(audio, audio_lengths)
+    def forward(self, audio: torch.Tensor, audio_lengths: torch.Tensor, pad: bool = True):
+        """(B, L) samples in [-1, 1], (B,) -> (B, M, T) features, (B,) valid frames. With `pad`, T
+        is a multiple of the config's `pad_to`."""
+        return self.featurizer(audio, audio_lengths, pad)

@@ -107,10 +107,12 @@ def with_local_attention(model, context_frames: int = LOCAL_CONTEXT_FRAMES):
     where its attention is not full. Source: NeMo's `change_attention_model`."""
     from .model import ASRModel, _skeleton  # it imports this module
 
-    if model.config.encoder.self_attention_model != "rel_pos":
+    encoder = model.config.encoder
+    if encoder.self_attention_model != "rel_pos" or encoder.att_contexts[0] != (-1, -1):
         return model
     nemo = copy.deepcopy(model.config.nemo)
     nemo["encoder"]["self_attention_model"] = "rel_pos_local_attn"
+    nemo["encoder"]["att_context_style"] = "regular"
     nemo["encoder"]["att_context_size"] = [context_frames, context_frames]
     local: ASRModel = _skeleton(ModelConfig.from_nemo(nemo), model.state_dict())
     local.load_state_dict(model.state_dict(), assign=True)

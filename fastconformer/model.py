@@ -414,8 +414,9 @@ class ASRModel(nn.Module):
                 long,
             ):
                 audio, lengths, shifts = self._collate([clips[i] for i in batch], min_duration_s)
-                features, lengths = model.featurize(
-                    audio.to(device, non_blocking=True), lengths.to(device)
+                # without `pad_to`, as in NeMo's `transcribe`: norms over time would see it
+                features, lengths = model.preprocessor(
+                    _as_float(audio.to(device, non_blocking=True)), lengths.to(device), pad=False
                 )
                 if chunked:
                     encoded = longform.encode_in_windows(

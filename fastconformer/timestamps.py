@@ -93,9 +93,8 @@ def word_spans(
             words[-1].text = words[-1].text.removesuffix(" ") + token.text
             members[-1].append(i)
         elif mark and built:
-            if built[-1] in (" ", "_", "▁"):
-                built.pop()
-                inside.pop()
+            if built[-1] in (" ", "_", "▁") and built.pop() == " ":
+                inside.pop()  # NeMo's word counts the confidence of a "▁", not that of a space
             built.append(piece)
             inside.append(i)
         else:

@@ -8,6 +8,7 @@ from conftest import TESTS, golden, load_case
 
 import fastconformer
 from fastconformer.decoding import Confidence, DecodingOptions
+from fastconformer.timestamps import Span, word_spans
 
 RECORDED = json.loads((TESTS / "golden" / "confidence.json").read_text())
 
@@ -58,6 +59,17 @@ def test_beams_and_alignments_have_confidences_of_greedy_where_they_agree():
         assert same
         for a, b in same:
             assert b.confidences == pytest.approx(a.confidences, abs=1e-5)
+
+
+def test_a_word_counts_the_mark_of_its_start():
+    """As in NeMo's transcribe(): "▁" before a mark belongs to the mark's word."""
+    tokenizer = fastconformer.load_model(golden("ctc_bpe") / "model.nemo").tokenizer
+    pieces = ["▁the", "▁", "."]
+    sure = zip(pieces, (0.9, 0.3, 0.8), strict=True)
+    tokens = [Span(tokenizer.join([piece]), i, i + 1, c) for i, (piece, c) in enumerate(sure)]
+    words = word_spans(tokens, pieces, tokenizer, Confidence(aggregation="mean").aggregate)
+    assert [word.text for word in words] == ["the", "."]
+    assert [word.confidence for word in words] == pytest.approx([0.9, 0.55])
 
 
 @pytest.mark.parametrize(

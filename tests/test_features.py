@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import load_case
 
+import fastconformer
 from fastconformer.config import PreprocessorConfig
 from fastconformer.features import Preprocessor
 
@@ -41,6 +42,7 @@ def test_against_nemo(version, stft_pad):
             if stft_pad == "reflect" and length <= preprocessor.featurizer.config.fft_size // 2:
                 continue  # NeMo 2.4 could not do it either
             features, frames = preprocessor(clip, lengths[i : i + 1])
+            assert features[0].shape == single.shape, (name, i)  # `pad_to` too
             assert largest_difference(features[0], single, int(frames)) <= limit, (name, i)
             checked += 1
         if stft_pad == "reflect":  # 2.4 gave a clip other features in a batch than alone:
@@ -50,6 +52,7 @@ def test_against_nemo(version, stft_pad):
         else:
             expected = case.tensors[f"{name}/features"]
         features, frames = preprocessor(audio, lengths)
+        assert features.shape == expected.shape, name
         for i, n in enumerate(frames.tolist()):
             if not ill_conditioned(config, audio[i]):
                 assert largest_difference(features[i], expected[i], n) <= limit, (name, i)
@@ -71,3 +74,15 @@ def test_a_clip_alone_equals_the_clip_in_a_batch(stft_pad):
         alone, n = preprocessor(audio[i : i + 1, :length], lengths[i : i + 1])
         assert int(n) == int(frames[i])
         assert torch.allclose(alone[0, :, : int(n)], together[i, :, : int(n)], atol=1e-4)
+
+
+def test_transcribing_adds_no_padding():
+    """As NeMo's transcribe(). A group norm sees all of time, so that padding would change it."""
+    case = load_case("striding4_ctc_char")
+    model = fastconformer.load_model(case.folder / "model.nemo")
+    samples = case.tensors["audio"][0]
+    [without] = model.transcribe(samples)
+    object.__setattr__(model.config.preprocessor, "pad_to", 512)
+    assert model.featurize(samples[None], case.tensors["audio_len"][:1])[0].shape[2] == 512
+    [still_without] = model.transcribe(samples)
+    assert still_without.score == without.score and still_without.tokens == without.tokens

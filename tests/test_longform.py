@@ -102,6 +102,15 @@ def test_windows_equal_a_single_pass_of_local_attention(base, window_s):
         assert found.tokens == expected.tokens and found.frames == expected.frames
 
 
+def test_limited_attention_stays_as_it_was_trained():
+    """A streaming checkpoint has not been trained to see 128 frames ahead."""
+    model = fastconformer.load_model(golden("stream_chunked_hybrid_rnnt") / "model.nemo")
+    assert longform.with_local_attention(model) is model
+    samples = babble(3.0)
+    [local], [full] = (model.transcribe(samples, long=mode) for mode in ("local", "full"))
+    assert local.text == full.text
+
+
 def test_a_border_anywhere_in_a_word_neither_loses_nor_doubles_it(base, monkeypatch):
     """A border on every encoder frame of a second, in the middle of what is said."""
     local = longform.with_local_attention(base, 4)
