@@ -9,7 +9,7 @@ from .sentencepiece_model import CONTROL, UNKNOWN, USER_DEFINED, SentencePieceMo
 
 
 class Tokenizer:
-    """Common to both kinds: `pieces` (list of str), `vocab_size`, `unk_id` (None: cannot occur)."""
+    """Common to all kinds: `pieces` (list of str), `vocab_size`, `unk_id` (None: cannot occur)."""
 
     def __init__(self, pieces: list[str], unk_id: int | None):
         self.pieces, self.vocab_size, self.unk_id = pieces, len(pieces), unk_id
@@ -33,20 +33,29 @@ class Tokenizer:
     def ids_to_pieces(self, ids: list[int]) -> list[str]:
         return [self.pieces[i] for i in ids]
 
+    def of_language(self, lang: str | None) -> "Tokenizer":
+        """What encodes text in this language."""
+        return self
+
 
 class SentencePieceTokenizer(Tokenizer):
+    """`first_id` is added to what it encodes: it then is a part of an AggregateTokenizer."""
+
     kind = "bpe"
 
-    def __init__(self, model: bytes):
+    def __init__(self, model: bytes, first_id: int = 0):
         try:
             self.processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         except RuntimeError as error:
             raise ValueError(f"the tokenizer is not a SentencePiece model: {error}") from None
         n = self.processor.get_piece_size()
-        super().__init__([self.processor.id_to_piece(i) for i in range(n)], self.processor.unk_id())
+        pieces = [self.processor.id_to_piece(i) for i in range(n)]
+        super().__init__(pieces, first_id + self.processor.unk_id())
+        self.first_id = first_id
 
     def encode(self, text: str) -> list[int]:
-        return self.processor.encode_as_ids(text)
+        ids = self.processor.encode_as_ids(text)
+        return [self.first_id + i for i in ids] if self.first_id else ids
 
     def join(self, pieces: list[str]) -> str:
         return self.processor.decode_pieces(pieces)
@@ -72,6 +81,38 @@ class CharTokenizer(Tokenizer):
 
     def starts_word(self, piece: str, text: str) -> bool:
         return False
+
+
+class AggregateTokenizer(Tokenizer):
+    """A SentencePiece tokenizer for each of several languages, their ids one after the other, as
+    multilingual checkpoints have them. To encode a text its language must be known."""
+
+    kind = "agg"
+
+    def __init__(self, models: dict[str, bytes]):
+        self.languages, first_id = {}, 0
+        for lang, model in models.items():
+            self.languages[lang] = SentencePieceTokenizer(model, first_id)
+            first_id += self.languages[lang].vocab_size
+        super().__init__([p for part in self.languages.values() for p in part.pieces], None)
+
+    def of_language(self, lang: str | None) -> Tokenizer:
+        if lang not in self.languages:
+            known = ", ".join(self.languages)
+            raise ValueError(
+                f"lang is {lang!r}; to encode a text, this model needs its language, one of {known}"
+            )
+        return self.languages[lang]
+
+    def encode(self, text: str) -> list[int]:
+        return self.of_language(None).encode(text)  # raises
+
+    def join(self, pieces: list[str]) -> str:
+        # NeMo leaves a space in front (and gives this tokenizer no CTC text and no times)
+        return "".join(pieces).replace("▁", " ").removeprefix(" ")
+
+    def starts_word(self, piece: str, text: str) -> bool:
+        return piece != text
 
 
 def sentencepiece_files(model: bytes) -> dict[str, bytes]:
@@ -110,10 +151,21 @@ def load_tokenizer(config: dict, files: dict[str, bytes]) -> Tokenizer:
         if not labels:
             raise ValueError("the config names neither a tokenizer nor character labels")
         return CharTokenizer(labels)
+    if str(section.get("type")).lower() != "agg":
+        return SentencePieceTokenizer(_model_file("tokenizer", section, files))
+    languages = section.get("langs") or {}
+    if not languages or not all(isinstance(part, dict) for part in languages.values()):
+        raise ValueError(f"tokenizer.langs is {languages!r}, expected a section for each language")
+    return AggregateTokenizer(
+        {lang: _model_file(f"tokenizer.langs.{lang}", languages[lang], files) for lang in languages}
+    )
+
+
+def _model_file(name: str, section: dict, files: dict[str, bytes]) -> bytes:
     kind = section.get("type", "bpe")
-    if kind != "bpe":
-        raise ValueError(f"tokenizer.type is {kind!r}, supported is bpe (SentencePiece)")
-    name = str(section.get("model_path") or "").removeprefix("nemo:")
-    if name not in files:
-        raise ValueError(f"tokenizer.model_path names {name!r}, which is not among {sorted(files)}")
-    return SentencePieceTokenizer(files[name])
+    if str(kind).lower() != "bpe":
+        raise ValueError(f"{name}.type is {kind!r}, supported is bpe (SentencePiece)")
+    file = str(section.get("model_path") or "").removeprefix("nemo:")
+    if file not in files:
+        raise ValueError(f"{name}.model_path names {file!r}, which is not among {sorted(files)}")
+    return files[file]

@@ -24,6 +24,7 @@ import torch
 from fastconformer import ASRModel
 from fastconformer.audio import load_audio
 from fastconformer.checkpoint import read_checkpoint
+from fastconformer.tokenizer import AggregateTokenizer
 from training.data import Utterance
 from training.find_batch import device_memory, find_batch_duration, training_step
 from training.freeze import Freezing
@@ -252,18 +253,20 @@ def tokenizer_covers(job: Prepared, lines: list[Utterance]) -> tuple[bool, str]:
     """Whether at most one character in a hundred of the training text is unknown; a line with one
     is left out."""
     tokenizer = job.model.tokenizer
-    characters = Counter(character for line in lines for character in line.text)
-    unknown = {c: n for c, n in characters.items() if _is_unknown(tokenizer, c)}
+    by_lang = isinstance(tokenizer, AggregateTokenizer)
+    characters = Counter((line.lang if by_lang else None, c) for line in lines for c in line.text)
+    unknown = {key: n for key, n in characters.items() if _is_unknown(tokenizer, *key)}
     share = sum(unknown.values()) / max(1, sum(characters.values()))
-    listed = " ".join(sorted(unknown, key=lambda c: -unknown[c])[:20])
+    listed = " ".join(c for _, c in sorted(unknown, key=lambda key: -unknown[key])[:20])
     text = f"tokenizer: {tokenizer.vocab_size} pieces, {share:.3%} of characters unknown"
     return share <= UNKNOWN_SHARE, text + (f": {listed}" if unknown else "")
 
 
-def _is_unknown(tokenizer, character: str) -> bool:
+def _is_unknown(tokenizer, lang: str | None, character: str) -> bool:
     if character.isspace():
         return False
     try:
+        tokenizer = tokenizer.of_language(lang)
         tokens = tokenizer.encode(character)
     except ValueError:
         return True

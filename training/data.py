@@ -204,7 +204,7 @@ def check_for_training(
     """Tokenize and keep what a model can be trained on.
 
     Args:
-        tokenizer: `encode(text) -> ids`, `unk_id`.
+        tokenizer: `of_language(lang)`, and of what it gives `encode(text) -> ids`, `unk_id`.
         encoder_frames: seconds -> T' of the encoder; None: tokens are not held against frames.
     Returns:
         Usable utterances with their tokens, and what is left out.
@@ -237,6 +237,10 @@ def _tokens_of(utterance: Utterance, tokenizer, limits: Limits) -> tuple[int, ..
     if not utterance.text.strip():
         raise UnusableLine("empty_text", "text is empty")
     _check_rate("chars", len(utterance.text.strip()), seconds, limits)
+    try:
+        tokenizer = tokenizer.of_language(utterance.lang)
+    except ValueError as error:
+        raise UnusableLine("unknown_lang", str(error)) from None
     tokens = tuple(tokenizer.encode(utterance.text))
     if not tokens:
         raise UnusableLine("empty_text", f"the tokenizer makes no token of {utterance.text!r}")

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from fastconformer import ASRModel, ModelConfig
 from fastconformer.config import CTC_CLASSES, HYBRID_CLASSES, TRANSDUCER_CLASSES
 from fastconformer.sentencepiece_model import BYTE, CONTROL, UNKNOWN, SentencePieceModel
-from fastconformer.tokenizer import CharTokenizer, Tokenizer
+from fastconformer.tokenizer import AggregateTokenizer, CharTokenizer, Tokenizer
 from training.data import Batch
 
 NOISE = 0.02  # of new rows made by "mean", in standard deviations of the old rows
@@ -140,8 +140,13 @@ def change_vocabulary(
             lowered so that they do not win.
         seed: of noise and random rows.
     Raises:
-        ValueError: unknown names of the rules.
+        ValueError: unknown names of the rules, or a model with a tokenizer for each language.
     """
+    if isinstance(model.tokenizer, AggregateTokenizer):
+        raise ValueError(
+            f"the model has a tokenizer for each of {', '.join(model.tokenizer.languages)}; such a "
+            "vocabulary cannot be changed, leave model.tokenizer away"
+        )
     if transfer not in ("by_piece", "none"):
         raise ValueError(f"transfer is {transfer!r}, expected by_piece or none")
     if new_rows not in ("mean", "zeros", "random"):
