@@ -31,7 +31,7 @@ def memory_estimate(config: ModelConfig, seconds: float, dtype: torch.dtype) -> 
     audio, features = 4 * samples, 4 * config.preprocessor.n_features * n_features
     front_end = 5 * audio + features + min(FRONT_PIECES, 8 * audio)
     held = audio + features + (features * size // 4 if size < 4 else 0)  # and in the dtype
-    piece = min(frames, tiles.TILE_FRAMES) * encoder.d_model * size
+    piece = min(frames, tiles.CLIP_FRAMES) * encoder.d_model * size
     piece *= 22 if encoder.self_attention_model == "rwkv7_attn" else 10
     layer = held + frames * _frame_bytes(encoder, size) + piece + min(ENCODER_PIECES, 8 * audio)
     # the frames, their projection in the joint, and a piece of CTC's log-probabilities

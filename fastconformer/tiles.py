@@ -7,8 +7,10 @@ from collections.abc import Callable
 
 import torch
 
-# Encoder frames (of all clips) that one piece holds: what a CPU's caches like, and a GPU's size.
+# Encoder frames that one piece holds of all clips, and on a CPU of each: shorter pieces of many
+# clips cost time, longer ones of one clip only memory.
 TILE_FRAMES, TILE_FRAMES_GPU = 4096, 16384
+CLIP_FRAMES = 512
 
 
 def in_tiles(
@@ -20,7 +22,8 @@ def in_tiles(
     One call where gradients are on or the input is short, so that short inputs cost nothing more.
     """
     n_frames = x.shape[1]
-    size = max(1, (TILE_FRAMES_GPU if x.is_cuda else TILE_FRAMES) // max(1, x.shape[0]))
+    size = (TILE_FRAMES_GPU if x.is_cuda else TILE_FRAMES) // max(1, x.shape[0])
+    size = max(1, size if x.is_cuda else min(size, CLIP_FRAMES))
     if n_frames <= size or torch.is_grad_enabled():
         return function(0, n_frames)
     whole = None

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import golden
+from torch.nn import functional as F
 
 import fastconformer
 from fastconformer.linear import Int8Weight, linear
@@ -44,13 +45,15 @@ def test_a_row_does_not_depend_on_the_others():
 
 
 @pytest.mark.parametrize("rows", [1, 8, 40])
-def test_bfloat16_weights_are_packed_anew_when_they_change(rows):
+@pytest.mark.parametrize("width_1", [(), (1,)])  # of a convolution
+def test_bfloat16_weights_are_packed_anew_when_they_change(rows, width_1):
     torch.manual_seed(0)
-    x, weight = torch.randn(rows, 64).bfloat16(), torch.randn(96, 64).bfloat16()
+    x, weight = torch.randn(rows, 64).bfloat16(), torch.randn(96, 64, *width_1).bfloat16()
     with torch.no_grad():
         for _ in range(2):
-            expected = (x.double() @ weight.double().T).float()
-            torch.testing.assert_close(linear(x, weight).float(), expected, rtol=1e-2, atol=0.1)
+            expected = F.silu(x.double() @ weight.flatten(1).double().T).float()
+            found = linear(x, weight, after="swish").float()
+            torch.testing.assert_close(found, expected, rtol=1e-2, atol=0.1)
             weight.mul_(-3)
 
 
