@@ -204,7 +204,7 @@ def _maximum(row):
 
 @njit(fastmath=_REORDER)
 def _sum_exp(row, top):
-    total = row[0] * 0  # of the row's type
+    total = row.dtype.type(0)
     for v in range(row.shape[0]):
         total += _exp(row[v] - top)
     return total
