@@ -19,7 +19,7 @@ from .attention import (
 )
 from .birwkv7 import BiRWKV7, Carry
 from .config import EncoderConfig
-from .linear import Linear, linear
+from .linear import Linear, Pointwise, linear
 from .subsampling import ConvSubsampling
 from .tiles import in_tiles
 
@@ -48,7 +48,7 @@ class Convolution(nn.Module):
     ):
         super().__init__()
         self.context = context
-        self.pointwise_conv1 = nn.Conv1d(d_model, 2 * d_model, 1, bias=use_bias)
+        self.pointwise_conv1 = Pointwise(d_model, 2 * d_model, 1, bias=use_bias)
         self.depthwise_conv = nn.Conv1d(d_model, d_model, kernel, groups=d_model, bias=use_bias)
         if norm == "batch_norm":
             self.batch_norm = nn.BatchNorm1d(d_model)
@@ -58,7 +58,7 @@ class Convolution(nn.Module):
             self.batch_norm = nn.InstanceNorm1d(d_model)
         else:
             self.batch_norm = nn.GroupNorm(int(norm.removeprefix("group_norm")), d_model)
-        self.pointwise_conv2 = nn.Conv1d(d_model, d_model, 1, bias=use_bias)
+        self.pointwise_conv2 = Pointwise(d_model, d_model, 1, bias=use_bias)
 
     def forward(self, x: torch.Tensor, pad_mask: torch.Tensor) -> torch.Tensor:
         # width-1 convolutions as matrix products: no transposes, faster kernels

@@ -90,10 +90,13 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias, after)
 
 
+class Pointwise(nn.Conv1d):
+    """A convolution of width 1, for its checkpoint's shape: its weight goes through `linear`."""
+
+
 def quantize(module: nn.Module) -> int:
-    """Puts int8 in place of the weights of every `Linear`, every convolution of width 1 and every
-    LSTM within `module`; the number replaced. For inference on a CPU; such a model cannot be saved
-    or trained.
+    """Puts int8 in place of the weights of every `Linear`, `Pointwise` and LSTM within `module`;
+    the number replaced. For inference on a CPU; such a model cannot be saved or trained.
 
     ValueError: this torch has no int8 product for this CPU.
     """
@@ -101,8 +104,7 @@ def quantize(module: nn.Module) -> int:
         raise ValueError("int8 needs a torch built with oneDNN for a CPU; use bfloat16 or float32")
     count = 0
     for child in module.modules():
-        pointwise = isinstance(child, nn.Conv1d) and child.kernel_size == (1,)
-        names = ("weight",) if pointwise or isinstance(child, Linear) else ()
+        names = ("weight",) if isinstance(child, Linear | Pointwise) else ()
         if isinstance(child, nn.LSTM):
             names = [name for name, _ in child.named_parameters() if name.startswith("weight")]
         for name in names:
@@ -111,3 +113,13 @@ def quantize(module: nn.Module) -> int:
             setattr(child, name, Int8Weight(weight))
         count += len(names)
     return count
+
+
+def share_quantized(source: nn.Module, target: nn.Module) -> None:
+    """Puts the int8 weights of `source`, which no state dict has, into `target`'s modules of the
+    same names."""
+    for path, module in source.named_modules():
+        for name, value in vars(module).items():
+            if isinstance(value, Int8Weight):
+                delattr(target.get_submodule(path), name)
+                setattr(target.get_submodule(path), name, value)

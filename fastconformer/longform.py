@@ -20,6 +20,7 @@ import torch
 from torch.nn import functional as F
 
 from .config import ModelConfig
+from .linear import share_quantized
 from .memory import memory_estimate
 from .subsampling import output_length
 
@@ -115,6 +116,7 @@ def with_local_attention(model, context_frames: int = LOCAL_CONTEXT_FRAMES):
     nemo["encoder"]["att_context_style"] = "regular"
     nemo["encoder"]["att_context_size"] = [context_frames, context_frames]
     local: ASRModel = _skeleton(ModelConfig.from_nemo(nemo), model.state_dict())
+    share_quantized(model, local)
     local.load_state_dict(model.state_dict(), assign=True)
     local.preprocessor = model.preprocessor
     local.tokenizer, local.tokenizer_files = model.tokenizer, model.tokenizer_files

@@ -1,6 +1,5 @@
 """Products on a CPU: 8 bits, their error, batches, what is refused; packed bfloat16 weights."""
 
-import numpy as np
 import pytest
 import torch
 from conftest import golden
@@ -73,8 +72,9 @@ def test_decoder_in_int8():
     assert 1e-5 < (found - expected).norm() / expected.norm() < 0.05
 
 
-def test_model_in_int8():
-    path = golden(MODEL) / "model.nemo"
+@pytest.mark.parametrize("name", [MODEL, "birwkv7_encoder"])
+def test_model_in_int8(name):
+    path = golden(name) / "model.nemo"
     exact, model = fastconformer.load_model(path), fastconformer.load_model(path, dtype=torch.int8)
     torch.manual_seed(0)
     audio = torch.randn(2, 32000) * 0.1
@@ -87,7 +87,8 @@ def test_model_in_int8():
     assert 1e-4 < (found[1, :n] - expected[1, :n]).norm() / expected[1, :n].norm() < 0.1
     # beside another clip sums may differ in their last digit, which can turn a rounding to 8 bits
     assert (found[1, :n] - alone[0, :n]).norm() / alone[0, :n].norm() < 0.03
-    assert isinstance(model.transcribe(np.zeros(16000, np.float32))[0].text, str)
+    for long in ("full", "chunks", "local"):
+        assert isinstance(model.transcribe(audio[0], long=long)[0].text, str)
 
 
 def test_what_int8_cannot_do(tmp_path):
