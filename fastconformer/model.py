@@ -1,5 +1,6 @@
 """The whole model: holds the parts, and takes audio to text or to losses."""
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -392,6 +393,10 @@ class ASRModel(nn.Module):
         head = head or self.heads[0]
         self._check_head(head)
         options = DecodingOptions(**decoding)
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}, expected at least 1")
+        if not 0 <= min_duration_s < math.inf:
+            raise ValueError(f"min_duration_s is {min_duration_s}, expected seconds, 0 or more")
         if long not in longform.MODES:
             raise ValueError(f"long is {long!r}, expected one of {', '.join(longform.MODES)}")
         if isinstance(inputs, (str, os.PathLike, np.ndarray, torch.Tensor)):
@@ -418,7 +423,7 @@ class ASRModel(nn.Module):
                 features, lengths = model.preprocessor(
                     _as_float(audio.to(device, non_blocking=True)), lengths.to(device), pad=False
                 )
-                if chunked:
+                if chunked and lengths[0]:  # a clip shorter than a frame has no window
                     encoded = longform.encode_in_windows(
                         model, features[0, :, : lengths[0]], batch_size, budget_bytes=budget
                     )
@@ -448,7 +453,7 @@ class ASRModel(nn.Module):
             return self.encode(features, lengths)
         parts, rows = [], list(range(len(lengths)))
         while rows:
-            longest = int(lengths[rows[0]])
+            longest = max(1, int(lengths[rows[0]]))  # a clip shorter than a frame has none
             group = rows[: max(1, CPU_FRAMES // longest)]
             parts.append(self.encode(features[group][:, :, :longest], lengths[group]))
             rows = rows[len(group) :]
@@ -499,20 +504,23 @@ class ASRModel(nn.Module):
     def _samples(self, item) -> np.ndarray:
         if isinstance(item, (str, os.PathLike)):
             return load_audio(item, self.sample_rate)
-        samples = (
-            item.detach().cpu().numpy() if isinstance(item, torch.Tensor) else np.asarray(item)
-        )
+        if isinstance(item, torch.Tensor):
+            item = item.detach().cpu()
+            item = (item.float() if item.dtype == torch.bfloat16 else item).numpy()
+        samples = np.asarray(item)
         if samples.ndim != 1 or samples.size == 0:
             raise ValueError(
                 f"an audio array has shape {samples.shape}, expected (samples,), not empty"
             )
-        if samples.dtype == np.int16:
-            return samples  # to the device as they are: half the bytes
+        if np.issubdtype(samples.dtype, np.int16):  # of either byte order
+            return samples.astype(np.int16, copy=False)  # to the device as they are: half the bytes
         if not np.issubdtype(samples.dtype, np.floating):
             raise ValueError(f"an audio array has type {samples.dtype}, expected float or int16")
+        with np.errstate(over="ignore"):  # what float32 cannot hold is infinite, and refused
+            samples = samples.astype(np.float32, copy=False)
         if not np.isfinite(samples).all():
             raise ValueError("an audio array holds NaN or infinite samples")
-        return samples.astype(np.float32, copy=False)
+        return samples
 
     def _collate(self, clips: list[np.ndarray], min_duration_s: float):
         """(audio (B, L), lengths (B,), seconds of silence put in front of each)."""
@@ -521,10 +529,11 @@ class ASRModel(nn.Module):
         whole = all(clip.dtype == np.int16 for clip in clips)
         audio = torch.zeros(len(clips), max(lengths), dtype=torch.int16 if whole else torch.float32)
         shifts = []
-        for row, clip, length in zip(audio, clips, lengths):
+        # Through numpy: torch takes no array that is read-only or runs backwards.
+        for row, clip, length in zip(audio.numpy(), clips, lengths):
             left = (length - len(clip)) // 2
-            clip = torch.from_numpy(clip)
-            row[left : left + len(clip)] = clip if whole else _as_float(clip)
+            as_float = clip.dtype == np.int16 and not whole
+            row[left : left + len(clip)] = clip / np.float32(32768) if as_float else clip
             shifts.append(left / self.sample_rate)
         return audio, torch.tensor(lengths), shifts
 
@@ -644,6 +653,8 @@ def model_of(
     model.load_state_dict(checkpoint.state_dict, assign=True)
     model.encoder.tie_biases()
     model.requires_grad_(True)
+    if not (isinstance(dtype, torch.dtype) and (dtype.is_floating_point or dtype == torch.int8)):
+        raise ValueError(f"dtype is {dtype!r}, expected torch.float32, bfloat16 or int8")
     if dtype == torch.int8 and torch.device(device).type != "cpu":
         raise ValueError(f"dtype int8 is for CPUs, device is {device}; use bfloat16 there")
     _cast(model, dtype)

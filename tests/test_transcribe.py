@@ -5,12 +5,14 @@ import json
 import re
 import subprocess
 import sys
+import warnings
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
+import torch
 from conftest import golden
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -130,6 +132,54 @@ def test_whole_samples_are_what_floats_are(nemo, recordings):
         found = model.transcribe(inputs)
         assert [t.tokens for t in found] == [t.tokens for t in expected]
         assert [t.score for t in found] == pytest.approx([t.score for t in expected])
+
+
+def test_arrays_as_they_come(nemo, recordings):
+    """Read-only, backwards, of the other byte order, of half precision: like a plain copy."""
+    model = fastconformer.load_model(nemo)
+    whole = soundfile.read(recordings[1], dtype="int16")[0]
+    floats = whole.astype(np.float32) / 32768
+    frozen = np.frombuffer(whole.tobytes(), np.int16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        same = [frozen, whole.astype(">i2"), floats[::-1].copy()[::-1], whole[::-1].copy()[::-1]]
+        same += [torch.from_numpy(floats), torch.from_numpy(whole), floats.astype(np.float64)]
+        found = model.transcribe([floats, *same])
+        assert [t.tokens for t in found] == [found[0].tokens] * len(found)
+        half = torch.from_numpy(floats).bfloat16()
+        found = model.transcribe([half, half.float()])
+        assert found[0].tokens == found[1].tokens
+
+
+@pytest.mark.parametrize("case", [CASE, "birwkv7_encoder"])
+def test_clips_shorter_than_a_frame(case, recordings):
+    """Without padding they have no frame and no text, alone and beside others."""
+    model = fastconformer.load_model(golden(case) / "model.nemo")
+    clip = soundfile.read(recordings[1], dtype="float32")[0]
+    for head in model.heads:
+        for long in ("full", "chunks"):
+            options = {"head": head, "long": long, "min_duration_s": 0.0, "timestamps": True}
+            found = model.transcribe([clip[:1], clip, clip[:159]], **options)
+            assert [t.text for t in found[::2]] == ["", ""] and found[0].words == []
+            assert found[1].tokens == model.transcribe(clip, **options)[0].tokens
+            assert model.transcribe(clip[:1], **options)[0].text == ""
+
+
+@pytest.mark.parametrize(
+    ("audio", "options", "words"),
+    [
+        (np.zeros(0, np.float32), {}, "expected (samples,), not empty"),
+        (np.zeros((2, 16000), np.float32), {}, "expected (samples,)"),
+        (np.zeros(16000, np.int32), {}, "int32, expected float or int16"),
+        (np.full(16000, np.nan, np.float32), {}, "NaN or infinite"),
+        (np.full(16000, 1e300), {}, "NaN or infinite"),
+        (np.zeros(16000, np.float32), {"batch_size": 0}, "batch_size is 0"),
+        (np.zeros(16000, np.float32), {"min_duration_s": np.nan}, "min_duration_s is nan"),
+    ],
+)
+def test_what_transcribe_refuses(nemo, audio, options, words):
+    with pytest.raises(ValueError, match=re.escape(words)):
+        fastconformer.load_model(nemo).transcribe([audio], **options)
 
 
 def test_subtitle_limits_are_kept():
