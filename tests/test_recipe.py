@@ -1,4 +1,6 @@
 import dataclasses
+import subprocess
+import sys
 
 import pytest
 
@@ -139,3 +141,16 @@ def test_a_file_that_is_no_recipe(recipe_file, text):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nowhere\.yaml"):
         load_recipe(tmp_path / "nowhere.yaml")
+
+
+def test_without_omegaconf(tmp_path):
+    """Where the training packages are missing, --help works and a job says what to install."""
+    (tmp_path / "recipe.yaml").write_text("data: {}\n")
+    for arguments, status in ((["--help"], 0), ([str(tmp_path / "recipe.yaml")], 2)):
+        for module in ("finetune", "compare"):
+            code = "import sys; sys.modules['omegaconf'] = None; from training import {0} as m; "
+            code += "sys.exit(m.main(sys.argv[1:]))"
+            command = [sys.executable, "-c", code.format(module), *arguments]
+            done = subprocess.run(command, capture_output=True, text=True)
+            assert done.returncode == status, done.stderr
+            assert status == 0 or (".[train]" in done.stderr and done.stderr.count("\n") == 1)

@@ -13,11 +13,15 @@ import types
 import typing
 from pathlib import Path
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from training.nemo_recipe import is_nemo, translate
+
+try:
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+except ModuleNotFoundError:  # `load_recipe` says where it comes from
+    OmegaConf = None
 
 log = logging.getLogger("finetune")
 
@@ -421,6 +425,8 @@ def load_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recip
         ValueError: not YAML, an unknown key (the nearest known one is named), a value of the
             wrong kind or out of range, or keys that contradict each other.
     """
+    if OmegaConf is None:
+        raise ValueError('recipes are read by omegaconf; get it with pip install -e ".[train]"')
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"recipe {path} is not a file; give the path of a YAML recipe")

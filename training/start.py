@@ -9,8 +9,6 @@ import copy
 from pathlib import Path
 
 import torch
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from converters.to_birwkv7 import to_birwkv7
@@ -139,6 +137,9 @@ def scratch_config(config: str | dict, tokenizer: str) -> tuple[dict, dict[str, 
             dict.
         tokenizer: a SentencePiece .model file, or a folder with tokenizer.model.
     """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
     if isinstance(config, str):
         if not Path(config).is_file():
             raise FileNotFoundError(f"model.config {config} is not a file")
