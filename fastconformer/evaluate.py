@@ -56,14 +56,14 @@ def evaluate(model, clips, head=None, batch_size=16, normalizer="basic", **decod
     with_text = []
     for clip in clips:
         if clip.text is None:
-            skipped.append({"audio": clip.audio, "reason": "the line has no text"})
+            skipped.append(_skipped(clip, "the line has no text"))
         else:
             with_text.append(clip)
     results = transcribe_clips(model, with_text, head, batch_size, **decoding)
     for clip, transcript, reason in results:
         reason = reason or _duration_mismatch(clip, transcript.duration)
         if reason:
-            skipped.append({"audio": clip.audio, "reason": reason})
+            skipped.append(_skipped(clip, reason))
         else:
             utterances.append(_utterance(clip, transcript, normalizer))
     references = [u["reference"] for u in utterances]
@@ -80,6 +80,10 @@ def evaluate(model, clips, head=None, batch_size=16, normalizer="basic", **decod
         "skipped": skipped,
         "utterances": utterances,
     }
+
+
+def _skipped(clip: Clip, reason: str) -> dict:
+    return {"audio": clip.audio, "reason": f"{clip.place}: {reason}" if clip.place else reason}
 
 
 def _duration_mismatch(clip: Clip, seconds: float) -> str:
@@ -316,7 +320,7 @@ def main(argv=None) -> int:
 
 def run(args) -> int:
     if args.output:
-        check_output(args.output)
+        check_output(args.output, args.manifest, args.model)
     clips, problems = read_manifest(args.manifest, args.lang)
     old = read_results(args.against) if args.against else None
     if old:  # what the manifest lacks, no transcription will bring
@@ -331,7 +335,8 @@ def run(args) -> int:
     results = {"manifest": str(args.manifest), "model": str(args.model)} | results
     for skipped in results["skipped"][:LISTED]:
         reason = " ".join(skipped["reason"].split())
-        print(f"evaluate: skipped {skipped['audio']}: {reason}", file=sys.stderr)
+        place = "" if skipped["audio"] in reason else f"{skipped['audio']}: "
+        print(f"evaluate: skipped {place}{reason}", file=sys.stderr)
     if len(results["skipped"]) > LISTED:
         print(f"evaluate: skipped {len(results['skipped']) - LISTED} more", file=sys.stderr)
     _write(args.output, results)  # before anything that may fail on the older result

@@ -221,7 +221,8 @@ ABSURD_DURATION_S = 7 * 24 * 3600.0
 
 @dataclass(frozen=True)
 class Clip:
-    """A file or a section of it; `audio` is its name as the user wrote it, `text` its reference."""
+    """A file or a section of it; `audio` is its name as the user wrote it, `text` its reference,
+    `place` the manifest and line that name it."""
 
     path: Path
     audio: str
@@ -229,6 +230,7 @@ class Clip:
     duration_s: float | None = None  # as declared
     text: str | None = None
     lang: str | None = None
+    place: str | None = None
 
 
 def read_manifest(
@@ -250,7 +252,7 @@ def read_manifest(
             if not line.strip():
                 continue
             try:
-                clip = _manifest_clip(line, path.parent)
+                clip = _manifest_clip(line, path.parent, f"{path}:{number}")
                 if lang is None or clip.lang in (None, lang):
                     clips.append(clip)
             except ValueError as error:
@@ -260,7 +262,7 @@ def read_manifest(
     return clips, problems
 
 
-def _manifest_clip(line: bytes, folder: Path) -> Clip:
+def _manifest_clip(line: bytes, folder: Path, place: str) -> Clip:
     try:
         entry = json.loads(line.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
@@ -283,7 +285,7 @@ def _manifest_clip(line: bytes, folder: Path) -> Clip:
     if text is not None and not isinstance(text, str):
         raise ValueError(f"text is {text!r}, expected a string")
     path, lang = folder / Path(audio).expanduser(), entry.get("lang")
-    return Clip(path, audio, seconds["offset"], seconds["duration"], text, lang)
+    return Clip(path, audio, seconds["offset"], seconds["duration"], text, lang, place)
 
 
 def find_clips(inputs: Iterable[str]) -> tuple[list[Clip], list[tuple[str, str]]]:
@@ -550,7 +552,7 @@ def run(args) -> int:
             "name a folder for them with -o FOLDER"
         )
     if args.output and not folder:
-        check_output(args.output)
+        check_output(args.output, args.model, *args.audio, *(clip.path for clip in clips))
     rank, world_size = (int(os.environ.get(key, n)) for key, n in (("RANK", 0), ("WORLD_SIZE", 1)))
     if world_size > 1 and (args.format != "jsonl" or args.output is None):
         raise UsageError("several processes need --format jsonl and -o FILE")
@@ -563,6 +565,8 @@ def run(args) -> int:
     decoding = decoding_options(args, model)
     if args.confidence:
         decoding["confidence"] = Confidence(args.confidence)
+    if args.workers < 0:
+        raise UsageError(f"--workers is {args.workers}, expected 0 or more")
     limits = {
         "line_characters": args.line_characters,
         "lines": args.lines,
@@ -581,7 +585,7 @@ def run(args) -> int:
     pieces, objects = [], []
     for clip, transcript, reason in results:
         if transcript is None:
-            _report(clip.audio, reason)
+            _report(clip.place or clip.audio, reason)
             failed += 1
             continue
         progress.add(transcript.duration)
@@ -651,7 +655,7 @@ def run_job(args, model, clips, timestamps, options, rank: int, world_size: int)
             model, waiting, args.head, args.batch_size, timestamps, **options
         ):
             if transcript is None:
-                _report(clip.audio, reason)
+                _report(clip.place or clip.audio, reason)
                 failed += 1
                 continue
             section = {}
@@ -680,12 +684,15 @@ def _is_folder(path: Path | None) -> bool:
     return path is not None and path.is_dir()
 
 
-def check_output(path: Path):
-    """UsageError where a file cannot be written, told before the work and not after it."""
+def check_output(path: Path, *inputs: str | Path):
+    """UsageError where a file cannot be written or is one of the inputs, told before the work and
+    not after it."""
     if path.is_dir():
         raise UsageError(f"-o {path} is a folder, expected a file name")
     if not path.parent.is_dir():
         raise UsageError(f"-o {path}: there is no folder {path.parent}")
+    if path.exists() and any(os.path.exists(x) and path.samefile(x) for x in inputs):
+        raise UsageError(f"-o {path} is an input, which would be lost; name another file")
 
 
 class _Names:

@@ -100,6 +100,7 @@ def test_unusable_lines_are_skipped_and_listed(folder, nemo, tmp_path, capsys):
     assert f"{len(bad)} skipped" in out and "skipped 2 more" in err
     listed = "\n".join(f"{s['audio']}: {s['reason']}" for s in results["skipped"])
     for words in ("bad.jsonl:1: not a JSON", "bad.jsonl:2: duration is -1", "nan", "gone.wav",
+                  "bad.jsonl:11: ", "bad.jsonl:9: the line has no text",
                   "corrupt.wav", "600 s in the manifest", "past the end", "has no text",
                   "text is 7"):  # fmt: skip
         assert words in listed, words

@@ -305,6 +305,7 @@ def test_bad_files_are_told_and_the_rest_goes_on(nemo, expected, recordings, tmp
     for name in [
         *bad,
         "gone.wav",
+        "lines.jsonl:2",
         "lines.jsonl:3",
         "lines.jsonl:4",
         "lines.jsonl:5",
@@ -372,6 +373,7 @@ def test_subtitles_of_several_files_go_to_a_folder(nemo, recordings, tmp_path, c
         (["a.wav", "--model", "M", "-o", "no/such/folder/a.txt"], 2, "no folder"),
         (["a.wav", "--model", "no-such-model.nemo"], 1, "no-such-model.nemo"),
         (["a.wav", "--model", "NEMO", "--head", "aed"], 2, "tdt, ctc"),
+        (["a.wav", "--model", "NEMO", "--workers", "-1"], 2, "--workers is -1"),
     ],
 )
 def test_exit_statuses(arguments, status, words, nemo, capsys):
@@ -382,6 +384,18 @@ def test_exit_statuses(arguments, status, words, nemo, capsys):
         got = error.code
     err = capsys.readouterr().err
     assert got == status and words in err and "Traceback" not in err
+
+
+def test_an_input_is_never_the_output(nemo, recordings, tmp_path, capsys):
+    clip, manifest = tmp_path / "clip.wav", tmp_path / "lines.jsonl"
+    clip.write_bytes(recordings[0].read_bytes())
+    manifest.write_text('{"audio_filepath": "clip.wav"}\n')
+    (tmp_path / "other.wav").symlink_to(clip)
+    for source, output in ((tmp_path, "other.wav"), (manifest, "clip.wav"), (manifest, manifest)):
+        arguments = [str(source), "--model", str(nemo), "-o", str(tmp_path / output)]
+        assert main(arguments) == 2
+        assert "is an input, which would be lost" in capsys.readouterr().err
+    assert clip.read_bytes() == recordings[0].read_bytes()
 
 
 def test_a_broken_model_is_one_line(tmp_path, recordings):

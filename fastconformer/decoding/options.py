@@ -83,8 +83,12 @@ def read_phrases(path: str | Path, weight: float) -> dict[str, float]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"list of phrases {path} is not a file")
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"list of phrases {path} is not UTF-8: {error}") from None
     phrases = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
+    for number, line in enumerate(lines, start=1):
         phrase, tab, own = line.partition("\t")
         if not phrase.strip() or phrase.startswith("#"):
             continue
