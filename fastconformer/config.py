@@ -557,7 +557,7 @@ def _loss(cfg: dict, joint: JointConfig | None, ctc: CTCConfig | None) -> LossCo
     aux = cfg.get("aux_ctc") or {}
     common = dict(
         rnnt_reduction=cfg.get("rnnt_reduction") or "mean_batch",
-        ctc_reduction=aux.get("ctc_reduction") or cfg.get("ctc_reduction") or "mean_batch",
+        ctc_reduction=(aux if joint else cfg).get("ctc_reduction") or "mean_batch",
         ctc_weight=1.0 if joint is None else (aux.get("ctc_loss_weight", 0.5) if ctc else 0.0),
     )
     if joint is None:

@@ -143,10 +143,11 @@ def load_tokenizer(config: dict, files: dict[str, bytes]) -> Tokenizer:
     """
     section = config.get("tokenizer")
     if not section:
+        # `labels` last: NeMo's change_vocabulary leaves the old ones there
         labels = (
             (config.get("joint") or {}).get("vocabulary")
-            or config.get("labels")
             or (config.get("decoder") or {}).get("vocabulary")
+            or config.get("labels")
         )
         if not labels:
             raise ValueError("the config names neither a tokenizer nor character labels")

@@ -9,6 +9,7 @@ from conftest import golden, load_case
 from fastconformer.config import ModelConfig
 from fastconformer.model import ASRModel
 from fastconformer.nemo_archive import read_nemo
+from fastconformer.tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +73,21 @@ def test_max_symbols_by_either_name(nemo, greedy, expected):
 def test_frames_last_what_nemo_counts(nemo, times, expected_s):
     config = changed(nemo, preprocessor=times | {"sample_rate": 22050, "n_fft": 1024})
     assert ModelConfig.from_nemo(config).frame_seconds == pytest.approx(expected_s, rel=1e-12)
+
+
+def test_the_letters_are_the_heads_own():
+    """NeMo's change_vocabulary leaves the letters of before in `labels`."""
+    old, new = ["a", "b", " "], ["б", "а", " "]
+    ctc = {"labels": old, "decoder": {"vocabulary": new}}
+    rnnt = {"labels": old, "decoder": {}, "joint": {"vocabulary": new}}
+    for config in (ctc, rnnt):
+        assert load_tokenizer(config, {}).decode([1, 0, 2, 1]) == "аб а"
+    assert load_tokenizer({"labels": old, "decoder": {}}, {}).pieces == old
+
+
+def test_a_hybrids_ctc_reduction_stands_in_its_own_section(nemo):
+    config = changed(nemo, aux_ctc={"ctc_reduction": None}) | {"ctc_reduction": "mean_volume"}
+    assert ModelConfig.from_nemo(config).loss.ctc_reduction == "mean_batch"
 
 
 @pytest.mark.parametrize(
