@@ -134,6 +134,9 @@ class EncoderConfig:
     subsampling: str = "striding"
     subsampling_factor: int = 4
     subsampling_conv_channels: int = -1
+    reduction: str | None = None  # a second subsampling after layer `reduction_position`, -1: at
+    reduction_position: int | None = None  # the end
+    reduction_factor: int = 1
     ff_expansion_factor: int = 4
     self_attention_model: str = "rel_pos"
     n_heads: int = 4
@@ -167,6 +170,25 @@ class EncoderConfig:
             self.subsampling_factor in (2, 4, 8, 16),
             f"encoder.subsampling_factor is {self.subsampling_factor}, expected 2, 4, 8 or 16",
         )
+        if self.reduces:
+            _require(
+                self.reduction in ("striding", "pooling"),
+                f"encoder.reduction is {self.reduction!r}, supported are striding and pooling",
+            )
+            # NeMo's lengths after pooling by more than 2 are wrong
+            _require(
+                self.reduction_factor in ((2,) if self.reduction == "pooling" else (2, 4, 8)),
+                f"encoder.reduction_factor is {self.reduction_factor}, expected 2, or for striding "
+                "2, 4 or 8",
+            )
+            _require(
+                self.reduction_position in range(-1, self.n_layers),
+                f"encoder.reduction_position is {self.reduction_position}, expected a layer or -1",
+            )
+            _require(
+                self.self_attention_model != "rwkv7_attn",
+                "encoder.reduction does not go with rwkv7_attn",
+            )
         _require(
             self.self_attention_model in ("rel_pos", "rel_pos_local_attn", "rwkv7_attn"),
             f"encoder.self_attention_model is {self.self_attention_model!r}, "
@@ -212,6 +234,15 @@ class EncoderConfig:
                 min(self.att_contexts[0]) >= 0 and max(self.att_contexts[0]) > 0,
                 "encoder.att_context_size must be positive for rel_pos_local_attn",
             )
+
+    @property
+    def reduces(self) -> bool:
+        return bool(self.reduction) and self.reduction_factor > 1
+
+    @property
+    def frame_factor(self) -> int:
+        """Feature frames to one frame of the encoder's output."""
+        return self.subsampling_factor * (self.reduction_factor if self.reduces else 1)
 
     @property
     def att_contexts(self) -> list[tuple[int, int]]:
@@ -325,7 +356,8 @@ class ModelConfig:
         # NeMo quirk kept: its times count `window_stride`, also where a hop of whole samples is
         # shorter (220 samples for 10 ms at 22,050 Hz)
         hop_s = pre.n_window_stride / pre.sample_rate if pre.n_window_stride else pre.window_stride
-        return hop_s * self.encoder.subsampling_factor
+        # (but not its times after a `reduction`, which are too early by that factor)
+        return hop_s * self.encoder.frame_factor
 
     @staticmethod
     def from_nemo(cfg: dict) -> "ModelConfig":
@@ -387,12 +419,9 @@ class ModelConfig:
                 "use_pytorch_sdpa",
                 "use_pytorch_sdpa_backends",
                 "sync_max_audio_length",
-                "reduction_position",
                 "att_chunk_context_size",
             ),
             off={
-                "reduction": (),
-                "reduction_factor": (1,),
                 # dcc: dynamic chunks of convolutions, which NeMo 3.0 only uses in streaming
                 "conv_context_style": ("regular", "dcc"),
                 "conv_dual_mode": (False,),

@@ -20,7 +20,7 @@ from .attention import (
 from .birwkv7 import BiRWKV7, Carry
 from .config import EncoderConfig
 from .linear import Linear, Pointwise, linear
-from .subsampling import ConvSubsampling
+from .subsampling import ConvSubsampling, Reduction
 from .tiles import in_tiles
 
 
@@ -200,6 +200,10 @@ class ConformerEncoder(nn.Module):
             ConformerLayer(config, *biases, layer_id=i) for i in range(config.n_layers)
         )
         self.out_proj = Linear(d, config.d_out) if config.d_out != d else None
+        self.reduces_after = None  # a layer, -1: the output
+        if config.reduces:
+            self.reduces_after = config.reduction_position
+            self.reduction_subsampling = Reduction(config.reduction, config.reduction_factor, d)
         self.dropout_input = nn.Dropout(
             config.dropout
             if config.self_attention_model == "rel_pos_local_attn"
@@ -221,7 +225,7 @@ class ConformerEncoder(nn.Module):
         x, lengths = self.pre_encode(features, lengths)
         x, pos_emb, att_mask, pad_mask = self.prepare(x, lengths)
         v_first = None
-        for layer, drop_prob in zip(self.layers, self.drop_probs):
+        for i, (layer, drop_prob) in enumerate(zip(self.layers, self.drop_probs)):
             if self.recompute and torch.is_grad_enabled():
                 layer = partial(_recomputed, layer)
             if self.training and drop_prob > 0.0:
@@ -231,7 +235,11 @@ class ConformerEncoder(nn.Module):
                 x = x + (y - x) * kept / (1.0 - drop_prob)
             else:
                 x, v_first = self._layer(layer, x, pos_emb, att_mask, pad_mask, v_first)
-        return (x if self.out_proj is None else self.out_proj(x)), lengths
+            if i == self.reduces_after:
+                x, lengths = self.reduction_subsampling(x, lengths)
+                pos_emb, att_mask, pad_mask = self._positions_and_masks(x, lengths)
+        x = x if self.out_proj is None else self.out_proj(x)
+        return self.reduction_subsampling(x, lengths) if self.reduces_after == -1 else (x, lengths)
 
     @torch.no_grad()
     def encode_in_chunks(
@@ -290,6 +298,11 @@ class ConformerEncoder(nn.Module):
             return self.dropout_input(x), None, None, pad_mask
         if config.xscaling:
             x = x * math.sqrt(config.d_model)
+        positions_and_masks = self._positions_and_masks(x, lengths)
+        return self.dropout_input(x), *positions_and_masks
+
+    def _positions_and_masks(self, x: torch.Tensor, lengths: torch.Tensor):
+        config, t = self.config, x.shape[1]
         left, right = self._context()
         local = config.self_attention_model == "rel_pos_local_attn"
         first, last = (left, -right) if local else (t - 1, 1 - t)
@@ -299,7 +312,7 @@ class ConformerEncoder(nn.Module):
         att_mask = (
             pad_mask if local else pad_mask[:, None, None] | self._hidden(t, left, right, x.device)
         )
-        return self.dropout_input(x), pos_emb, att_mask, pad_mask
+        return pos_emb, att_mask, pad_mask
 
     def _context(self) -> tuple[int, int]:
         contexts = self.config.att_contexts

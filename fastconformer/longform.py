@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from .config import ModelConfig
 from .linear import share_quantized
 from .memory import memory_estimate
-from .subsampling import output_length
+from .subsampling import encoded_length
 
 MODES = ("auto", "full", "chunks", "local")
 WINDOW_S, CONTEXT_S = 120.0, 20.0  # kept, and seen on each side of it
@@ -128,7 +128,7 @@ def plan_windows(
     window_frames: int,
     context_frames: int,
     factor: int,
-    causal: bool = False,
+    total: int,
     energy: torch.Tensor | None = None,
 ) -> list[Window]:
     """Windows over `n_frames` feature frames whose kept parts follow one another without a gap.
@@ -137,6 +137,7 @@ def plan_windows(
         window_frames: length of the kept part; with `energy` at most a fifth less.
         context_frames: frames that the encoder sees before and after it.
         factor: the encoder's subsampling; borders are multiples of it.
+        total: encoder frames of all.
         energy: (n_frames,) loudness; a border moves back to where it is least.
     Raises:
         ValueError: the window is shorter than one encoder frame.
@@ -148,7 +149,6 @@ def plan_windows(
         )
     # two frames at least: what the convolutions of the subsampling see
     window, context = window_frames // factor, max(2, -(-context_frames // factor))
-    total = int(output_length(torch.tensor(n_frames), factor, causal))
     if energy is not None and n_frames > 5 * factor:  # smoothed over five encoder frames
         energy = F.avg_pool1d(energy[None, None].float(), 5 * factor, 1)
         energy = F.pad(energy, (2 * factor, 3 * factor), mode="replicate")[0, 0]
@@ -209,8 +209,8 @@ def encode_in_windows(
         features.shape[1],
         int(window_s / stride_s),
         int(context_s / stride_s),
-        config.encoder.subsampling_factor,
-        config.encoder.causal_downsampling,
+        config.encoder.frame_factor,
+        encoded_length(config.encoder, features.shape[1]),
         features.mean(0),
     )
     kept = []

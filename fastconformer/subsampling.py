@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from .config import EncoderConfig
 from .linear import Linear, linear
 
 
@@ -19,6 +20,15 @@ def output_length(length, factor: int, causal: bool):
         length = length // 2 + 1 if causal else (length - 1) // 2 + 1
         factor //= 2
     return length
+
+
+def encoded_length(config: EncoderConfig, length):
+    """Frames of the encoder's output for a number of feature frames, an int or a tensor."""
+    length = output_length(length, config.subsampling_factor, config.causal_downsampling)
+    if not config.reduces:
+        return length
+    pooling = config.reduction == "pooling"
+    return length // 2 if pooling else output_length(length, config.reduction_factor, False)
 
 
 # Of the first convolution's output in one piece; what fits a CPU's caches takes half the time.
@@ -115,6 +125,25 @@ class ConvSubsampling(nn.Module):
                 x = F.relu_(x) if after == "relu" else x
         x = _mask_time(x, lengths) if masked else x
         return self.out(x.transpose(1, 2).flatten(2)), lengths
+
+
+class Reduction(nn.Module):
+    """A second subsampling, between layers: strided convolutions, or the largest of two frames.
+    Source: NeMo's SubsamplingReductionModule."""
+
+    def __init__(self, kind: str, factor: int, d_model: int):
+        super().__init__()
+        if kind == "striding":
+            self.reduction_enc = ConvSubsampling(kind, factor, d_model, d_model, d_model, False)
+        else:
+            self.reduction_enc = nn.MaxPool1d(factor)
+
+    def forward(self, x: torch.Tensor, lengths: torch.Tensor):
+        """(B, T, D), (B,) -> (B, T', D), (B,)."""
+        x = x.transpose(1, 2)
+        if isinstance(self.reduction_enc, ConvSubsampling):
+            return self.reduction_enc(x, lengths)
+        return self.reduction_enc(x).transpose(1, 2), lengths // self.reduction_enc.kernel_size
 
 
 def _patches(x: torch.Tensor) -> torch.Tensor:

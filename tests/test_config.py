@@ -99,6 +99,9 @@ def test_a_hybrids_ctc_reduction_stands_in_its_own_section(nemo):
         ("encoder", {"subsampling_factor": 1}),
         ("encoder", {"conv_norm_type": "fused_batch_norm"}),
         ("encoder", {"conv_context_style": "other"}),
+        ("encoder", {"reduction": "other"}),
+        ("encoder", {"reduction_factor": 3}),
+        ("encoder", {"reduction_position": 99}),
         ("encoder", {"invented": 1}),
         ("preprocessor", {"pad_to": "max"}),
         ("preprocessor", {"nb_augmentation_prob": 0.5}),
@@ -111,6 +114,12 @@ def test_a_hybrids_ctc_reduction_stands_in_its_own_section(nemo):
 )
 def test_what_is_not_supported_is_refused_by_name(nemo, section, options):
     (key,) = options
+    if key.startswith("reduction"):
+        options = {
+            "reduction": "striding",
+            "reduction_factor": 2,
+            "reduction_position": 0,
+        } | options
     with pytest.raises(ValueError, match=key.strip("_")) as caught:
         ModelConfig.from_nemo(changed(nemo, **{section: options}))
     assert section in str(caught.value) and "\n" not in str(caught.value)

@@ -1,5 +1,6 @@
 """Long recordings: windows against a single pass, the choice between them, memory, threads."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -16,8 +17,10 @@ from safetensors.numpy import load_file
 
 import fastconformer
 from fastconformer import attention, longform
+from fastconformer.config import ModelConfig
 from fastconformer.memory import memory_estimate
-from fastconformer.subsampling import output_length
+from fastconformer.model import ASRModel
+from fastconformer.subsampling import encoded_length, output_length
 
 ROOT = Path(__file__).resolve().parent.parent
 BASE = ROOT / "models" / "base_tiny.nemo"
@@ -48,8 +51,8 @@ def babble(seconds: float, seed: int = 0) -> np.ndarray:
 )
 def test_windows_keep_every_encoder_frame_once(n, window, context, factor, causal, seed):
     energy = None if seed is None else torch.rand(n, generator=torch.Generator().manual_seed(seed))
-    windows = longform.plan_windows(n, window, context, factor, causal, energy)
     total = output_length(n, factor, causal)
+    windows = longform.plan_windows(n, window, context, factor, total, energy)
     at = 0
     for w in windows:
         assert w.start % factor == 0 and 0 <= w.start < w.end <= n
@@ -63,7 +66,7 @@ def test_windows_keep_every_encoder_frame_once(n, window, context, factor, causa
 def test_borders_lie_where_it_is_quiet():
     energy = torch.ones(4000)
     energy[870:900] = 0
-    windows = longform.plan_windows(4000, 1000, 100, 8, energy=energy)
+    windows = longform.plan_windows(4000, 1000, 100, 8, 500, energy)
     assert 870 - 8 <= windows[0].count * 8 <= 900
 
 
@@ -100,6 +103,28 @@ def test_windows_equal_a_single_pass_of_local_attention(base, window_s):
         expected = local.decode_greedy(whole, encoded_lengths, head)[0]
         found = local.decode_greedy(windows, encoded_lengths, head)[0]
         assert found.tokens == expected.tokens and found.frames == expected.frames
+
+
+@pytest.mark.parametrize("reduction, position", [("striding", 0), ("pooling", 1), ("pooling", -1)])
+def test_windows_with_a_reduction_between_layers(base, reduction, position):
+    """Half of the frames, twice as long; windows give what a single pass gives."""
+    nemo = copy.deepcopy(longform.with_local_attention(base, 8).config.nemo)
+    nemo["encoder"] |= {"reduction": reduction, "reduction_position": position}
+    nemo["encoder"]["reduction_factor"] = 2
+    torch.manual_seed(0)
+    model = ASRModel(ModelConfig.from_nemo(nemo), base.tokenizer).eval()
+    found = model.load_state_dict(base.state_dict(), strict=False)
+    assert all(".reduction_enc." in name for name in found.missing_keys)
+    assert model.config.frame_seconds == 2 * base.config.frame_seconds
+    samples = torch.from_numpy(babble(20.03))[None]
+    lengths = torch.tensor([samples.shape[1]])
+    features, lengths = model.featurize(samples, lengths)
+    with torch.no_grad():
+        whole, encoded_lengths = model.encode(features, lengths)
+    n = int(encoded_lengths)
+    assert n == encoded_length(model.config.encoder, int(lengths))
+    windows = longform.encode_in_windows(model, features[0, :, : lengths[0]], 4, 3.4)
+    torch.testing.assert_close(windows, whole[:, :n], rtol=1e-4, atol=1e-4)
 
 
 def test_limited_attention_stays_as_it_was_trained():

@@ -28,6 +28,7 @@ CASES = [
     "stream_chunked_hybrid_rnnt",
     "striding4_ctc_char",
     "hybrid_tdt_char",
+    "reduction_striding",
 ]
 
 

@@ -17,7 +17,7 @@ import torch
 
 from fastconformer import ASRModel
 from fastconformer.files import atomic_file
-from fastconformer.subsampling import output_length
+from fastconformer.subsampling import encoded_length
 from training.augment import WaveAugment
 from training.batching import Draw, Epoch, Source, mixture_shares, plan_epoch
 from training.data import (
@@ -65,8 +65,7 @@ def load_data(
         shortest_s = max(seconds / max(fastest, 1.0), data.pad_to_s)
         samples = torch.tensor([int(shortest_s * model.sample_rate)])
         frames = int(model.preprocessor.featurizer.feature_lengths(samples))
-        encoder = model.config.encoder
-        return output_length(frames, encoder.subsampling_factor, encoder.causal_downsampling)
+        return encoded_length(model.config.encoder, frames)
 
     limits = training_limits(data, heads)
     utterances, sources, dropped, n_lines = [], [], [], 0

@@ -83,6 +83,8 @@ def objective_of(recipe: Recipe, model: ASRModel) -> Objective:
         raise ValueError(f"loss.interctc_weights add up to {sum(interctc.values())}, at most 1")
     if interctc and "ctc" not in model.heads:
         raise ValueError("loss.interctc_layers: this model has no ctc head")
+    if interctc and model.config.encoder.reduces:
+        raise ValueError("loss.interctc_layers: not with an encoder that has a reduction")
     loss = recipe.loss
     if loss.use_cr_ctc and "ctc" not in heads:
         raise ValueError("loss.use_cr_ctc: no ctc head is trained; check loss.heads and the model")
