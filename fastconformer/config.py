@@ -354,9 +354,8 @@ class ModelConfig:
         """Seconds between two encoder frames."""
         pre = self.preprocessor
         # NeMo quirk kept: its times count `window_stride`, also where a hop of whole samples is
-        # shorter (220 samples for 10 ms at 22,050 Hz)
+        # shorter (220 samples for 10 ms at 22,050 Hz). Not kept: they do not count a reduction.
         hop_s = pre.n_window_stride / pre.sample_rate if pre.n_window_stride else pre.window_stride
-        # (but not its times after a `reduction`, which are too early by that factor)
         return hop_s * self.encoder.frame_factor
 
     @staticmethod

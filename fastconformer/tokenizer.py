@@ -154,8 +154,9 @@ def load_tokenizer(config: dict, files: dict[str, bytes]) -> Tokenizer:
         return CharTokenizer(labels)
     if str(section.get("type")).lower() != "agg":
         return SentencePieceTokenizer(_model_file("tokenizer", section, files))
-    languages = section.get("langs") or {}
-    if not languages or not all(isinstance(part, dict) for part in languages.values()):
+    languages = section.get("langs")
+    sections = languages.values() if isinstance(languages, dict) else ()
+    if not sections or not all(isinstance(part, dict) for part in sections):
         raise ValueError(f"tokenizer.langs is {languages!r}, expected a section for each language")
     return AggregateTokenizer(
         {lang: _model_file(f"tokenizer.langs.{lang}", languages[lang], files) for lang in languages}

@@ -107,6 +107,7 @@ def test_its_vocabulary_is_not_changed(archive, parts):
     [
         ({"type": "wpe", "vocab_path": "nemo:vocab.txt"}, "tokenizer.type is 'wpe'"),
         ({"type": "agg"}, "tokenizer.langs"),
+        ({"type": "agg", "langs": ["en"]}, "tokenizer.langs"),
         ({"type": "agg", "langs": {"en": None}}, "tokenizer.langs"),
         ({"type": "agg", "langs": {"en": {"type": "wpe"}}}, "tokenizer.langs.en.type is 'wpe'"),
         ({"type": "agg", "langs": {"en": {}}}, "tokenizer.langs.en.model_path"),
