@@ -381,9 +381,10 @@ class ASRModel(nn.Module):
                 input's.
             long: how a clip goes through the encoder. "full": in one pass. "chunks": in windows
                 with context on both sides (BiRWKV7: all of the past, and context ahead), decoded
-                as one sequence. "local": in one pass of local
-                attention over 128 frames on both sides, with the same weights. "auto": "full" where
-                it fits the memory (see longform.choose_mode), "chunks" where not.
+                as one sequence. "auto": "full" where it fits the memory (see
+                longform.choose_mode), "chunks" where not. "local": in one pass of local attention
+                over 128 frames on both sides, with the same weights; as "auto" where attention is
+                not full.
             memory_gb: what a pass may take beside the weights; None: most of what is free now.
             decoding: fields of DecodingOptions: beam, lm, lm_weight, boost, allow, confidence ...
         Raises:
@@ -404,6 +405,8 @@ class ASRModel(nn.Module):
         clips = [self._samples(item) for item in inputs]
         transcripts: list[Transcript | None] = [None] * len(clips)
         model = longform.with_local_attention(self) if long == "local" else self
+        if long == "local" and model is self:
+            long = "auto"
         device, dtype = self.device, self.encoder.pre_encode.out.weight.dtype
         budget = longform.available_bytes(device) if memory_gb is None else int(memory_gb * 1e9)
         training = self.training

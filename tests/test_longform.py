@@ -127,13 +127,19 @@ def test_windows_with_a_reduction_between_layers(base, reduction, position):
     torch.testing.assert_close(windows, whole[:, :n], rtol=1e-4, atol=1e-4)
 
 
-def test_limited_attention_stays_as_it_was_trained():
+def test_limited_attention_stays_as_it_was_trained(monkeypatch):
     """A streaming checkpoint has not been trained to see 128 frames ahead."""
     model = fastconformer.load_model(golden("stream_chunked_hybrid_rnnt") / "model.nemo")
     assert longform.with_local_attention(model) is model
     samples = babble(3.0)
     [local], [full] = (model.transcribe(samples, long=mode) for mode in ("local", "full"))
     assert local.text == full.text
+    cut, in_windows = [], longform.encode_in_windows
+    monkeypatch.setattr(
+        longform, "encode_in_windows", lambda *a, **k: cut.append(a) or in_windows(*a, **k)
+    )
+    model.transcribe(samples, long="local", memory_gb=1e-3)
+    assert cut  # what does not fit goes in windows, as with "auto"
 
 
 def test_a_border_anywhere_in_a_word_neither_loses_nor_doubles_it(base, monkeypatch):
