@@ -5,12 +5,25 @@ NeMo's own (resolved) config is the only record of a model; it is kept verbatim 
 that this library does not implement raise a `ValueError` naming the key; they are never guessed.
 """
 
+import contextlib
 import copy
+from collections.abc import Iterator
 from dataclasses import MISSING, dataclass, fields
 
 CTC_CLASSES = ("EncDecCTCModel", "EncDecCTCModelBPE")
 TRANSDUCER_CLASSES = ("EncDecRNNTModel", "EncDecRNNTBPEModel")
 HYBRID_CLASSES = ("EncDecHybridRNNTCTCModel", "EncDecHybridRNNTCTCBPEModel")
+
+
+@contextlib.contextmanager
+def config_errors() -> Iterator[None]:
+    """What Python and torch say to a value of a kind or size that nothing here expects, as a
+    ValueError; around all that is built from a config, which is untrusted."""
+    try:
+        yield
+    except (TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"the config holds a value that fits nothing: {reason}") from error
 
 
 def _parse(cls, section: str, data: dict, ignored: tuple = (), off: dict | None = None):
@@ -19,11 +32,13 @@ def _parse(cls, section: str, data: dict, ignored: tuple = (), off: dict | None 
     `ignored` keys do not change the numbers of this library. `off` maps keys of unimplemented
     features to the values that mean "not used"; any other value is an error.
     """
-    names = {f.name for f in fields(cls)}
+    kinds = {f.name: f.type for f in fields(cls)}
     off = off or {}
     kept = {}
     for key, value in data.items():
-        if key in names:
+        if key in kinds:
+            if isinstance(value, str | list | dict) and not isinstance(value, kinds[key]):
+                raise ValueError(f"{section}.{key} is {value!r}, expected {_named(kinds[key])}")
             kept[key] = value
         elif key in off:
             if value is not None and value not in off[key]:
@@ -37,6 +52,10 @@ def _parse(cls, section: str, data: dict, ignored: tuple = (), off: dict | None 
         if f.default is MISSING and f.default_factory is MISSING and f.name not in kept:
             raise ValueError(f"{section}.{f.name} is missing")
     return cls(**kept)
+
+
+def _named(kind) -> str:
+    return getattr(kind, "__name__", str(kind))
 
 
 def _require(ok: bool, message: str):
@@ -99,6 +118,11 @@ class PreprocessorConfig:
         _require(
             self.window_samples <= self.fft_size,
             f"preprocessor: window of {self.window_samples} samples exceeds n_fft {self.fft_size}",
+        )
+        _require(  # the filterbank is made from these before it meets the checkpoint's
+            0 < self.features <= 1 << 12 and self.fft_size <= 1 << 16,
+            f"preprocessor: {self.features} features of an n_fft of {self.fft_size}, expected at "
+            "most 4096 of 65536",
         )
         _require(
             not (self.exact_pad and self.hop_samples % 2),
@@ -359,6 +383,7 @@ class ModelConfig:
         return hop_s * self.encoder.frame_factor
 
     @staticmethod
+    @config_errors()
     def from_nemo(cfg: dict) -> "ModelConfig":
         """Parses NeMo's resolved model config.
 
@@ -455,6 +480,10 @@ class ModelConfig:
         max_symbols = greedy.get("max_symbols") or greedy.get("max_symbols_per_step")
         if not greedy.keys() & {"max_symbols", "max_symbols_per_step"}:
             max_symbols = 10  # of archives older than the option
+        _require(
+            max_symbols is None or (isinstance(max_symbols, int) and max_symbols > 0),
+            f"decoding.greedy.max_symbols is {max_symbols!r}, expected at least 1, or null",
+        )
         return ModelConfig(
             nemo=cfg,
             class_name=class_name,

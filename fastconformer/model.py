@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from . import longform
 from .audio import load_audio
 from .checkpoint import Checkpoint, read_checkpoint, write_folder
-from .config import CTC_CLASSES, ModelConfig
+from .config import CTC_CLASSES, ModelConfig, config_errors
 from .decoding import (
     Confidence,
     DecodingOptions,
@@ -574,7 +574,13 @@ def _skeleton(
     config: ModelConfig, state_dict: dict[str, torch.Tensor], stft_pad: str = "zeros"
 ) -> ASRModel:
     """The model without memory for its weights, and without a tokenizer."""
-    with torch.device("meta"), _NoInitialisation():
+    with torch.device("meta"), _NoInitialisation(), config_errors():
+        n_layers = config.encoder.n_layers
+        n_layers += config.decoder.pred_rnn_layers if config.joint else 0
+        if n_layers > len(state_dict):  # before they are built
+            raise ValueError(
+                f"the config has {n_layers} layers, the weights {len(state_dict)} tensors"
+            )
         model = ASRModel(config, _NoTokenizer(config.vocab_size), stft_pad=stft_pad)
         if config.joint and f"decoder.{PredictionNetwork.embedding_norm}" in state_dict:
             model.decoder.add_embedding_norm()

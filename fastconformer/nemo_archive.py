@@ -43,6 +43,7 @@ WEIGHTS_MEMBER = "model_weights.ckpt"
 MAX_CONFIG_BYTES = 64 << 20
 MAX_CONFIG_VALUES = 500_000  # aliases and interpolations can grow without bound
 MAX_STRING_CHARS = 1 << 20
+MAX_YAML_DEPTH = 100
 
 logger = logging.getLogger(__name__)
 
@@ -292,12 +293,24 @@ for _class in (_Loader, _Dumper):
     _class.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
 
 
+def check_yaml_depth(text: bytes) -> None:
+    """Raises YAMLError where the text is none, or is nested so deeply that loading it, which takes
+    the C stack, could end the process."""
+    depth = 0
+    for event in yaml.parse(text, _Loader):  # takes no stack
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_YAML_DEPTH:
+            raise yaml.YAMLError(f"nested too deeply, in more than {MAX_YAML_DEPTH} levels")
+
+
 def load_config(text: bytes) -> dict:
     """model_config.yaml -> dict of plain values, every interpolation resolved.
 
     Raises ValueError naming the line, or the key and the interpolation.
     """
     try:
+        check_yaml_depth(text)
         config = yaml.load(text, _Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{CONFIG_MEMBER} is not YAML: {' '.join(str(error).split())}") from error

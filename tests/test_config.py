@@ -1,13 +1,14 @@
 """Options as published and older checkpoints write them; what is refused, and by which name."""
 
 import copy
+import re
 
 import pytest
 import torch
 from conftest import golden, load_case
 
 from fastconformer.config import ModelConfig
-from fastconformer.model import ASRModel
+from fastconformer.model import ASRModel, check_state_dict
 from fastconformer.nemo_archive import read_nemo
 from fastconformer.tokenizer import load_tokenizer
 
@@ -123,3 +124,24 @@ def test_what_is_not_supported_is_refused_by_name(nemo, section, options):
     with pytest.raises(ValueError, match=key.strip("_")) as caught:
         ModelConfig.from_nemo(changed(nemo, **{section: options}))
     assert section in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("section", "option", "value", "words"),
+    [
+        ("encoder", "n_layers", "two", "encoder.n_layers is 'two', expected int"),
+        ("encoder", "n_layers", 10**6, "the config has 1000001 layers"),
+        ("encoder", "n_layers", None, "fits nothing"),
+        ("encoder", "n_heads", 0, "fits nothing"),
+        ("encoder", "d_model", 10**9, "fits nothing"),
+        ("preprocessor", "n_fft", 1 << 40, "an n_fft of 1099511627776"),
+        ("decoder", "prednet", 3, "fits nothing"),
+        ("decoding", "greedy", {"max_symbols": -1}, "max_symbols is -1, expected at least 1"),
+    ],
+)
+def test_values_of_no_sense_are_errors_at_once(section, option, value, words):
+    """An untrusted config costs neither time nor memory, and no other exception."""
+    checkpoint = read_nemo(golden("hybrid_tdt_ctc_bpe") / "model.nemo")
+    config = changed(checkpoint.config, **{section: {option: value}})
+    with pytest.raises(ValueError, match=re.escape(words)):
+        check_state_dict(ModelConfig.from_nemo(config), checkpoint.state_dict)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from yaml import YAMLError
 
+from fastconformer.nemo_archive import check_yaml_depth
 from training.nemo_recipe import is_nemo, translate
 
 try:
@@ -431,6 +432,7 @@ def load_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recip
     if not path.is_file():
         raise FileNotFoundError(f"recipe {path} is not a file; give the path of a YAML recipe")
     try:
+        check_yaml_depth(path.read_bytes())
         tree = OmegaConf.load(path)
     except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
         detail = " ".join(str(error).split())

@@ -15,6 +15,7 @@ from converters.to_birwkv7 import to_birwkv7
 from fastconformer import ASRModel, ModelConfig, load_model
 from fastconformer.encoder import ConformerEncoder
 from fastconformer.model import model_of
+from fastconformer.nemo_archive import check_yaml_depth
 from fastconformer.tokenizer import (
     CharTokenizer,
     SentencePieceTokenizer,
@@ -144,6 +145,7 @@ def scratch_config(config: str | dict, tokenizer: str) -> tuple[dict, dict[str, 
         if not Path(config).is_file():
             raise FileNotFoundError(f"model.config {config} is not a file")
         try:
+            check_yaml_depth(Path(config).read_bytes())
             config = OmegaConf.load(config)
         except (YAMLError, OmegaConfBaseException) as error:
             raise ValueError(f"model.config {config}: {' '.join(str(error).split())}") from None
