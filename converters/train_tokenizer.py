@@ -81,15 +81,24 @@ def extend_tokenizer(model: bytes, texts: list[str]) -> tuple[bytes, list[str]]:
 
 def read_texts(path: Path) -> list[str]:
     """`text` of every line of a .json/.jsonl manifest, or the lines of a text file."""
-    lines = path.read_text(encoding="utf-8").splitlines()
+    try:
+        content = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from None
     if path.suffix not in (".json", ".jsonl"):
-        return lines
+        return content.splitlines()
     texts = []
-    for number, line in enumerate(lines, 1):
+    # Not splitlines: what Unicode calls a line's end may stand within a JSON string.
+    for number, line in enumerate(content.split("\n"), 1):
+        if not line.strip():
+            continue
         try:
-            texts.append(str(json.loads(line)["text"]))
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(f"{path}:{number}: not a JSON line with a text") from None
+            text = json.loads(line)["text"]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            text = None
+        if not isinstance(text, str):
+            raise ValueError(f"{path}:{number}: not a JSON line with a text")
+        texts.append(text)
     return texts
 
 

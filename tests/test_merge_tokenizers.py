@@ -18,7 +18,7 @@ from converters import merge_tokenizers as command
 from converters import train_tokenizer as train_command
 from converters.merge_tokenizers import merge_tokenizers
 from converters.piece_scores import CharacterModel
-from converters.train_tokenizer import extend_tokenizer, train_tokenizer
+from converters.train_tokenizer import extend_tokenizer, read_texts, train_tokenizer
 from fastconformer.sentencepiece_model import (
     BYTE,
     CONTROL,
@@ -291,6 +291,21 @@ def test_what_cannot_be_merged_is_refused(tmp_path, capsys):
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "B is not a SentencePiece model" in error
     assert not (tmp_path / "out").exists()
+
+
+def test_texts_of_files(tmp_path):
+    """Lines of a manifest end where JSON's do, wherever Unicode would break a line."""
+    texts = ["one\u2028two", "three\x85four", "five"]
+    lines = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
+    manifest, plain = tmp_path / "a.jsonl", tmp_path / "a.txt"
+    manifest.write_text("\ufeff" + "\n\n".join(lines) + "\n", encoding="utf-8")
+    assert read_texts(manifest) == texts
+    plain.write_text("one\ntwo\n")
+    assert read_texts(plain) == ["one", "two"]
+    for content, words in ((b'{"text": null}', "a.jsonl:1: not a JSON line"), (b"\xff", "UTF-8")):
+        manifest.write_bytes(content)
+        with pytest.raises(ValueError, match=words):
+            read_texts(manifest)
 
 
 def test_the_command_writes_what_nemo_reads(tmp_path, capsys):

@@ -176,7 +176,8 @@ def read_lines(path: Path) -> list[dict]:
     """The records of a file of JSON lines; none where there is no file."""
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    with open(path, encoding="utf-8") as file:  # not splitlines: U+2028 may stand within a line
+        return [json.loads(line) for line in file]
 
 
 def keep_lines_until(path: Path, step: int) -> None:
@@ -184,7 +185,7 @@ def keep_lines_until(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         with contextlib.suppress(ValueError):
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
