@@ -276,7 +276,7 @@ class ASRModel(nn.Module):
         stretches = silent_stretches(hypothesis, len(encoded), frame_s)
         if head == "ctc" or not stretches:
             return []
-        frame_samples = round(frame_s * self.sample_rate)
+        frame_samples = self.config.preprocessor.hop_samples * self.config.encoder.frame_factor
         levels = loudness(_as_float(samples.cpu()), frame_samples, len(encoded))
         mended = []
         for first, end in stretches:

@@ -167,7 +167,7 @@ def load_tiny():
 
 
 def test_silence_over_speech_is_told_from_a_pause():
-    rate, frame = 16000, 1280
+    rate = 16000
     generator = np.random.default_rng(0)
     noise = 0.003 * generator.standard_normal(12 * rate).astype(np.float32)
     talk = noise.copy()  # syllables: loud and soft five times a second
@@ -179,8 +179,10 @@ def test_silence_over_speech_is_told_from_a_pause():
     stretches = silent_stretches(hypothesis, 150, 0.08)
     assert stretches == [(50, 150)]
     for samples, expected in ((talk, True), (paused, False), (noise, False), (0 * noise, False)):
-        levels = loudness(torch.from_numpy(samples), frame, 150)
-        assert speaks(levels, 50, 125, 0.08) is expected
+        for frame in 1280, 1277:  # also where a hop's samples give no equal quarters
+            levels = loudness(torch.from_numpy(samples), frame, 150)
+            assert levels.shape == (150, 4)
+            assert speaks(levels, 50, 125, 0.08) is expected
     assert silent_stretches(Hypothesis([1], [40]), 80, 0.08) == []
 
 

@@ -20,7 +20,8 @@ def loudness(samples: torch.Tensor, frame_samples: int, n_frames: int) -> torch.
     """samples (L,) in [-1, 1] -> dB of full scale of each encoder frame's quarters, (T', 4)."""
     padded = samples.new_zeros(n_frames * frame_samples)
     padded[: len(samples)] = samples[: len(padded)]
-    parts = padded.view(n_frames, _PARTS, frame_samples // _PARTS)
+    frames, part = padded.view(n_frames, frame_samples), frame_samples // _PARTS
+    parts = frames[:, : part * _PARTS].reshape(n_frames, _PARTS, part)
     return 10 * parts.float().square().mean(-1).clamp(min=1e-10).log10()
 
 
