@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -431,3 +432,28 @@ def test_a_failed_run_leaves_the_older_output(nemo, tmp_path, capsys, style):
     assert main([*arguments, "-o", str(output)]) == 1
     assert output.read_text() == "older" and list(tmp_path.iterdir()) == [output]
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("module", ["fastconformer.transcribe", "training.finetune"])
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)],
+)
+def test_how_threads_wait_is_set_before_torch_is_loaded(module, environment, expected):
+    code = f"""if True:
+        import os, sys
+        class Finder:
+            @staticmethod
+            def find_spec(name, *_):
+                if name == "torch":
+                    print(os.environ.get("GOMP_SPINCOUNT"))
+                    sys.exit()
+        sys.meta_path.insert(0, Finder)
+        import {module}
+        """
+    names = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    kept = {name: value for name, value in os.environ.items() if name not in names}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=kept | environment, capture_output=True, text=True
+    )
+    assert done.stdout.split() == [str(expected)], done.stderr
