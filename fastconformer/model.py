@@ -125,11 +125,23 @@ class ASRModel(nn.Module):
 
     def featurize(self, audio: torch.Tensor, audio_lengths: torch.Tensor):
         """audio (B, L) float32 in [-1, 1] or int16, lengths (B,) in samples -> features (B, M, T)
-        float32, lengths (B,) in frames."""
+        float32, lengths (B,) in frames. ValueError: shapes that do not fit."""
+        if audio.dim() != 2 or audio_lengths.shape != audio.shape[:1]:
+            raise ValueError(
+                f"audio is {tuple(audio.shape)} and its lengths {tuple(audio_lengths.shape)}, "
+                "expected (B, L) and (B,)"
+            )
         return self.preprocessor(_as_float(audio), audio_lengths)
 
     def encode(self, features: torch.Tensor, lengths: torch.Tensor):
-        """features (B, M, T), lengths (B,) -> encoded (B, T', D) in the model's dtype, lengths."""
+        """features (B, M, T), lengths (B,) -> encoded (B, T', D) in the model's dtype, lengths.
+        ValueError: shapes that do not fit."""
+        n_mels = self.config.encoder.feat_in
+        if features.shape != (len(lengths), n_mels, features.shape[-1]):
+            raise ValueError(
+                f"features are {tuple(features.shape)} and their lengths {tuple(lengths.shape)}, "
+                f"expected (B, {n_mels}, T) and (B,)"
+            )
         return self.encoder(features.to(self.encoder.pre_encode.out.weight.dtype), lengths)
 
     def ctc_log_probs(self, encoded: torch.Tensor) -> torch.Tensor:
@@ -160,7 +172,16 @@ class ASRModel(nn.Module):
     ) -> dict[str, torch.Tensor]:
         """Negative log-likelihood of each clip in nats, (B,) per head, with the config's sigma,
         FastEmit and clamp (and omega while training). The joint's logits are never all in memory;
-        `eps` and `report` as in `fused_transducer_loss`."""
+        `eps` and `report` as in `fused_transducer_loss`. ValueError: no such head, or shapes,
+        lengths or targets that do not fit."""
+        from .losses.checks import check_batch, check_targets
+
+        # First of all: torch's CTC loss reads whatever memory a wrong target names.
+        batch, n_frames = encoded.shape[:2]
+        lengths = targets, encoded_lengths, target_lengths
+        given = f"encoded is {tuple(encoded.shape)}"
+        check_batch(given, batch, n_frames, targets.shape[-1] + 1, *lengths)
+        check_targets(targets, target_lengths, self.blank_id + 1, self.blank_id)
         losses = {}
         for head in heads or self.heads:
             self._check_head(head)

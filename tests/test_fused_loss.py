@@ -70,7 +70,9 @@ def assert_near(actual, expected, tolerance, weights=None):
     """Losses relative to each, gradients relative to the largest entry of each tensor."""
     torch.testing.assert_close(actual[0].double(), expected[0].double(), rtol=tolerance, atol=1e-12)
     for name, a, e in zip(NAMES, actual[1], expected[1], strict=True):
-        limit = tolerance * max(e.abs().max().item(), 1e-12)
+        # in float32 a path that is nearly certain leaves 1 - p, which rounds as p does
+        least = 1e-12 if a.dtype == torch.float64 else 0.1
+        limit = tolerance * max(e.abs().max().item(), least)
         assert (a.double() - e).abs().max() <= limit, name
 
 

@@ -209,3 +209,27 @@ def test_transcribe(case):
                     for span, e in zip(spans, expected[name]):
                         times = e["start"] * slower, e["end"] * slower
                         assert span[1:] == pytest.approx(times, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["ctc_bpe", "hybrid_tdt_ctc_bpe"])
+def test_what_the_stages_refuse(name):
+    """By a ValueError; torch's CTC loss alone would read beyond its memory."""
+    model = fastconformer.load_model(golden(name) / "model.nemo")
+    tensors = load_case(name).tensors
+    encoded, lengths = tensors["encoded"], tensors["encoded_len"]
+    targets, n_tokens = tensors["targets"], tensors["targets_len"]
+    for wrong in (
+        (lengths, targets * 0 + 10**6, n_tokens),
+        (lengths, targets * 0 - 1, n_tokens),
+        (lengths, targets * 0 + model.blank_id, n_tokens),
+        (lengths, targets, n_tokens + 1),
+        (lengths + 9, targets, n_tokens),
+        (lengths, targets[:1], n_tokens),
+        (lengths, targets.float(), n_tokens),
+    ):
+        with pytest.raises(ValueError, match="expected"):
+            model.losses(encoded, *wrong)
+    with pytest.raises(ValueError, match="expected"):
+        model.featurize(tensors["audio"][0], tensors["audio_len"][:1])
+    with pytest.raises(ValueError, match="expected"):
+        model.encode(tensors["features"][:, :5], tensors["features_len"])
