@@ -67,13 +67,11 @@ def materialised(targets, n_frames, n_tokens, blank, durations=None, activation=
 
 
 def assert_near(actual, expected, tolerance, weights=None):
-    """Losses relative to each, gradients relative to the largest entry of each tensor."""
-    torch.testing.assert_close(actual[0].double(), expected[0].double(), rtol=tolerance, atol=1e-12)
-    for name, a, e in zip(NAMES, actual[1], expected[1], strict=True):
-        # in float32 a path that is nearly certain leaves 1 - p, which rounds as p does
-        least = 1e-12 if a.dtype == torch.float64 else 0.1
-        limit = tolerance * max(e.abs().max().item(), least)
-        assert (a.double() - e).abs().max() <= limit, name
+    """Losses relative to each, gradients relative to the largest entry of each tensor, and to 0.1
+    at least: an alignment that is nearly certain leaves 1 - p, which rounds as p does."""
+    for name, a, e in zip(("loss", *NAMES), (actual[0], *actual[1]), (expected[0], *expected[1])):
+        size = e.abs() if name == "loss" else e.abs().max()
+        assert ((a.double() - e).abs() <= tolerance * size.clamp(min=0.1)).all(), name
 
 
 # The numbers
