@@ -1,6 +1,9 @@
 """The evaluate command on golden audio: counts, skipped lines, comparison with an older result."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import soundfile
@@ -210,3 +213,16 @@ def test_bad_usage(folder, nemo, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         main([manifest, "--model", nemo, "--normalizer", "magic"])
     assert stop.value.code == 2
+
+
+@pytest.mark.parametrize("module", ["evaluate", "transcribe"])
+def test_a_reader_that_leaves_is_no_failure_to_tell(folder, nemo, module):
+    """`| head` closes the pipe: no message, and no traceback while Python ends."""
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", f"fastconformer.{module}", "--model", nemo]
+    done = subprocess.run(
+        [*command, str(folder / "manifest.jsonl")], stdout=write, stderr=subprocess.PIPE
+    )
+    os.close(write)
+    assert done.returncode == 1 and done.stderr == b""
