@@ -216,7 +216,9 @@ def test_clip_alone_equals_clip_in_batch(lengths, padding, reverse, w_mean, seed
         torch.testing.assert_close(state[i], state_alone[0], rtol=1e-5, atol=1e-5)
         assert not y[i, length:].any()
         exact, _ = wkv7_reference(*(x.double() for x in alone), reverse)
-        assert error(y[i, :length], exact[0]) < 1e-5
+        # one frame may be a sum that nearly cancels: the recurrence itself then loses as much
+        plain, _ = wkv7_reference(*alone, reverse)
+        assert error(y[i, :length], exact[0]) < max(1e-5, 2 * error(plain[0], exact[0]))
         of_alone = torch.autograd.grad(y_alone.sum() + state_alone.sum(), alone)
         for grad, expected in zip(grads, of_alone):
             torch.testing.assert_close(grad[i, :length], expected[0], rtol=1e-4, atol=1e-4)
