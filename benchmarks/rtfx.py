@@ -434,7 +434,9 @@ class Worker:
             if line.startswith(common.REPLY):
                 return json.loads(line[len(common.REPLY) :])
         self.log.seek(0)
-        raise SystemExit(f"{self.engine} failed:\n{self.log.read()[-2000:]}")
+        lines = self.log.read().split("\n")
+        reason = next((line for line in reversed(lines) if line.strip()), "it ended without a word")
+        raise SystemExit(f"rtfx: {self.engine} failed: {reason}")
 
     def ask(self, what: str, batch_size: int) -> dict:
         self.process.stdin.write(f"{what} {batch_size}\n")
@@ -589,6 +591,13 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     if not arguments.work and not arguments.model:
         parser.error("--model is needed")
+    counts = (arguments.clip_count, arguments.threads, arguments.rounds, *arguments.batch_sizes)
+    if min(counts) < 1:
+        parser.error("--clip-count, --threads, --rounds and --batch-sizes are at least 1")
+    if arguments.manifest is None and not arguments.audio.is_file():
+        parser.error(
+            f"{arguments.audio} does not exist; name a recording with --audio, or a --manifest"
+        )
     arguments.peers = dict(peer.partition("=")[::2] for peer in arguments.peer)
     for name, python in arguments.peers.items():
         if name not in PEERS or not python:
@@ -611,6 +620,9 @@ def main(argv=None) -> int:
     import soundfile
     import torch
 
+    if arguments.device.startswith("cuda") and not torch.cuda.is_available():
+        print(f"rtfx: --device is {arguments.device}, but this torch sees no GPU", file=sys.stderr)
+        return 1
     torch.set_num_threads(arguments.threads)
     try:
         clips, references = read_clips(arguments)
