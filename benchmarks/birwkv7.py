@@ -4,7 +4,7 @@
     python -m benchmarks.birwkv7 --audio talk.ogg --hours 1 --model models/base_tiny.nemo
     python -m benchmarks.birwkv7 --audio talk.ogg --decode 20000 100000 400000
     python -m benchmarks.birwkv7 --memory 1 10 60 --model models/base_tiny.nemo
-    python -m benchmarks.birwkv7 --curves attention=runs/a random=runs/b --plot docs/curves.svg
+    python -m benchmarks.birwkv7 --curves test/attention=runs/a test/random=runs/b --plot c.svg
 
 First form: an encoder with random weights takes random features of each length, one clip, in one
 pass, in a process of its own. Time is the process's CPU seconds (the best of `--repeats`), which
@@ -23,7 +23,8 @@ Fourth form: peak memory of `model.transcribe` in one pass of so many minutes of
 of its own, beside what `memory_estimate` said; a model with attention also after conversion. It is
 cut to `--layers` layers, since only one layer is at work at a time.
 
-Fifth form: word error rates of training runs, by step, from the `ledger.jsonl` of their folders.
+Fifth form: word error rates of training runs, by step, from the `ledger.jsonl` of their folders, a
+chart for each set.
 
 The last line printed is the result as JSON; it is also written to `--out`.
 """
@@ -297,33 +298,30 @@ def long_decoding(arguments) -> dict:
 
 
 def learning_curves(runs: list[str]) -> dict:
-    """{"name": {head: [(step, WER in %), ...]}} of `name=folder` each."""
+    """{set: {name: {head: [(step, WER in %), ...]}}} of `set/name=folder` each."""
     curves = {}
     for run in runs:
         name, _, folder = run.partition("=")
+        of_set, _, name = name.rpartition("/")
         lines = [json.loads(x) for x in (Path(folder) / "ledger.jsonl").read_text().splitlines()]
         sets = {line["step"]: line["sets"] for line in lines}
         for step, by_set in sets.items():
             for head in next(iter(by_set.values())):
                 rates = [rates[head]["wer"] for rates in by_set.values()]
                 point = step, round(100 * sum(rates) / len(rates), 2)
-                curves.setdefault(name, {}).setdefault(head, []).append(point)
+                by_head = curves.setdefault(of_set, {}).setdefault(name, {})
+                by_head.setdefault(head, []).append(point)
     return {"curves": curves}
 
 
 def plot_curves(result: dict) -> str:
-    heads = list(next(iter(result["curves"].values())))
-    return line_charts(
-        [
-            {
-                "title": f"{head} head, held-out voices",
-                "x": "labelled steps",
-                "y": "WER, %",
-                "series": {name: by_head[head] for name, by_head in result["curves"].items()},
-            }
-            for head in heads
-        ]
-    )
+    charts = []
+    for of_set, by_name in result["curves"].items():
+        head = next(iter(next(iter(by_name.values()))))
+        series = {name: by_head[head] for name, by_head in by_name.items()}
+        y = f"WER of the {head} head, %"
+        charts.append({"title": of_set, "x": "labelled steps", "y": y, "series": series})
+    return line_charts(charts)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -343,7 +341,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--memory", type=float, nargs="+", metavar="MINUTES", help="of passes")
     parser.add_argument("--dtype", default="float32", help=argparse.SUPPRESS)
     parser.add_argument("--decode", type=int, nargs="+", metavar="T", help="decode T frames of it")
-    parser.add_argument("--curves", nargs="+", metavar="NAME=FOLDER", help="run folders instead")
+    parser.add_argument("--curves", nargs="+", metavar="SET/NAME=FOLDER", help="of runs")
     parser.add_argument("--model", default="models/base_tiny.nemo", help="(%(default)s)")
     parser.add_argument("--plot", type=Path, metavar="FILE.svg")
     parser.add_argument("--out", type=Path, metavar="FILE.json")
