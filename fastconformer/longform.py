@@ -80,14 +80,18 @@ def batches(
     budget_bytes: int,
     dtype: torch.dtype,
     long: str = "auto",
+    window_s: float | None = None,
 ) -> Iterator[tuple[list[int], bool]]:
     """(clips, whether in windows) of every pass, longest first; a clip in windows goes alone.
 
     A pass takes at most `batch_size` clips, and no more than fit the budget, each padded to the
-    longest; a clip that alone is too much for it and may not be cut goes alone.
+    longest; a clip that alone is too much for it and may not be cut goes alone. With "auto" what is
+    longer than `window_s`, where given, goes in windows.
     """
 
     def in_windows(duration_s):
+        if long == "auto" and window_s is not None and duration_s > window_s:
+            return True
         if long == "auto":
             return choose_mode(config, duration_s, budget_bytes, dtype) == "chunks"
         return long == "chunks"
@@ -166,10 +170,13 @@ def plan_windows(
     return windows
 
 
-def context_seconds(config) -> float:
+def context_seconds(config, window_s: float = WINDOW_S) -> float:
     """What an encoder frame should see on each side: all that it depends on where that is at most a
-    minute (local attention of few layers), else CONTEXT_S."""
+    minute (local attention of few layers), else CONTEXT_S, and with full attention, which looks as
+    far as it can, its share of the window."""
     encoder = config.encoder
+    if encoder.self_attention_model == "rel_pos":
+        return window_s * CONTEXT_S / WINDOW_S
     if encoder.self_attention_model != "rel_pos_local_attn" or encoder.global_tokens:
         return CONTEXT_S
     frames = encoder.n_layers * (max(encoder.att_contexts[0]) + encoder.conv_kernel_size) + 2
@@ -181,12 +188,13 @@ def encode_in_windows(
     model,
     features: torch.Tensor,
     batch_size: int = 16,
-    window_s: float = WINDOW_S,
+    window_s: float | None = None,
     context_s: float | None = None,
     budget_bytes: int | None = None,
 ) -> torch.Tensor:
     """features (M, T) of one recording, all valid -> encoded (1, T', D), as one pass would give
-    where `context_s` (None: `context_seconds`) holds all that a frame depends on.
+    where `context_s` (None: `context_seconds`) holds all that a frame depends on. `window_s`, None:
+    WINDOW_S, is the part of a window that is kept.
 
     Windows are encoded at most `batch_size` at a time, as the budget allows, so that memory does
     not grow with T but for the result. BiRWKV7 goes through one after another instead, with all of
@@ -194,8 +202,9 @@ def encode_in_windows(
     """
     config = model.config
     stride_s = config.preprocessor.hop_samples / model.sample_rate
+    window_s = WINDOW_S if window_s is None else window_s
     if context_s is None:
-        context_s = context_seconds(config)
+        context_s = context_seconds(config, window_s)
     if config.encoder.self_attention_model == "rwkv7_attn":
         window, ahead = (round(s / config.frame_seconds) for s in (window_s, context_s))
         features = features[None].to(model.encoder.pre_encode.out.weight.dtype)

@@ -388,6 +388,7 @@ class ASRModel(nn.Module):
         min_duration_s: float = 1.0,
         long: str = "auto",
         memory_gb: float | None = None,
+        window_s: float | None = None,
         **decoding,
     ) -> list[Transcript]:
         """Text of each input, in their order. Threads may call it together.
@@ -407,6 +408,8 @@ class ASRModel(nn.Module):
                 over 128 frames on both sides, with the same weights; as "auto" where attention is
                 not full.
             memory_gb: what a pass may take beside the weights; None: most of what is free now.
+            window_s: of windows, the part that is kept; None: 120. Given, "auto" takes windows for
+                all that is longer: for full attention that was trained on clips no longer.
             decoding: fields of DecodingOptions: beam, lm, lm_weight, boost, allow, confidence ...
         Raises:
             ValueError, FileNotFoundError: unreadable audio, an empty clip, an unknown head, a
@@ -419,6 +422,8 @@ class ASRModel(nn.Module):
             raise ValueError(f"batch_size is {batch_size}, expected at least 1")
         if not 0 <= min_duration_s < math.inf:
             raise ValueError(f"min_duration_s is {min_duration_s}, expected seconds, 0 or more")
+        if window_s is not None and not 0 < window_s < math.inf:
+            raise ValueError(f"window_s is {window_s}, expected seconds, more than 0")
         if long not in longform.MODES:
             raise ValueError(f"long is {long!r}, expected one of {', '.join(longform.MODES)}")
         if isinstance(inputs, (str, os.PathLike, np.ndarray, torch.Tensor)):
@@ -441,6 +446,7 @@ class ASRModel(nn.Module):
                 budget,
                 dtype,
                 long,
+                window_s,
             ):
                 audio, lengths, shifts = self._collate([clips[i] for i in batch], min_duration_s)
                 # without `pad_to`, as in NeMo's `transcribe`: norms over time would see it
@@ -449,7 +455,7 @@ class ASRModel(nn.Module):
                 )
                 if chunked and lengths[0]:  # a clip shorter than a frame has no window
                     encoded = longform.encode_in_windows(
-                        model, features[0, :, : lengths[0]], batch_size, budget_bytes=budget
+                        model, features[0, :, : lengths[0]], batch_size, window_s, None, budget
                     )
                     lengths = torch.tensor([encoded.shape[1]], device=device)
                 else:

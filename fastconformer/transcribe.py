@@ -399,7 +399,7 @@ def add_model_arguments(parser: argparse.ArgumentParser):
 
 
 def add_decoding_arguments(parser: argparse.ArgumentParser):
-    """How to decode, for commands that transcribe; `decoding_options` reads them."""
+    """How to encode and decode, for commands that transcribe; `decoding_options` reads them."""
     group = parser.add_argument_group("decoding")
     group.add_argument("--beam", type=int, default=1, metavar="N", help="hypotheses (%(default)s)")
     group.add_argument("--lm", type=Path, metavar="FILE", help="ARPA language model, also .gz")
@@ -423,6 +423,22 @@ def add_decoding_arguments(parser: argparse.ArgumentParser):
         metavar="NAMES",
         help="only letters of these languages, or scripts: en,ru or latin,cyrillic",
     )
+    group = parser.add_argument_group("long recordings")
+    group.add_argument(
+        "--long",
+        choices=longform.MODES,
+        default="auto",
+        help="one pass, windows, or local attention; by memory (%(default)s)",
+    )
+    group.add_argument(
+        "--memory-gb", type=float, help="what a pass may take beside the weights (what is free)"
+    )
+    group.add_argument(
+        "--window-s",
+        type=float,
+        metavar="SECONDS",
+        help="longer recordings go in windows of this length: as long as the clips in training",
+    )
 
 
 def decoding_options(args, model: ASRModel) -> dict:
@@ -430,7 +446,10 @@ def decoding_options(args, model: ASRModel) -> dict:
     cannot be used; UsageError of arguments that do not fit."""
     if args.beam < 1:
         raise UsageError(f"--beam is {args.beam}, expected at least 1")
-    options = {"beam": args.beam}
+    if args.window_s is not None and not 0 < args.window_s < math.inf:
+        raise UsageError(f"--window-s is {args.window_s}, expected seconds, more than 0")
+    options = {"beam": args.beam, "long": args.long, "memory_gb": args.memory_gb}
+    options["window_s"] = args.window_s
     if args.lm is not None:
         options |= {"lm": read_arpa(args.lm), "lm_weight": args.lm_weight}
         options["lm_bonus"] = args.lm_bonus
@@ -480,15 +499,6 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add_model_arguments(parser)
     add_decoding_arguments(parser)
     parser.add_argument("--timestamps", action="store_true", help="times of words and segments")
-    parser.add_argument(
-        "--long",
-        choices=longform.MODES,
-        default="auto",
-        help="long recordings: one pass, windows, or local attention; by memory (%(default)s)",
-    )
-    parser.add_argument(
-        "--memory-gb", type=float, help="what a pass may take beside the weights (what is free)"
-    )
     parser.add_argument(
         "--workers", type=int, default=2, help="threads that read audio ahead (%(default)s)"
     )
@@ -575,7 +585,7 @@ def run(args) -> int:
     if subtitles and not all(value >= 1 for value in limits.values()):
         raise UsageError("--line-characters, --lines and --reading-speed are at least 1")
     timestamps = args.timestamps or args.format in ("srt", "vtt", "ctm")
-    decoding |= {"long": args.long, "memory_gb": args.memory_gb, "workers": args.workers}
+    decoding["workers"] = args.workers
     if args.format == "jsonl":
         failed += run_job(args, model, clips, timestamps, decoding, rank, world_size)
         return 1 if failed else 0

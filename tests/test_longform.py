@@ -211,6 +211,28 @@ def test_full_attention_is_not_used_beyond_what_models_are_trained_for(base):
     assert longform.choose_mode(local, 3600.0, 1 << 40, torch.float32) == "full"
 
 
+def test_a_window_bounds_what_full_attention_sees(base, monkeypatch):
+    """For models trained on short clips: a longer one goes in windows, shorter ones whole."""
+    seen, encode = [], fastconformer.ASRModel.encode
+
+    def watched(model, features, lengths):
+        seen.append(int(lengths.max()) * base.config.preprocessor.window_stride)
+        return encode(model, features, lengths)
+
+    monkeypatch.setattr(fastconformer.ASRModel, "encode", watched)
+    long, short = babble(20.0), babble(5.0)
+    found = base.transcribe([long, short], window_s=6.0)
+    assert max(seen) <= 6.0 * (1 + 2 / 6) + 0.1 and len(seen) > 1
+    assert found[1].text == base.transcribe(short)[0].text
+    context = 6.0 * longform.CONTEXT_S / longform.WINDOW_S
+    monkeypatch.setattr(longform, "WINDOW_S", 6.0)
+    monkeypatch.setattr(longform, "CONTEXT_S", context)
+    assert found[0].text == base.transcribe(long, long="chunks")[0].text
+    for wrong in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="window_s is"):
+            base.transcribe(short, window_s=wrong)
+
+
 def test_unknown_mode_is_refused(base):
     with pytest.raises(ValueError, match="long is 'windows', expected one of auto"):
         base.transcribe(np.zeros(16000, np.float32), long="windows")
