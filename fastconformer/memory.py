@@ -8,7 +8,7 @@ from .subsampling import output_length
 
 # The counts below are from peaks on a CPU: benchmarks/results/birwkv7_memory.json
 SAFETY = 1.1  # allocators round up and keep pieces
-FRONT_PIECES, ENCODER_PIECES = 30e6, 16e6  # bytes: spectra in flight, convolutions in flight
+FRONT_PIECES, ENCODER_PIECES = 30e6, 24e6  # bytes: spectra in flight, convolutions in flight
 LOG_PROBS = 1 << 23  # CTC log-probabilities in memory at once in greedy decoding
 
 
@@ -31,8 +31,10 @@ def memory_estimate(config: ModelConfig, seconds: float, dtype: torch.dtype) -> 
     audio, features = 4 * samples, 4 * config.preprocessor.n_features * n_features
     front_end = 5 * audio + features + min(FRONT_PIECES, 8 * audio)
     held = audio + features + (features * size // 4 if size < 4 else 0)  # and in the dtype
-    piece = min(frames, tiles.CLIP_FRAMES) * encoder.d_model * size
-    piece *= 22 if encoder.self_attention_model == "rwkv7_attn" else 10
+    if encoder.self_attention_model == "rwkv7_attn":
+        piece = 22 * min(frames, tiles.CLIP_FRAMES) * encoder.d_model * size
+    else:  # more than a piece of a clip holds, but so were the peaks
+        piece = 10 * min(frames, tiles.TILE_FRAMES) * encoder.d_model * size
     layer = held + frames * _frame_bytes(encoder, size) + piece + min(ENCODER_PIECES, 8 * audio)
     # the frames, their projection in the joint, and a piece of CTC's log-probabilities
     decoding = (
@@ -52,5 +54,6 @@ def _frame_bytes(encoder: EncoderConfig, size: int) -> int:
     if encoder.self_attention_model == "rel_pos_local_attn":
         window = 3 * max(encoder.att_contexts[0])
         return 18 * d * size + 6 * encoder.n_heads * window * size
-    # the same two, q, k, v, three sums, the result; encodings and projections of 2 T distances
-    return 20 * d * size
+    # the same two, q, k, v, three sums, the result; encodings and projections of 2 T distances; a
+    # product of bfloat16 is summed in float32 beside
+    return 20 * d * size + (4 * d if size < 4 else 0)
