@@ -113,13 +113,16 @@ def wait_for_steps(process, run: Path, steps: int):
     pytest.fail(f"no step {steps}: {process.communicate()[1]}")
 
 
-def test_a_killed_run_goes_on_bit_for_bit(corpus, tmp_path):
+def test_a_killed_run_goes_on_bit_for_bit(corpus, tmp_path, capsys):
     recipe, _ = corpus
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     process = start(recipe, whole)
     step = random.randrange(1, 20)
     killed = start(recipe, broken)
     wait_for_steps(killed, broken, step)
+    killed.send_signal(signal.SIGSTOP)
+    assert main([str(recipe), f"output={broken}"]) == 1  # its folder is taken
+    assert "another run is at work there" in capsys.readouterr().err
     killed.send_signal(signal.SIGKILL)
     killed.communicate()
     assert killed.returncode == -signal.SIGKILL

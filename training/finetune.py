@@ -44,6 +44,7 @@ from training.report import write_report
 from training.run import Run, set_up
 from training.run_folder import (
     Progress,
+    alone_in,
     append_line,
     json_line,
     read_lines,
@@ -68,15 +69,16 @@ def finetune(recipe: Recipe, ranks: Ranks = ONE, baseline: dict | None = None) -
         Stopped: SIGINT or SIGTERM; a checkpoint is written before.
     """
     out = Path(recipe.output)
-    if ranks.is_main:
-        out.mkdir(parents=True, exist_ok=True)
-        with atomic_file(out / "recipe.yaml") as temporary:
-            temporary.write_text(recipe_to_yaml(recipe), encoding="utf-8")
-    if not recipe.stages:
-        log.info("recipe, as resolved:\n%s", recipe_to_yaml(recipe))
-        with listed_run(out, ranks) as entry:
+    with contextlib.ExitStack() as stack:
+        if ranks.is_main:
+            out.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(alone_in(out))
+            with atomic_file(out / "recipe.yaml") as temporary:
+                temporary.write_text(recipe_to_yaml(recipe), encoding="utf-8")
+        entry = stack.enter_context(listed_run(out, ranks))
+        if not recipe.stages:
+            log.info("recipe, as resolved:\n%s", recipe_to_yaml(recipe))
             return run(recipe, ranks, baseline, entry)
-    with listed_run(out, ranks) as entry:
         for number, stage in enumerate(stage_recipes(recipe), start=1):
             log.info("stage %d of %d, in %s", number, len(recipe.stages), stage.output)
             progress = finetune(stage, ranks, baseline)

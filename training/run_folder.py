@@ -19,7 +19,29 @@ from training.optim import load_optimizer_state, optimizer_state
 from training.ranks import ONE, Ranks, cut_like, cut_moments, whole
 from training.recipe import Recipe, recipe_differences, recipe_from_dict
 
+try:
+    import fcntl
+except ModuleNotFoundError:  # Windows
+    fcntl = None
+
 log = logging.getLogger("finetune")
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path):
+    """ValueError where another process is at work in the folder. The lock ends with its process,
+    however that ends; the loader's workers, which may live on for seconds, do not hold it."""
+    with open(folder / ".lock", "a") as file:
+        try:
+            if fcntl is not None:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise ValueError(
+                f"{folder}: another run is at work there; wait for it, or choose another output"
+            ) from None
+        except OSError as error:
+            log.warning("%s cannot be locked (%s): start no second run there", folder, error)
+        yield
 
 
 @dataclasses.dataclass
