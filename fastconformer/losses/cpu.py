@@ -204,7 +204,7 @@ def _maximum(row):
 
 @njit(fastmath=_REORDER)
 def _sum_exp(row, top):
-    total = row.dtype.type(0)
+    total = 0.0  # float64: sums over the classes err less than their terms
     for v in range(row.shape[0]):
         total += _exp(row[v] - top)
     return total
