@@ -52,9 +52,8 @@ def transcribe(model, samples, window_s: float | None, context_s=None, border=No
             encoded, lengths = model.encode(features, lengths)
         else:
             if border is not None:
-                factor = model.config.encoder.subsampling_factor
-                longform.plan_windows = lambda n, _, context, *rest: two_windows(
-                    longform, n, border, -(-context // factor), factor
+                longform.plan_windows = lambda n, _, context, factor, total, *rest: two_windows(
+                    longform, n, border, -(-context // factor), factor, total
                 )
             try:
                 encoded = longform.encode_in_windows(model, features[0], 4, window_s, context_s)
@@ -86,11 +85,8 @@ def sweep_borders(model, minute, arguments) -> list[dict]:
     return rows
 
 
-def two_windows(longform, n_frames: int, border: int, context: int, factor: int):
-    """Windows before and after one border, an encoder frame."""
-    from fastconformer.subsampling import output_length
-
-    total = output_length(n_frames, factor, False)
+def two_windows(longform, n_frames: int, border: int, context: int, factor: int, total: int):
+    """Windows before and after one border, an encoder frame of `total`."""
     start = max(0, border - context)
     return [
         longform.Window(0, min(n_frames, (border + context) * factor), 0, border),

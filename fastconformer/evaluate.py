@@ -11,7 +11,6 @@ lost and won, and says whether the difference may be chance.
 
 import argparse
 import json
-import os
 import sys
 from collections import Counter
 from pathlib import Path
@@ -26,11 +25,11 @@ from .metrics import (
 )
 from .transcribe import (
     Clip,
-    UsageError,
     add_decoding_arguments,
     add_model_arguments,
     check_output,
     decoding_options,
+    exit_status,
     load_model,
     read_manifest,
     transcribe_clips,
@@ -309,17 +308,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
 
 def main(argv=None) -> int:
     args = parse_arguments(argv)
-    try:
-        return run(args)
-    except UsageError as error:
-        print(f"evaluate: {error}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:  # `| head` has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except (OSError, ValueError) as error:
-        print(f"evaluate: {error}", file=sys.stderr)
-        return 1
+    return exit_status("evaluate", lambda: run(args))
 
 
 def run(args) -> int:

@@ -90,11 +90,10 @@ def batches(
     """
 
     def in_windows(duration_s):
-        if long == "auto" and window_s is not None and duration_s > window_s:
-            return True
-        if long == "auto":
-            return choose_mode(config, duration_s, budget_bytes, dtype) == "chunks"
-        return long == "chunks"
+        if long != "auto":
+            return long == "chunks"
+        too_long = window_s is not None and duration_s > window_s
+        return too_long or choose_mode(config, duration_s, budget_bytes, dtype) == "chunks"
 
     order = sorted(range(len(durations_s)), key=lambda i: -durations_s[i])
     while order:

@@ -23,7 +23,7 @@ import math
 import os
 import sys
 import textwrap
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -448,8 +448,8 @@ def decoding_options(args, model: ASRModel) -> dict:
         raise UsageError(f"--beam is {args.beam}, expected at least 1")
     if args.window_s is not None and not 0 < args.window_s < math.inf:
         raise UsageError(f"--window-s is {args.window_s}, expected seconds, more than 0")
-    options = {"beam": args.beam, "long": args.long, "memory_gb": args.memory_gb}
-    options["window_s"] = args.window_s
+    names = ("beam", "long", "memory_gb", "window_s")
+    options = {name: getattr(args, name) for name in names}
     if args.lm is not None:
         options |= {"lm": read_arpa(args.lm), "lm_weight": args.lm_weight}
         options["lm_bonus"] = args.lm_bonus
@@ -536,19 +536,24 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(argv=None) -> int:
-    args = parse_arguments(argv)
+def exit_status(command: str, run: Callable[[], int]) -> int:
+    """What `run` gives; an error as one line and 2 for bad usage, 1 for a failed job."""
     try:
-        return run(args)
+        return run()
     except UsageError as error:
-        print(f"transcribe: {error}", file=sys.stderr)
+        print(f"{command}: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # `| head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (OSError, ValueError) as error:
-        print(f"transcribe: {error}", file=sys.stderr)
+        print(f"{command}: {error}", file=sys.stderr)
         return 1
+
+
+def main(argv=None) -> int:
+    args = parse_arguments(argv)
+    return exit_status("transcribe", lambda: run(args))
 
 
 def run(args) -> int:

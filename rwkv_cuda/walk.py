@@ -57,8 +57,7 @@ def forward(
         state[..., :width] = initial_state.mT
     state = state.unflatten(-1, (blocks, COLUMNS)).transpose(2, 3).contiguous()
     saved = torch.zeros(n_segments(frames) if save_states else 0, batch, heads, width, width)
-    if lengths is None:
-        lengths = torch.full((batch,), frames)
+    lengths = torch.full((batch,), frames) if lengths is None else lengths.long()
     step = max(SEGMENT, PIECE // max(1, batch * heads * width))
     starts = range(0, frames, step)
     threads = torch.get_num_threads()
@@ -76,7 +75,7 @@ def forward(
             out = y[:, start:stop]  # itself where its numbers lie as the kernel writes them
             whole = out.dtype == torch.float32 and out.is_contiguous()
             part = out if whole else torch.zeros_like(r_)
-            arrays = (r_, w_, k_, v_, a_, b_, part, lengths.long(), state, saved)
+            arrays = (r_, w_, k_, v_, a_, b_, part, lengths, state, saved)
             given = (*(x.numpy() for x in arrays), start, reverse, SEGMENT, groups, parts)
             if threads == 1:
                 _walk(*given, 0, 1)
