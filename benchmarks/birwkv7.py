@@ -76,7 +76,7 @@ def measure(attention: str, frames: int, size: dict, repeats: int) -> dict:
     import torch
 
     from fastconformer.config import EncoderConfig
-    from fastconformer.encoder import ConformerEncoder
+    from fastconformer.networks.conformer import ConformerEncoder
 
     torch.manual_seed(0)
     torch.set_num_threads(size["threads"])
@@ -176,9 +176,9 @@ def long_recording(arguments) -> dict:
 
     from converters.to_birwkv7 import to_birwkv7
     from fastconformer import load_model
-    from fastconformer.audio import load_audio
-    from fastconformer.memory import memory_estimate
+    from fastconformer.audio.files import load_audio
     from fastconformer.model import model_of
+    from fastconformer.recordings.memory import memory_estimate
 
     torch.set_num_threads(arguments.threads)
     model = load_model(arguments.model)
@@ -216,8 +216,8 @@ def transcription_memory(attention: str, dtype: str, minutes: float, arguments) 
 
     from converters.to_birwkv7 import to_birwkv7
     from fastconformer import load_model
-    from fastconformer.memory import memory_estimate
     from fastconformer.model import model_of
+    from fastconformer.recordings.memory import memory_estimate
 
     torch.set_num_threads(arguments.threads)
     model = load_model(arguments.model)
@@ -262,7 +262,7 @@ def long_decoding(arguments) -> dict:
     import torch
 
     from fastconformer import load_model
-    from fastconformer.audio import load_audio
+    from fastconformer.audio.files import load_audio
 
     torch.set_num_threads(arguments.threads)
     model = load_model(arguments.model)

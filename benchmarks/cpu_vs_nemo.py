@@ -147,7 +147,7 @@ def work(side: str, model_path: str, clips_path: str, cold: bool, threads: int):
 
 def parakeet(tokenizer_archive: Path, layers: int, width: int, mels: int, lstm_layers: int):
     """(config, tokenizer files) of a hybrid of these sizes with the archive's 1024 pieces."""
-    from fastconformer.nemo_archive import read_nemo
+    from fastconformer.checkpoint.nemo_archive import read_nemo
 
     checkpoint = read_nemo(tokenizer_archive)
     config = checkpoint.config
@@ -188,8 +188,8 @@ def write_model(
     import torch
 
     from fastconformer import ASRModel, ModelConfig
-    from fastconformer.nemo_archive import write_nemo
-    from fastconformer.tokenizer import load_tokenizer
+    from fastconformer.checkpoint.nemo_archive import write_nemo
+    from fastconformer.text.tokenizer import load_tokenizer
 
     torch.manual_seed(1)
     raw, files = parakeet(tokenizer_archive, layers, width, mels, lstm_layers)
@@ -219,7 +219,7 @@ def write_model(
 
 def cut_clips(audio: Path, n_clips: int, shortest_s: float, longest_s: float):
     """Consecutive pieces of a long recording, float32 at 16 kHz, lengths spread evenly."""
-    from fastconformer.audio import load_audio
+    from fastconformer.audio.files import load_audio
 
     clips, offset = [], 0.0
     for i in range(n_clips):

@@ -41,7 +41,7 @@ def transcribe(model, samples, window_s: float | None, context_s=None, border=No
     """{head: transcript}, in one pass or in windows; `border`: one at this encoder frame alone."""
     import torch
 
-    from fastconformer import longform
+    from fastconformer.recordings import longform
 
     audio = torch.as_tensor(samples)[None]
     with torch.no_grad():
@@ -113,8 +113,8 @@ def main(argv=None) -> int:
     import torch
 
     import fastconformer
-    from fastconformer import longform
-    from fastconformer.audio import load_audio
+    from fastconformer.audio.files import load_audio
+    from fastconformer.recordings import longform
 
     torch.set_num_threads(arguments.threads)
     model = fastconformer.load_model(arguments.model)

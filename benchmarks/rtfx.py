@@ -373,7 +373,7 @@ def describe(path: Path) -> dict:
     import torch
 
     from fastconformer import ModelConfig
-    from fastconformer.checkpoint import read_checkpoint
+    from fastconformer.checkpoint.folder import read_checkpoint
 
     checkpoint = read_checkpoint(path)
     config = ModelConfig.from_nemo(checkpoint.config)
@@ -395,7 +395,7 @@ def describe(path: Path) -> dict:
 
 def read_clips(arguments) -> tuple[list, list[str | None]]:
     """Samples at 16 kHz and reference texts."""
-    from fastconformer.audio import load_audio
+    from fastconformer.audio.files import load_audio
     from fastconformer.transcribe import read_manifest
 
     if arguments.manifest is None:
@@ -455,8 +455,8 @@ def prepare_model(folder: Path, arguments, clips) -> Path:
     """The archive that all engines load; a random one is kept from the run before."""
     model = folder / "model.nemo"
     if arguments.model not in SIZES:
-        from fastconformer.checkpoint import read_checkpoint
-        from fastconformer.nemo_archive import write_nemo
+        from fastconformer.checkpoint.folder import read_checkpoint
+        from fastconformer.checkpoint.nemo_archive import write_nemo
 
         write_nemo(model, read_checkpoint(arguments.model))
     elif not model.exists():
@@ -492,7 +492,7 @@ def engines(arguments) -> list[tuple[str, str]]:
 
 def measure(workers: dict, arguments, audio_s: float, references) -> list[dict]:
     """A row for every engine and batch size: RTFx from memory and from files, ratios, WER."""
-    from fastconformer.metrics import word_errors
+    from fastconformer.text.metrics import word_errors
 
     rows, first = [], next(iter(workers))
     for batch_size in arguments.batch_sizes:

@@ -34,7 +34,7 @@ import torch.nn.functional as F
 
 from benchmarks import commit
 from benchmarks.cpu_vs_nemo import machine
-from fastconformer.files import atomic_file
+from fastconformer.checkpoint.files import atomic_file
 from rwkv_cuda import build, wkv7, wkv7_bidirectional
 
 RESULTS = Path(__file__).parent / "results"

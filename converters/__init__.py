@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fastconformer.checkpoint import Checkpoint
+    from fastconformer.checkpoint.folder import Checkpoint
 
 
 def check(checkpoint: "Checkpoint") -> str:
@@ -14,7 +14,7 @@ def check(checkpoint: "Checkpoint") -> str:
     # Imported here: --help and bad usage need no torch.
     from fastconformer.config import ModelConfig
     from fastconformer.model import check_state_dict
-    from fastconformer.tokenizer import load_tokenizer
+    from fastconformer.text.tokenizer import load_tokenizer
 
     config = ModelConfig.from_nemo(checkpoint.config)
     check_state_dict(config, checkpoint.state_dict)

@@ -19,10 +19,10 @@ from pathlib import Path
 import sentencepiece
 
 from converters import run
-from converters.piece_scores import processor, score_pieces
 from converters.train_tokenizer import read_texts
-from fastconformer.files import atomic_file
-from fastconformer.sentencepiece_model import (
+from fastconformer.checkpoint.files import atomic_file
+from fastconformer.surgery.pieces import processor, score_pieces
+from fastconformer.text.sentencepiece_model import (
     BYTE,
     CONTROL,
     NORMAL,
@@ -31,7 +31,7 @@ from fastconformer.sentencepiece_model import (
     USER_DEFINED,
     SentencePieceModel,
 )
-from fastconformer.tokenizer import sentencepiece_files
+from fastconformer.text.tokenizer import sentencepiece_files
 
 MAX_SEARCH_LINES = 20_000  # of each text; the report counts all lines
 

@@ -47,8 +47,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def convert(folder: Path, archive: Path, half: bool = False) -> None:
     """Reads, checks, writes; a bad folder writes nothing. `half`: see `halved`."""
-    from fastconformer.checkpoint import read_checkpoint
-    from fastconformer.nemo_archive import write_nemo
+    from fastconformer.checkpoint.folder import read_checkpoint
+    from fastconformer.checkpoint.nemo_archive import write_nemo
 
     if folder.is_file():
         raise ValueError(f"{folder} is a file; expected a folder written by nemo2st")
@@ -94,7 +94,7 @@ def halved(state_dict: "dict[str, Tensor]") -> "dict[str, Tensor]":
 def compress(archive: Path) -> None:
     """gzips a file in place, whole or not at all; its bytes depend on the content alone. NeMo's
     restore_from reads an archive in either form."""
-    from fastconformer.files import sync, work_folder
+    from fastconformer.checkpoint.files import sync, work_folder
 
     with work_folder(archive.parent, archive.name) as work:
         smaller = work / "archive"

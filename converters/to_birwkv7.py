@@ -16,8 +16,8 @@ from converters import check, run
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fastconformer.birwkv7 import BiRWKV7
-    from fastconformer.checkpoint import Checkpoint
+    from fastconformer.checkpoint.folder import Checkpoint
+    from fastconformer.networks.birwkv7 import BiRWKV7
 
 ATTENTION = "encoder.layers.{}.self_attn."
 HEAD_WIDTHS = (32, 128)  # of the recurrence, what its kernels take
@@ -53,8 +53,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def convert(args: argparse.Namespace) -> None:
     """Reads, converts, checks, writes; a bad model writes nothing."""
-    from fastconformer.checkpoint import read_checkpoint, write_folder
-    from fastconformer.nemo_archive import write_nemo
+    from fastconformer.checkpoint.folder import read_checkpoint, write_folder
+    from fastconformer.checkpoint.nemo_archive import write_nemo
 
     checkpoint = read_checkpoint(args.model)
     try:
@@ -87,9 +87,9 @@ def to_birwkv7(
     """
     import torch
 
-    from fastconformer.birwkv7 import BiRWKV7
-    from fastconformer.checkpoint import Checkpoint
+    from fastconformer.checkpoint.folder import Checkpoint
     from fastconformer.config import ModelConfig
+    from fastconformer.networks.birwkv7 import BiRWKV7
 
     before = ModelConfig.from_nemo(checkpoint.config).encoder
     if before.self_attention_model == "rwkv7_attn":

@@ -18,10 +18,9 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from fastconformer.files import atomic_file
-
-from . import run
-from .train_tokenizer import read_texts
+from converters import run
+from converters.train_tokenizer import read_texts
+from fastconformer.checkpoint.files import atomic_file
 
 START, END, UNKNOWN = "<s>", "</s>", "<unk>"
 _NEVER = -99.0  # log10 of what no text continues with: a start
@@ -132,8 +131,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _pieces(texts: list[str], model: Path) -> Iterator[list[str]]:
     # Imported here: counting words needs no torch.
-    from fastconformer.checkpoint import read_checkpoint
-    from fastconformer.tokenizer import load_tokenizer
+    from fastconformer.checkpoint.folder import read_checkpoint
+    from fastconformer.text.tokenizer import load_tokenizer
 
     checkpoint = read_checkpoint(model)
     tokenizer = load_tokenizer(checkpoint.config, checkpoint.tokenizer_files)

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import sentencepiece
 
-from fastconformer.files import atomic_file
-from fastconformer.sentencepiece_model import NORMAL, Piece, SentencePieceModel
-from fastconformer.tokenizer import SentencePieceTokenizer, sentencepiece_files
+from fastconformer.checkpoint.files import atomic_file
+from fastconformer.text.sentencepiece_model import NORMAL, Piece, SentencePieceModel
+from fastconformer.text.tokenizer import SentencePieceTokenizer, sentencepiece_files
 
 
 def train_tokenizer(texts: list[str], vocab_size: int, kind: str = "bpe") -> bytes:

@@ -10,6 +10,6 @@ if "OMP_WAIT_POLICY" not in os.environ:
 
 from .config import ModelConfig
 from .model import ASRModel, Transcript, load_model
-from .timestamps import Span
+from .recordings.timestamps import Span
 
 __all__ = ["ASRModel", "ModelConfig", "Span", "Transcript", "load_model"]

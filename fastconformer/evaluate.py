@@ -15,7 +15,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from .metrics import (
+from .text.metrics import (
     NORMALIZERS,
     ErrorCounts,
     bootstrap_difference,

@@ -12,9 +12,9 @@ from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from . import longform
-from .audio import load_audio
-from .checkpoint import Checkpoint, read_checkpoint, write_folder
+from .audio.features import Preprocessor
+from .audio.files import load_audio
+from .checkpoint.folder import Checkpoint, read_checkpoint, write_folder
 from .config import CTC_CLASSES, ModelConfig, config_errors
 from .decoding import (
     Confidence,
@@ -31,12 +31,12 @@ from .decoding import (
     transducer_beam,
     transducer_greedy,
 )
-from .encoder import ConformerEncoder
-from .features import Preprocessor
-from .heads import CTCHead, Joint, PredictionNetwork
-from .linear import Int8Weight, quantize
-from .memory import LOG_PROBS
-from .timestamps import (
+from .networks.conformer import ConformerEncoder
+from .networks.heads import CTCHead, Joint, PredictionNetwork
+from .networks.linear import Int8Weight, quantize
+from .recordings import longform
+from .recordings.memory import LOG_PROBS
+from .recordings.timestamps import (
     Span,
     in_seconds,
     segment_spans,
@@ -44,7 +44,7 @@ from .timestamps import (
     without_collection,
     word_spans,
 )
-from .tokenizer import Tokenizer, load_tokenizer
+from .text.tokenizer import Tokenizer, load_tokenizer
 
 CPU_FRAMES = 1500  # feature frames of clips that a CPU encodes together
 

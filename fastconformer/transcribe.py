@@ -32,13 +32,13 @@ import torch
 
 import fastconformer
 
-from . import longform
-from .audio import load_audio
+from .audio.files import load_audio
+from .checkpoint.files import atomic_file
 from .decoding import Confidence, read_arpa, read_phrases, token_bias
-from .files import atomic_file
-from .job import Progress, all_results, merge_results, part_path, read_ahead, read_results
+from .jobs.results import Progress, all_results, merge_results, part_path, read_ahead, read_results
 from .model import ASRModel, Transcript
-from .timestamps import Span
+from .recordings import longform
+from .recordings.timestamps import Span
 
 # Subtitle limits that broadcasters share: two lines of 42 characters, seven seconds.
 LINE_CHARACTERS, CUE_LINES, CUE_SECONDS = 42, 2, 7.0

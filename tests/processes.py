@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
-from fastconformer.heads import CTCHead
-from fastconformer.subsampling import ConvSubsampling
+from fastconformer.networks.heads import CTCHead
+from fastconformer.networks.subsampling import ConvSubsampling
 from training.finetune import main
 
 

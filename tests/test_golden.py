@@ -6,7 +6,7 @@ from conftest import golden, load_case
 
 import fastconformer
 from fastconformer.losses import rnnt_loss, tdt_loss
-from fastconformer.timestamps import segment_spans, token_spans, word_spans
+from fastconformer.recordings.timestamps import segment_spans, token_spans, word_spans
 
 CASES = [
     "ctc_bpe",

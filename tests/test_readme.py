@@ -17,8 +17,8 @@ import yaml
 from conftest import golden, load_case
 
 from fastconformer import ModelConfig, load_model
-from training.recipe import Recipe, load_recipe
-from training.start import scratch_config
+from training.recipe.recipe import Recipe, load_recipe
+from training.setup.start import scratch_config
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "Makefile"]

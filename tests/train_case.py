@@ -6,14 +6,14 @@ from conftest import golden
 from safetensors.torch import load_file
 
 from fastconformer import ASRModel
-from training.data import Batch
-from training.freeze import Freezing, train_mode
-from training.objective import objective_of
-from training.optim import build_optimizer, schedule_of, set_learning_rates
-from training.ranks import ONE, StepStatistics, deal_of
-from training.recipe import Recipe, recipe_from_dict
-from training.start import build_model, prepare
-from training.step import gradients, update
+from training.data.store import Batch
+from training.loop.ranks import ONE, StepStatistics, deal_of
+from training.loop.step import gradients, update
+from training.objective.objective import objective_of
+from training.optim.optim import build_optimizer, schedule_of, set_learning_rates
+from training.recipe.recipe import Recipe, recipe_from_dict
+from training.setup.freeze import Freezing, train_mode
+from training.setup.start import build_model, prepare
 
 
 def recipe_of(**sections) -> Recipe:

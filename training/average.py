@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch
 
-from fastconformer.checkpoint import Checkpoint, check_finite, read_checkpoint, write_folder
-from training.ema import plain_tensors
-from training.lora import lora_scale
+from fastconformer.checkpoint.folder import Checkpoint, check_finite, read_checkpoint, write_folder
+from training.optim.ema import plain_tensors
+from training.setup.lora import lora_scale
 
 
 def average_checkpoints(paths: Sequence[str | Path]) -> Checkpoint:

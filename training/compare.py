@@ -22,17 +22,17 @@ import soundfile
 import torch
 
 from fastconformer import ASRModel
-from fastconformer.audio import load_audio
-from fastconformer.checkpoint import read_checkpoint
-from fastconformer.tokenizer import AggregateTokenizer
-from training.data import Utterance
+from fastconformer.audio.files import load_audio
+from fastconformer.checkpoint.folder import read_checkpoint
+from fastconformer.text.tokenizer import AggregateTokenizer
+from training.data.sources import TrainingSet, batch_order, load_data, read_source
+from training.data.store import Utterance
 from training.find_batch import device_memory, find_batch_duration, training_step
-from training.freeze import Freezing
-from training.load import TrainingSet, batch_order, load_data, read_source
-from training.objective import Objective, batch_loss, objective_of
-from training.recipe import Recipe, SourceRecipe, load_recipe, recipe_differences
-from training.run import choose_device
-from training.start import build_model, prepare
+from training.objective.objective import Objective, batch_loss, objective_of
+from training.recipe.recipe import Recipe, SourceRecipe, load_recipe, recipe_differences
+from training.setup.freeze import Freezing
+from training.setup.run import choose_device
+from training.setup.start import build_model, prepare
 
 UNKNOWN_SHARE, LEFT_OUT_SHARE = 0.01, 0.1  # above these the preflight fails
 MEANINGS = {  # prefixes of keys; the longest decides

@@ -37,16 +37,16 @@ from torch.nn import functional as F
 
 from converters.to_birwkv7 import to_birwkv7
 from fastconformer import ASRModel, load_model
-from fastconformer.audio import load_audio
-from fastconformer.checkpoint import write_folder
-from fastconformer.files import atomic_file
-from fastconformer.metrics import word_errors
+from fastconformer.audio.files import load_audio
+from fastconformer.checkpoint.files import atomic_file
+from fastconformer.checkpoint.folder import write_folder
 from fastconformer.model import model_of
+from fastconformer.text.metrics import word_errors
 from fastconformer.transcribe import Clip, read_manifest
-from training.console import Lines, Stopped, stop_signals
-from training.optim import learning_rate
-from training.recipe import Recipe, load_recipe, recipe_to_yaml
-from training.run_folder import append_line, keep_lines_until
+from training.loop.console import Lines, Stopped, stop_signals
+from training.loop.run_folder import append_line, keep_lines_until
+from training.optim.optim import learning_rate
+from training.recipe.recipe import Recipe, load_recipe, recipe_to_yaml
 
 log = logging.getLogger("distill")
 

@@ -26,21 +26,21 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fastconformer.files import atomic_file
-from training.batching import effective_s
-from training.console import Lines
-from training.data import Batch, Utterance
-from training.ema import EMA
-from training.freeze import train_mode
-from training.load import TrainingSet, load_data
-from training.objective import Objective, batch_loss, objective_of
-from training.optim import build_optimizer
-from training.ranks import ONE, Ranks
-from training.recipe import Recipe, load_recipe, recipe_to_yaml
-from training.retain import make_retain, read_original
-from training.run_folder import json_line
-from training.start import build_model, prepare
-from training.step import is_out_of_memory
+from fastconformer.checkpoint.files import atomic_file
+from training.data.batching import effective_s
+from training.data.sources import TrainingSet, load_data
+from training.data.store import Batch, Utterance
+from training.loop.console import Lines
+from training.loop.ranks import ONE, Ranks
+from training.loop.run_folder import json_line
+from training.loop.step import is_out_of_memory
+from training.objective.objective import Objective, batch_loss, objective_of
+from training.objective.retain import make_retain, read_original
+from training.optim.ema import EMA
+from training.optim.optim import build_optimizer
+from training.recipe.recipe import Recipe, load_recipe, recipe_to_yaml
+from training.setup.freeze import train_mode
+from training.setup.start import build_model, prepare
 
 log = logging.getLogger("finetune")
 
@@ -366,7 +366,7 @@ def settled(
 
 
 def main(arguments: list[str] | None = None) -> int:
-    from training.run import choose_device  # which imports this file, for `auto`
+    from training.setup.run import choose_device  # which imports this file, for `auto`
 
     parser = argparse.ArgumentParser(
         prog="python -m training.find_batch",

@@ -27,22 +27,16 @@ from pathlib import Path
 import torch
 
 from fastconformer import ASRModel, load_model
-from fastconformer.checkpoint import read_checkpoint, write_folder
-from fastconformer.files import atomic_file
-from fastconformer.nemo_archive import write_nemo
+from fastconformer.checkpoint.files import atomic_file
+from fastconformer.checkpoint.folder import read_checkpoint, write_folder
+from fastconformer.checkpoint.nemo_archive import write_nemo
 from training.average import average_checkpoints
-from training.console import Lines, Stopped, progress_bar, stop_signals
-from training.data import Batch
-from training.ema import plain_checkpoint, plain_weights
-from training.freeze import train_mode
-from training.keep import guard_holds, metrics_of
-from training.load import training_batches
-from training.optim import set_learning_rates
-from training.ranks import ONE, Deal, Ranks, StepStatistics, join, leave
-from training.recipe import Recipe, load_recipe, recipe_to_yaml, stage_recipes
-from training.report import write_report
-from training.run import Run, set_up
-from training.run_folder import (
+from training.data.sources import training_batches
+from training.data.store import Batch
+from training.loop.console import Lines, Stopped, progress_bar, stop_signals
+from training.loop.keep import guard_holds, metrics_of
+from training.loop.ranks import ONE, Deal, Ranks, StepStatistics, join, leave
+from training.loop.run_folder import (
     Progress,
     alone_in,
     append_line,
@@ -52,8 +46,14 @@ from training.run_folder import (
     save_model,
     top_folder,
 )
-from training.step import gradients, update
-from training.validate import evaluate, results_table
+from training.loop.step import gradients, update
+from training.loop.validate import evaluate, results_table
+from training.optim.ema import plain_checkpoint, plain_weights
+from training.optim.optim import set_learning_rates
+from training.recipe.recipe import Recipe, load_recipe, recipe_to_yaml, stage_recipes
+from training.report import write_report
+from training.setup.freeze import train_mode
+from training.setup.run import Run, set_up
 
 log = logging.getLogger("finetune")
 

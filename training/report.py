@@ -25,13 +25,13 @@ import soundfile
 import torch
 
 from fastconformer import load_model
-from fastconformer.audio import load_audio
-from fastconformer.files import atomic_file
-from fastconformer.metrics import align
-from training.data import Utterance, read_manifest
-from training.keep import metrics_of
-from training.recipe import Recipe, load_recipe
-from training.run_folder import read_lines
+from fastconformer.audio.files import load_audio
+from fastconformer.checkpoint.files import atomic_file
+from fastconformer.text.metrics import align
+from training.data.store import Utterance, read_manifest
+from training.loop.keep import metrics_of
+from training.loop.run_folder import read_lines
+from training.recipe.recipe import Recipe, load_recipe
 
 COLOURS = {"insertion": "#c50", "deletion": "#a00", "substitution": "#06c"}
 PHASES = (
@@ -135,7 +135,7 @@ def table(rows: list[list], header: list[str]) -> str:
 def results(ledger: list[dict], metric: str) -> str:
     """WER and CER of every set and head: before, best by `keep.metric` in the last stage, last."""
 
-    def rank(record):  # as training.keep chooses
+    def rank(record):  # as training.loop.keep chooses
         value = metrics_of(record).get(metric, math.inf)
         return not record["guard_holds"], value, record["cer"], record["step"]
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ..tokenizer import Tokenizer
+from ..text.tokenizer import Tokenizer
 
 # Scripts of languages that the models speak; any other name is taken as a script.
 SCRIPTS = {

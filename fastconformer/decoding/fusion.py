@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from ..tokenizer import Tokenizer
+from ..text.tokenizer import Tokenizer
 from .ngram import NGramModel
 
 _BASE = 0x9E3779B97F4A7C15  # odd, so that no byte's place is lost modulo 2**64

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from ..tokenizer import Tokenizer
+from ..text.tokenizer import Tokenizer
 from .allow import token_bias
 from .confidence import Confidence
 from .fusion import Fusion, PhraseScorer, language_model_scorer

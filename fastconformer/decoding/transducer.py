@@ -16,7 +16,7 @@ from collections import OrderedDict
 import numpy as np
 import torch
 
-from ..heads import Joint, PredictionNetwork
+from ..networks.heads import Joint, PredictionNetwork
 from .confidence import Confidence
 from .hypothesis import Hypothesis
 

@@ -13,7 +13,7 @@ model may redistribute is the probability that is not blank's.
 import numpy as np
 import torch
 
-from ..heads import Joint, PredictionNetwork
+from ..networks.heads import Joint, PredictionNetwork
 from .confidence import Confidence
 from .ctc_beam import HASH_BASE
 from .fusion import Fusion

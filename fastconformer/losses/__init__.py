@@ -22,8 +22,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from fastconformer.losses import vectorised
-from fastconformer.losses.checks import (
+from . import vectorised
+from .checks import (
     check_batch,
     check_classes,
     check_durations,
@@ -33,7 +33,7 @@ from fastconformer.losses.checks import (
     describe,
     reduce,
 )
-from fastconformer.losses.fused import fused_transducer_loss
+from .fused import fused_transducer_loss
 
 __all__ = ["fused_transducer_loss", "rnnt_loss", "tdt_loss"]
 
@@ -193,7 +193,7 @@ class _TransducerLoss(torch.autograd.Function):
 @functools.cache
 def _cpu_backend() -> ModuleType:
     try:
-        from fastconformer.losses import cpu
+        from . import cpu
     except ImportError as error:
         log.warning("transducer losses run on plain PyTorch, slower: numba not usable (%s)", error)
         return vectorised

@@ -66,8 +66,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastconformer.losses import fused_vectorised
-from fastconformer.losses.checks import (
+from . import fused_vectorised
+from .checks import (
     check_batch,
     check_classes,
     check_durations,
@@ -646,9 +646,9 @@ def _onednn(x: Tensor, n: int) -> bool:
 def _backend_of(kind: str) -> ModuleType:
     try:
         if kind == "cpu":
-            from fastconformer.losses import fused_cpu as backend
+            from . import fused_cpu as backend
         elif kind == "cuda":
-            from fastconformer.losses import fused_triton as backend
+            from . import fused_triton as backend
         else:
             return fused_vectorised
     except ImportError as error:

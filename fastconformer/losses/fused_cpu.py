@@ -17,7 +17,7 @@ from numba import njit, prange, types
 from numba.extending import intrinsic, overload
 from torch import Tensor
 
-from fastconformer.losses.cpu import (
+from .cpu import (
     _REORDER,
     _exp,
     _float32_of_bits,
@@ -28,7 +28,7 @@ from fastconformer.losses.cpu import (
     arcs_of,
     occupancies_of_clip,
 )
-from fastconformer.losses.fused_vectorised import dropout_threshold
+from .fused_vectorised import dropout_threshold
 
 _ACTIVATIONS = {"relu": 0, "tanh": 1, "sigmoid": 2}
 
@@ -44,7 +44,7 @@ def hidden(job, tile, dtype=None) -> Tensor:
 
 
 def scores(job, tile, cells) -> Tensor:
-    from fastconformer.losses.fused import product
+    from .fused import product
 
     logits = product(hidden(job, tile), job.weight, job.bias)
     with _threads(logits.numel()) as n_threads:

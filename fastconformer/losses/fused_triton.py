@@ -28,8 +28,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastconformer.losses import fused_vectorised
-from fastconformer.losses.fused_vectorised import dropout_threshold
+from . import fused_vectorised
+from .fused_vectorised import dropout_threshold
 
 _ACTIVATIONS = {"relu": 0, "tanh": 1, "sigmoid": 2}
 

@@ -1,0 +1,1 @@
+"""Many recordings: read ahead, written as they are done, resumed."""

@@ -1,0 +1,1 @@
+"""All modules with weights, and nothing else."""

@@ -1,0 +1,156 @@
+"""Output heads: CTC, prediction network and joint.
+
+Source: NeMo's ConvASRDecoder, RNNTDecoder and RNNTJoint. All return logits or states; losses and
+decoders are functions elsewhere.
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ..config import CTCConfig, JointConfig, PredictionConfig
+from .linear import Int8Weight, Linear, linear
+
+_ACTIVATIONS = {"relu": nn.ReLU, "sigmoid": nn.Sigmoid, "tanh": nn.Tanh}
+
+
+class CTCHead(nn.Module):
+    """One linear layer to V + 1 classes, blank last; a convolution of width 1, as in NeMo."""
+
+    def __init__(self, config: CTCConfig):
+        super().__init__()
+        self.decoder_layers = nn.Sequential(nn.Conv1d(config.d_in, config.vocab_size + 1, 1))
+
+    def forward(self, encoded: torch.Tensor) -> torch.Tensor:
+        """(B, T', D) -> logits (B, T', V+1)."""
+        layer = self.decoder_layers[0]
+        return linear(encoded, layer.weight[..., 0], layer.bias)
+
+
+class LSTM(nn.Module):
+    """Keeps NeMo's name `dec_rnn.lstm`; dropout between layers and after the last."""
+
+    def __init__(self, hidden: int, n_layers: int, dropout: float):
+        super().__init__()
+        self.lstm = nn.LSTM(
+            hidden, hidden, n_layers, batch_first=True, dropout=dropout if n_layers > 1 else 0.0
+        )
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x, state=None):
+        x, state = self.lstm(x, state)
+        return self.dropout(x), state
+
+
+class StableEmbedding(nn.Embedding):
+    """An embedding with a LayerNorm behind it, in float32. Source: bitsandbytes' StableEmbedding,
+    which forks of NeMo put in for 8-bit optimizers; no stock checkpoint has its `embed.norm`."""
+
+    def __init__(self, rows: int, width: int, padding_idx: int | None):
+        super().__init__(rows, width, padding_idx=padding_idx)
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        norm = self.norm
+        embedded, weight, bias = super().forward(tokens).float(), norm.weight, norm.bias
+        y = F.layer_norm(embedded, norm.normalized_shape, weight.float(), bias.float(), norm.eps)
+        return y.to(self.weight.dtype)
+
+
+class PredictionNetwork(nn.Module):
+    """An LSTM over the tokens emitted so far (NeMo's `decoder`)."""
+
+    embedding_norm = "prediction.embed.norm.weight"  # a tensor that only StableEmbedding has
+
+    def __init__(self, config: PredictionConfig):
+        super().__init__()
+        self.n_layers, self.hidden = config.pred_rnn_layers, config.pred_hidden
+        rows = config.vocab_size + 1 if config.blank_as_pad else config.vocab_size
+        padding = config.vocab_size if config.blank_as_pad else None
+        self.prediction = nn.ModuleDict(
+            {
+                "embed": nn.Embedding(rows, config.pred_hidden, padding_idx=padding),
+                "dec_rnn": LSTM(config.pred_hidden, config.pred_rnn_layers, config.dropout),
+            }
+        )
+
+    def add_embedding_norm(self) -> None:
+        """For a checkpoint that has one. No config says so: only its tensors do."""
+        embed = self.prediction["embed"]
+        shape = embed.num_embeddings, embed.embedding_dim
+        self.prediction["embed"] = StableEmbedding(*shape, embed.padding_idx)
+
+    def forward(self, targets: torch.Tensor) -> torch.Tensor:
+        """targets (B, U) -> states (B, U+1, H); row 0 follows the start, a zero vector."""
+        embedded = F.pad(self.prediction["embed"](targets), (0, 0, 1, 0))
+        if not isinstance(self.prediction["dec_rnn"].lstm.weight_hh_l0, Int8Weight):
+            return self.prediction["dec_rnn"](embedded)[0]
+        zeros = embedded.new_zeros(len(targets), self.hidden)
+        state, outputs = [(zeros, zeros)] * self.n_layers, []
+        for x in embedded.unbind(1):
+            x, state = self._cells(x, state)
+            outputs.append(x)
+        return torch.stack(outputs, 1)
+
+    def start(self, batch: int):
+        """(output (B, H), state) after the start symbol, for step-by-step decoding."""
+        weight = self.prediction["embed"].weight
+        zeros = weight.new_zeros(batch, self.hidden)
+        state = [(zeros, zeros)] * self.n_layers
+        return self._cells(zeros, state)
+
+    def step(self, tokens: torch.Tensor, state):
+        """tokens (B,), state of the step before -> (output (B, H), state)."""
+        return self._cells(self.prediction["embed"](tokens), state)
+
+    def _cells(self, x, state):
+        lstm, after = self.prediction["dec_rnn"].lstm, []
+        for layer, (h, c) in enumerate(state):
+            weights = [getattr(lstm, f"{name}_l{layer}") for name in lstm_weight_names]
+            if x.device.type == "cpu" and not torch.is_grad_enabled():
+                x, c = _cell(x, h, c, *weights)
+            else:
+                x, c = torch.lstm_cell(x, (h, c), *weights)
+            after.append((x, c))
+        return x, after
+
+
+def _cell(x, h, c, weight_ih, weight_hh, bias_ih, bias_hh):
+    """torch.lstm_cell by `linear`: for a CPU and weights of any kind."""
+    gates = linear(x, weight_ih, bias_ih).add_(linear(h, weight_hh, bias_hh))
+    take, keep, new, show = gates.chunk(4, dim=1)
+    c = torch.addcmul(keep.sigmoid() * c, take.sigmoid(), new.tanh())
+    return show.sigmoid() * c.tanh(), c
+
+
+lstm_weight_names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+
+
+class Joint(nn.Module):
+    """Combines encoder frames and prediction states: V tokens, blank, then duration classes."""
+
+    def __init__(self, config: JointConfig):
+        super().__init__()
+        self.pred = Linear(config.pred_hidden, config.joint_hidden)
+        self.enc = Linear(config.encoder_hidden, config.joint_hidden)
+        self.activation = config.activation
+        n_out = config.vocab_size + 1 + config.n_durations
+        # NeMo has no Dropout module where dropout is 0, which moves the output layer's index
+        dropout = [nn.Dropout(config.dropout)] if config.dropout else []
+        self.joint_net = nn.Sequential(
+            _ACTIVATIONS[config.activation](), *dropout, Linear(config.joint_hidden, n_out)
+        )
+
+    @property
+    def dropout(self) -> float:
+        """Probability that a hidden channel is dropped now, in this mode."""
+        layers = (m for m in self.joint_net if isinstance(m, nn.Dropout) and m.training)
+        return sum(m.p for m in layers)
+
+    def forward(self, encoded: torch.Tensor, predicted: torch.Tensor) -> torch.Tensor:
+        """(B, T', D), (B, U+1, H) -> logits (B, T', U+1, V+1+N)."""
+        return self.joint_net(self.enc(encoded)[:, :, None] + self.pred(predicted)[:, None])
+
+    def step(self, encoded: torch.Tensor, predicted: torch.Tensor) -> torch.Tensor:
+        """Already projected frames and states (..., J) -> logits (..., V+1+N)."""
+        return self.joint_net(encoded + predicted)

@@ -1,0 +1,157 @@
+"""Features (B, M, T) -> (B, T', D): strided convolutions. Source: NeMo's ConvSubsampling (2.5+).
+
+Every stage halves time and frequency; frames beyond a clip's length are zeroed before every
+convolution, so that padding never reaches valid frames. Without gradients long inputs go through
+in pieces with the neighbouring frames that they need: the first convolution's output of an hour
+would be 12 GB.
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ..config import EncoderConfig
+from .linear import Linear, linear
+
+
+def output_length(length, factor: int, causal: bool):
+    """Frames after subsampling, for an int or an integer tensor."""
+    while factor > 1:
+        length = length // 2 + 1 if causal else (length - 1) // 2 + 1
+        factor //= 2
+    return length
+
+
+def encoded_length(config: EncoderConfig, length):
+    """Frames of the encoder's output for a number of feature frames, an int or a tensor."""
+    length = output_length(length, config.subsampling_factor, config.causal_downsampling)
+    if not config.reduces:
+        return length
+    pooling = config.reduction == "pooling"
+    return length // 2 if pooling else output_length(length, config.reduction_factor, False)
+
+
+# Of the first convolution's output in one piece; what fits a CPU's caches takes half the time.
+TILE_BYTES, TILE_BYTES_GPU = 1 << 21, 1 << 28
+
+
+class StridedConv2d(nn.Conv2d):
+    """3x3, stride 2. Causal: two frames (and bins) of padding before, one after, as in NeMo."""
+
+    def __init__(self, c_in: int, c_out: int, causal: bool, groups: int = 1):
+        super().__init__(c_in, c_out, 3, stride=2, padding=0 if causal else 1, groups=groups)
+        self.causal = causal
+
+    def forward(self, x):
+        return super().forward(F.pad(x, (2, 1, 2, 1)) if self.causal else x)
+
+
+class ConvSubsampling(nn.Module):
+    """`dw_striding`: one full convolution, then depthwise + pointwise; `striding`: full ones."""
+
+    def __init__(
+        self, kind: str, factor: int, feat_in: int, d_model: int, channels: int, causal: bool
+    ):
+        super().__init__()
+        layers = [StridedConv2d(1, channels, causal), nn.ReLU()]
+        for _ in range(factor.bit_length() - 2):
+            if kind == "dw_striding":
+                layers.append(StridedConv2d(channels, channels, causal, groups=channels))
+                layers.append(nn.Conv2d(channels, channels, 1))
+            else:
+                layers.append(StridedConv2d(channels, channels, causal))
+            layers.append(nn.ReLU())
+        self.conv = nn.Sequential(*layers)
+        self.out = Linear(channels * output_length(feat_in, factor, causal), d_model)
+        self.factor, self.causal = factor, causal
+
+    def forward(self, features: torch.Tensor, lengths: torch.Tensor):
+        """(B, M, T), (B,) -> (B, T', D), (B,)."""
+        b, m, t = features.shape
+        n_out = output_length(t, self.factor, self.causal)
+        frame_bytes = b * self.factor // 2 * (m // 2) * self.conv[0].out_channels
+        frame_bytes *= features.element_size()
+        tile = (TILE_BYTES_GPU if features.is_cuda else TILE_BYTES) // max(1, frame_bytes)
+        tile = max(tile, 32)
+        if n_out <= tile or torch.is_grad_enabled():
+            return self._piece(features, lengths)
+        whole = None
+        # Beside an output frame a piece holds what that frame sees: in the non-causal form one
+        # output frame's worth on either side, in the causal one two before.
+        beside = 2 if self.causal else 1
+        for start in range(0, n_out, tile):
+            stop = min(start + tile, n_out)
+            first = max(0, start - beside)
+            last = min(t, (stop + beside) * self.factor)
+            offset = first * self.factor
+            piece, _ = self._piece(features[:, :, offset:last], lengths - offset)
+            if whole is None:
+                whole = piece.new_empty(b, n_out, piece.shape[2])
+            whole[:, start:stop] = piece[:, start - first : stop - first]
+        return whole, output_length(lengths, self.factor, self.causal)
+
+    def _piece(self, features: torch.Tensor, lengths: torch.Tensor):
+        x = features.transpose(1, 2)[:, None]  # (B, 1, T, M)
+        if x.device.type == "cpu" and not torch.is_grad_enabled() and not self.causal:
+            return self._channels_last(x, lengths)
+        x = _mask_time(x, lengths)
+        for layer in self.conv:
+            if isinstance(layer, StridedConv2d):
+                x = _mask_time(x, lengths)
+                lengths = output_length(lengths, 2, self.causal)
+            x = layer(x)
+        x = _mask_time(x, lengths).transpose(1, 2)  # (B, T', C, M')
+        return self.out(x.flatten(2)), lengths
+
+    def _channels_last(self, x: torch.Tensor, lengths: torch.Tensor):
+        """The same with the channels last in memory, for a CPU: the first convolution and those of
+        width 1 are matrix products with the ReLU in them, and padding alone is masked."""
+        masked = int(lengths.min()) < x.shape[2]
+        for i, layer in enumerate(self.conv):
+            if isinstance(layer, nn.ReLU):
+                continue
+            after = "relu" if isinstance(self.conv[i + 1], nn.ReLU) else "none"
+            if isinstance(layer, StridedConv2d):
+                if masked:
+                    x = _mask_time(x, lengths)
+                lengths = output_length(lengths, 2, self.causal)
+            if layer.in_channels == 1:
+                x = linear(_patches(x), layer.weight, layer.bias, after).permute(0, 3, 1, 2)
+            elif layer.kernel_size == (1, 1):
+                x = x.permute(0, 2, 3, 1)
+                x = linear(x, layer.weight, layer.bias, after).permute(0, 3, 1, 2)
+            else:
+                x = layer(x)
+                x = F.relu_(x) if after == "relu" else x
+        x = _mask_time(x, lengths) if masked else x
+        return self.out(x.transpose(1, 2).flatten(2)), lengths
+
+
+class Reduction(nn.Module):
+    """A second subsampling, between layers: strided convolutions, or the largest of two frames.
+    Source: NeMo's SubsamplingReductionModule."""
+
+    def __init__(self, kind: str, factor: int, d_model: int):
+        super().__init__()
+        if kind == "striding":
+            self.reduction_enc = ConvSubsampling(kind, factor, d_model, d_model, d_model, False)
+        else:
+            self.reduction_enc = nn.MaxPool1d(factor)
+
+    def forward(self, x: torch.Tensor, lengths: torch.Tensor):
+        """(B, T, D), (B,) -> (B, T', D), (B,)."""
+        x = x.transpose(1, 2)
+        if isinstance(self.reduction_enc, ConvSubsampling):
+            return self.reduction_enc(x, lengths)
+        return self.reduction_enc(x).transpose(1, 2), lengths // self.reduction_enc.kernel_size
+
+
+def _patches(x: torch.Tensor) -> torch.Tensor:
+    """(B, 1, T, M) -> (B, T', M', 9): what each output of a 3x3 convolution of stride 2 sees."""
+    x = F.pad(x[:, 0], (1, 1, 1, 1))
+    return x.unfold(1, 3, 2).unfold(2, 3, 2).flatten(3)
+
+
+def _mask_time(x: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    valid = torch.arange(x.shape[2], device=x.device) < lengths[:, None]  # (B, T)
+    return x * valid[:, None, :, None].to(x.dtype)

@@ -1,0 +1,1 @@
+"""What a recording goes through: functions that take a model."""

@@ -1,0 +1,161 @@
+"""Encoder frames -> token, word and segment times.
+
+Source: NeMo's timestamp_utils and decoding classes.
+"""
+
+import contextlib
+import gc
+import itertools
+from dataclasses import dataclass
+
+from ..decoding import Hypothesis
+from ..text.tokenizer import Tokenizer
+
+
+@dataclass
+class Span:
+    """A word or a segment and its times, in seconds (inside this file also in frames), and the
+    confidence of a word where it was asked for."""
+
+    text: str
+    start: float
+    end: float
+    confidence: float | None = None
+
+
+@contextlib.contextmanager
+def without_collection():
+    """No garbage collection inside. The spans of hours hold no cycles, and as they add up Python
+    would look through all objects alive, torch's too, again and again: half of the time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def token_spans(hypothesis: Hypothesis, head: str, tokenizer: Tokenizer) -> list[Span]:
+    """Start and end encoder frames of each token, its text decoded alone.
+
+    TDT: frame to frame + duration. RNNT: the frame. CTC: from the token before to its own frame,
+    which is how NeMo counts. Punctuation snaps to the end of the token before (TDT) or has no
+    extent (CTC).
+    """
+    frames = hypothesis.frames
+    if head == "tdt":
+        ends = [frame + span for frame, span in zip(frames, hypothesis.durations)]
+        starts = frames
+    elif head == "rnnt":
+        starts, ends = frames, [frame + 1 for frame in frames]
+    else:
+        starts, ends = [max(0, frames[0] - 1), *frames[:-1]] if frames else [], frames
+    texts = (tokenizer.join([piece]) for piece in tokenizer.ids_to_pieces(hypothesis.tokens))
+    sure = hypothesis.confidences or [None] * len(frames)
+    spans = [Span(*fields) for fields in zip(texts, starts, ends, sure)]
+    for before, span in itertools.pairwise(spans):
+        if span.text[:1] and span.text[0] in tokenizer.punctuation:
+            if head == "tdt":
+                span.start = span.end = before.end
+            elif head == "ctc":
+                span.end = span.start
+    return spans
+
+
+def word_spans(
+    tokens: list[Span], pieces: list[str], tokenizer: Tokenizer, aggregate=min
+) -> list[Span]:
+    """Joins tokens to words; marks are glued to the word before them.
+
+    Args:
+        tokens: from `token_spans`; pieces: the same tokens as vocabulary pieces.
+        aggregate: the confidences of a word's tokens -> the word's.
+    """
+    words, built, first = [], [], 0
+    members, inside = [], []  # tokens of each word, and of the one being built
+    following = _next_text(tokens)
+
+    def close(last):
+        words.append(Span(tokenizer.join(built), tokens[first].start, tokens[last].end))
+        members.append(inside)
+
+    for i, (token, piece) in enumerate(zip(tokens, pieces)):
+        mark = token.text in tokenizer.punctuation and token.text != " "
+        boundary = token.text == " " and following[i] not in tokenizer.punctuation
+        if not mark and (boundary or tokenizer.starts_word(piece, token.text)):
+            if built:
+                close(i - 1)
+            built, inside = ([], []) if token.text == " " else ([piece], [i])
+            first = i
+        elif mark and words and not built:
+            words[-1].end = token.end
+            words[-1].text = words[-1].text.removesuffix(" ") + token.text
+            members[-1].append(i)
+        elif mark and built:
+            if built[-1] in (" ", "_", "▁") and built.pop() == " ":
+                inside.pop()  # NeMo's word counts the confidence of a "▁", not that of a space
+            built.append(piece)
+            inside.append(i)
+        else:
+            if not built:
+                first = i
+            built.append(piece)
+            inside.append(i)
+    if built:
+        close(-1)
+    if words:
+        words[0].start = tokens[0].start
+    for word, of_word in zip(words, members):
+        sure = [tokens[i].confidence for i in of_word]
+        word.confidence = aggregate(sure) if sure and None not in sure else None
+    return words
+
+
+def _next_text(tokens: list[Span]) -> list[str | None]:
+    """For each token the text of the next one that is neither empty nor a space."""
+    following, text = [], None
+    for token in reversed(tokens):
+        following.append(text)
+        if token.text not in ("", " "):
+            text = token.text
+    return following[::-1]
+
+
+def segment_spans(
+    words: list[Span], separators: tuple[str, ...], gap_frames: int | None = None
+) -> list[Span]:
+    """Joins words to segments that end at a separator, or where a pause of `gap_frames` is given
+    and reached."""
+    segments, built = [], []
+
+    def close():
+        segments.append(Span(" ".join(w.text for w in built), built[0].start, built[-1].end))
+        built.clear()
+
+    for word in words:
+        if gap_frames and built:
+            # NeMo quirk kept: with a gap, separators close a segment only right after another
+            # closed
+            if word.start - built[-1].end >= gap_frames:
+                close()
+            built.append(word)
+            continue
+        built.append(word)
+        if word.text and (word.text[-1] in separators or word.text in separators):
+            close()
+    if built:
+        close()
+    return segments
+
+
+def in_seconds(spans: list[Span], frame_s: float, shift_s: float, duration_s: float) -> list[Span]:
+    """Frames to seconds. `shift_s` is silence put in front of a short clip: it is taken off, and
+    the times are kept inside the clip. Without it they are NeMo's, whose last TDT token may end
+    later."""
+
+    def at(frame):
+        seconds = frame * frame_s
+        return min(max(seconds - shift_s, 0.0), duration_s) if shift_s else seconds
+
+    return [Span(span.text, at(span.start), at(span.end), span.confidence) for span in spans]

@@ -1,0 +1,352 @@
+"""Moving a model to another vocabulary, piece by piece.
+
+`match_pieces` says which old token each new one is. `change_vocabulary` moves every row that
+belongs to a piece (prediction embedding, joint output, CTC output) to its new place; blank, start
+and duration rows keep theirs, and nothing else changes: encoder, prediction LSTM, joint
+projections, the loss with its sigma, omega, durations and reductions. (NeMo's change_vocabulary
+resets a TDT loss to RNNT and the reduction to mean_batch, and makes all rows anew.)
+
+`check_transfer` compares the two models on audio before the first step.
+
+Letters of shapes: B clips, T' encoder frames, U tokens, V old and W new tokens, N duration classes.
+"""
+
+import copy
+import dataclasses
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from training.data.store import Batch
+
+from .. import ASRModel, ModelConfig
+from ..config import CTC_CLASSES, HYBRID_CLASSES, TRANSDUCER_CLASSES
+from ..text.sentencepiece_model import BYTE, CONTROL, UNKNOWN, SentencePieceModel
+from ..text.tokenizer import AggregateTokenizer, CharTokenizer, Tokenizer
+
+NOISE = 0.02  # of new rows made by "mean", in standard deviations of the old rows
+# Logits that new tokens start below the best old one. A mean of old rows is below it anyway; what
+# zeros and random rows do on other audio is unknown.
+MARGINS = {"mean": 0.5, "zeros": 2.0, "random": 2.0}
+LATTICE = 20_000_000  # logits looked at in one piece while checking
+
+# A class for character labels and the one for SentencePiece, with NeMo's modules.
+NEMO_CLASSES = {
+    CTC_CLASSES: ("ctc_models", "ctc_bpe_models"),
+    TRANSDUCER_CLASSES: ("rnnt_models", "rnnt_bpe_models"),
+    HYBRID_CLASSES: ("hybrid_rnnt_ctc_models", "hybrid_rnnt_ctc_bpe_models"),
+}
+
+
+# --- which token is which -----------------------------------------------------------------------
+
+
+def match_pieces(old: Tokenizer, new: Tokenizer) -> list[int | None]:
+    """For each new token the id of the same old one, None where there is none.
+
+    The same: equal text and both of them text, both bytes, or both control pieces; the unknown
+    piece whatever its name. A character vocabulary's blank is the piece "▁".
+    """
+    ids = {}
+    for i, key in enumerate(_identities(old)):
+        ids.setdefault(key, i)
+    return [ids.get(key) for key in _identities(new)]
+
+
+def _identities(tokenizer: Tokenizer) -> list[tuple[str, str]]:
+    if isinstance(tokenizer, CharTokenizer):
+        return [("text", "▁" if label == " " else label) for label in tokenizer.pieces]
+    pieces = SentencePieceModel.from_bytes(tokenizer.processor.serialized_model_proto()).pieces
+    kinds = {UNKNOWN: "unknown", BYTE: "byte", CONTROL: "control"}
+    return [
+        (kinds.get(piece.type, "text"), "" if piece.type == UNKNOWN else piece.text)
+        for piece in pieces
+    ]
+
+
+def spellings(old: Tokenizer, new: Tokenizer, sources: list[int | None]) -> list[list[int]]:
+    """For each new token that has no source, how the old tokenizer writes the same characters
+    (without unknown tokens); empty for all others."""
+    identities = _identities(new)
+    found = []
+    for source, (kind, text) in zip(sources, identities, strict=True):
+        ids = _spell(old, text) if source is None and kind == "text" else []
+        found.append([i for i in ids if i != old.unk_id])
+    return found
+
+
+def _spell(old: Tokenizer, text: str) -> list[int]:
+    if isinstance(old, CharTokenizer):
+        return old.encode(text.replace("▁", " ") if " " in old.ids else text)
+    if text.startswith("▁"):
+        return old.encode(text.replace("▁", " ").strip()) if text != "▁" else []
+    # Inside a word: what follows a known letter, so that no "▁" stands in front.
+    for letter in "a", "1":
+        with_letter, alone = old.encode(f"{letter}{text}"), old.encode(letter)
+        if with_letter[: len(alone)] == alone:
+            return with_letter[len(alone) :]
+    return [i for i in old.encode(text) if old.pieces[i] != "▁"]
+
+
+# --- moving the rows ----------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """What a change of vocabulary moved. `sources`: old id of each new token, None for new ones."""
+
+    sources: tuple[int | None, ...]
+    n_old: int
+
+    @property
+    def moved(self) -> list[int]:
+        """New ids that an old row went to."""
+        return [i for i, source in enumerate(self.sources) if source is not None]
+
+    @property
+    def new(self) -> list[int]:
+        return [i for i, source in enumerate(self.sources) if source is None]
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether every old token is still there, so that the old output still can be."""
+        return {s for s in self.sources if s is not None} == set(range(self.n_old))
+
+    def old_outputs(self) -> tuple[Tensor, Tensor]:
+        """(old, new) positions of the outputs that are in both, blank included; in old order."""
+        pairs = [(s, i) for i, s in enumerate(self.sources) if s is not None]
+        pairs = [*sorted(pairs), (self.n_old, len(self.sources))]
+        old, new = torch.tensor(pairs).T
+        return old, new
+
+
+def change_vocabulary(
+    model: ASRModel,
+    tokenizer: Tokenizer,
+    files: dict[str, bytes],
+    transfer: str = "by_piece",
+    new_rows: str = "mean",
+    seed: int = 0,
+) -> Change:
+    """Gives the model another tokenizer, in place.
+
+    Args:
+        files: the tokenizer's, by name, as a checkpoint keeps them; empty for characters.
+        transfer: "by_piece", or "none": every token's row is random.
+        new_rows: of tokens that the old vocabulary lacks. "mean": of the old tokens that write the
+            same characters (of all tokens where none does), with a little noise; "zeros"; "random":
+            as NeMo initialises them. Where all old tokens stay, the output biases of new ones are
+            lowered so that they do not win.
+        seed: of noise and random rows.
+    Raises:
+        ValueError: unknown names of the rules, or a model with a tokenizer for each language.
+    """
+    if isinstance(model.tokenizer, AggregateTokenizer):
+        raise ValueError(
+            f"the model has a tokenizer for each of {', '.join(model.tokenizer.languages)}; such a "
+            "vocabulary cannot be changed, leave model.tokenizer away"
+        )
+    if transfer not in ("by_piece", "none"):
+        raise ValueError(f"transfer is {transfer!r}, expected by_piece or none")
+    if new_rows not in ("mean", "zeros", "random"):
+        raise ValueError(f"new_rows is {new_rows!r}, expected mean, zeros or random")
+    old = model.tokenizer
+    sources = match_pieces(old, tokenizer)
+    if transfer == "none":
+        sources, new_rows = [None] * len(sources), "random"
+    change = Change(tuple(sources), old.vocab_size)
+    spelled = spellings(old, tokenizer, sources)
+    generator = torch.Generator().manual_seed(seed)
+
+    def rows(table: Tensor, fresh: Tensor) -> Tensor:
+        """(W, ...) of the old tokens' rows (V, ...); `fresh` are random ones."""
+        made = fresh if new_rows == "random" else torch.zeros_like(fresh)
+        if new_rows == "mean":
+            noise = torch.randn(fresh.shape, generator=generator) * table.float().std() * NOISE
+            average = table.float().mean(0)
+            for i in change.new:
+                ids = spelled[i]
+                made[i] = table[ids].float().mean(0) if ids else average
+            made = made + noise.to(made)
+        made[change.moved] = table[[s for s in sources if s is not None]].to(made)
+        return made
+
+    def outputs(weight: Tensor, bias: Tensor, fresh_weight: Tensor, fresh_bias: Tensor):
+        """Rows of an output layer, whose last ones (blank, durations) keep their order."""
+        n_old = old.vocab_size
+        new_bias = rows(bias[:n_old], fresh_bias)
+        if change.keeps_all and change.new:
+            # The mean of some logits is below the highest; of other rows nothing is known here.
+            ceiling = new_bias[change.new] if new_rows == "mean" else bias[:n_old].min()
+            new_bias[change.new] = ceiling - MARGINS[new_rows]
+        weights = rows(weight[:n_old], fresh_weight)
+        return torch.cat([weights, weight[n_old:]]), torch.cat([new_bias, bias[n_old:]])
+
+    n_new = tokenizer.vocab_size
+    with torch.no_grad():
+        if model.config.joint:
+            embed = model.decoder.prediction["embed"]
+            fresh = torch.randn(n_new, embed.embedding_dim, generator=generator)
+            weight = rows(embed.weight[: old.vocab_size], fresh.to(embed.weight))
+            weight = torch.cat([weight, embed.weight[old.vocab_size :]])  # padding, where it is
+            padding = None if embed.padding_idx is None else n_new
+            moves = embed.weight.requires_grad
+            model.decoder.prediction["embed"] = nn.Embedding.from_pretrained(
+                weight, freeze=not moves, padding_idx=padding
+            )
+            layer = model.joint.joint_net[-1]
+            bound = 1 / math.sqrt(layer.in_features)
+            fresh = torch.empty(n_new, layer.in_features + 1).uniform_(
+                -bound, bound, generator=generator
+            )
+            fresh = fresh.to(layer.weight)
+            weight, bias = outputs(layer.weight, layer.bias, fresh[:, :-1], fresh[:, -1])
+            _set_rows(layer, weight, bias)
+            layer.out_features = len(bias)
+        if "ctc" in model.heads:
+            layer = model.ctc_head.decoder_layers[0]
+            bound = math.sqrt(6 / (layer.in_channels + n_new + 1))  # NeMo's xavier_uniform
+            fresh = torch.empty(n_new, layer.in_channels, 1).uniform_(
+                -bound, bound, generator=generator
+            )
+            edge = 1 / math.sqrt(layer.in_channels)
+            fresh_bias = torch.empty(n_new).uniform_(-edge, edge, generator=generator)
+            fresh, fresh_bias = fresh.to(layer.weight), fresh_bias.to(layer.bias)
+            _set_rows(layer, *outputs(layer.weight, layer.bias, fresh, fresh_bias))
+            layer.out_channels = n_new + 1
+    model.config = ModelConfig.from_nemo(with_vocabulary(model.config.nemo, tokenizer))
+    model.tokenizer, model.tokenizer_files = tokenizer, files
+    return change
+
+
+def _set_rows(layer: nn.Module, weight: Tensor, bias: Tensor) -> None:
+    layer.weight = nn.Parameter(weight.contiguous(), layer.weight.requires_grad)
+    layer.bias = nn.Parameter(bias.contiguous(), layer.bias.requires_grad)
+
+
+def with_vocabulary(config: dict, tokenizer: Tokenizer) -> dict:
+    """A copy of NeMo's config that names the tokenizer's files and pieces, as NeMo writes it; a
+    model class for characters becomes the one for SentencePiece, and the other way round."""
+    config = copy.deepcopy(config)
+    pieces = list(tokenizer.pieces)
+    is_char = isinstance(tokenizer, CharTokenizer)
+    module, _, name = str(config.get("target", "")).rpartition(".")
+    for classes, modules in NEMO_CLASSES.items():
+        wanted = 0 if is_char else 1
+        if name in classes and name != classes[wanted]:
+            package = module.rpartition(".")[0]
+            config["target"] = ".".join(filter(None, (package, modules[wanted], classes[wanted])))
+    if is_char:
+        config.pop("tokenizer", None)
+    else:
+        config["tokenizer"] = {
+            "dir": "tokenizer",  # never read, but NeMo's restore_from wants the key
+            "type": "bpe",
+            "model_path": "nemo:tokenizer.model",
+            "vocab_path": "nemo:vocab.txt",
+            "spe_tokenizer_vocab": "nemo:tokenizer.vocab",
+        }
+    config["labels"] = pieces
+    if "joint" in config:
+        config["decoder"]["vocab_size"] = len(pieces)
+        config["joint"] |= {"num_classes": len(pieces), "vocabulary": pieces}
+    ctc = config.get("aux_ctc", {}).get("decoder") if "joint" in config else config.get("decoder")
+    if ctc is not None:
+        ctc |= {"num_classes": len(pieces), "vocabulary": pieces}
+    return config
+
+
+# --- the proof before the first step ------------------------------------------------------------
+
+
+@torch.no_grad()
+def check_transfer(
+    original: ASRModel,
+    model: ASRModel,
+    change: Change,
+    batches: Iterable[Batch],
+    margin: float = MARGINS["mean"],
+) -> str:
+    """Raises ValueError unless, on these clips, every old token's logits are what they were and,
+    where all old tokens stayed, every head's greedy output too.
+
+    New tokens that come within `margin` logits of winning somewhere get lower biases first: the
+    only change made here. Both models are left in evaluation mode.
+
+    Returns:
+        A line that says what was checked.
+    """
+    original.eval()
+    model.eval()
+    old_ids, new_ids = change.old_outputs()
+    new_id = dict(zip(old_ids.tolist(), new_ids.tolist(), strict=True))
+    lowered, largest, scale, n_clips, n_same = {}, 0.0, 1.0, 0, 0
+    heard = []
+    for batch in batches:
+        encoded, lengths = original.encode(*original.featurize(batch.audio, batch.audio_lengths))
+        found = {head: original.decode_greedy(encoded, lengths, head) for head in original.heads}
+        heard.append((batch, encoded, lengths, found))
+        n_clips += len(batch.utterances)
+        for head, hypotheses in found.items():
+            for old, new in _logits(original, model, new_id, encoded, lengths, head, hypotheses):
+                n_durations = old.shape[-1] - original.blank_id - 1
+                pairs = [(old[:, old_ids], new[:, new_ids])]
+                if n_durations:
+                    pairs.append((old[:, -n_durations:], new[:, -n_durations:]))
+                for before, after in pairs:
+                    largest = max(largest, float((before - after).abs().max()))
+                    scale = max(scale, float(before.abs().max()))
+                if change.keeps_all and change.new:
+                    rival = new[:, change.new].amax(-1) - old[:, : original.blank_id + 1].amax(-1)
+                    excess = float(rival.max()) + margin
+                    if excess > lowered.get(head, 0.01):
+                        lowered[head] = excess
+    if largest > 1e-5 * scale:
+        raise ValueError(
+            f"the change of vocabulary alters the logits of old tokens by up to {largest:.2g}"
+        )
+    for head, by in lowered.items():
+        layer = model.ctc_head.decoder_layers[0] if head == "ctc" else model.joint.joint_net[-1]
+        layer.bias[change.new] -= by
+    for batch, encoded, lengths, found in heard if change.keeps_all else ():
+        for head, hypotheses in found.items():
+            again = model.decode_greedy(encoded, lengths, head)
+            for utterance, x, y in zip(batch.utterances, hypotheses, again, strict=True):
+                moved = [new_id[token] for token in x.tokens], x.frames, x.durations
+                if moved != (y.tokens, y.frames, y.durations):
+                    raise ValueError(
+                        f"the change of vocabulary alters what {head} hears in {utterance.name}: "
+                        f"{original.tokenizer.decode(x.tokens)!r} becomes "
+                        f"{model.tokenizer.decode(y.tokens)!r}"
+                    )
+                n_same += 1
+    said = [
+        f"{len(change.moved)} of {change.n_old} old tokens moved, {len(change.new)} are new",
+        f"their logits are equal within {largest:.1g} on {n_clips} clips",
+    ]
+    if change.keeps_all:
+        said.append(f"{n_same} greedy outputs are unchanged")
+    said += [
+        f"{head}: biases of new tokens lowered by {by:.1f}" for head, by in lowered.items() if by
+    ]
+    return "; ".join(said)
+
+
+def _logits(original, model, new_id, encoded, lengths, head, hypotheses):
+    """(n, V+1+N) of the old model and (n, W+1+N) of the new one, in portions: of every frame, and
+    for a transducer of every prefix of what it heard, of tokens that both have."""
+    for clip, length, hypothesis in zip(encoded, lengths.tolist(), hypotheses, strict=True):
+        clip = clip[None, :length]
+        if head == "ctc":
+            yield original.ctc_head(clip)[0], model.ctc_head(clip)[0]
+            continue
+        kept = [token for token in hypothesis.tokens if token in new_id]
+        tokens = torch.tensor([kept, [new_id[token] for token in kept]], dtype=torch.int64)
+        tokens = tokens.to(clip.device)
+        states = original.decoder(tokens[:1]), model.decoder(tokens[1:])
+        n_outputs = model.joint.joint_net[-1].out_features
+        for portion in clip.split(max(1, LATTICE // (n_outputs * (len(kept) + 1))), 1):
+            joints = (original.joint(portion, states[0]), model.joint(portion, states[1]))
+            yield tuple(logits.flatten(0, 2) for logits in joints)

@@ -1,0 +1,1 @@
+"""Text: tokens, pieces, error rates."""

@@ -1,0 +1,192 @@
+"""Audio reading: formats, rates, sections, bad files."""
+
+import os
+
+import numpy as np
+import pytest
+import soundfile
+from conftest import speech
+
+from fastconformer.audio.files import audio_duration, load_audio
+
+
+def tone(seconds=0.5, rate=16000, hz=440.0):
+    return 0.5 * np.sin(2 * np.pi * hz * np.arange(round(seconds * rate)) / rate)
+
+
+def write(path, samples, rate=16000, **options):
+    soundfile.write(path, samples, rate, **options)
+    return path
+
+
+@pytest.mark.parametrize("suffix", ["wav", "flac"])
+def test_sixteen_bit_samples_are_exact(tmp_path, suffix):
+    samples = np.random.default_rng(0).integers(-32768, 32768, 5000, dtype=np.int16)
+    path = write(tmp_path / f"a.{suffix}", samples)
+    for given in (path, str(path)):
+        audio = load_audio(given, 16000)
+        assert audio.dtype == np.float32 and audio.flags.c_contiguous and audio.flags.writeable
+        np.testing.assert_array_equal(audio, samples.astype(np.float32) / 32768)
+    assert audio_duration(path) == 5000 / 16000
+
+
+def test_float_samples_are_not_clipped(tmp_path):
+    samples = np.array([0.0, 1.5, -3.0, 1e-7], dtype=np.float32)
+    path = write(tmp_path / "a.wav", samples, subtype="FLOAT")
+    np.testing.assert_array_equal(load_audio(path, 16000), samples)
+    path = write(tmp_path / "b.wav", samples.astype(np.float64), subtype="DOUBLE")
+    np.testing.assert_array_equal(load_audio(path, 16000), samples)
+
+
+def test_channels_are_averaged(tmp_path):
+    samples = np.random.default_rng(0).integers(-32768, 32768, (999, 3), dtype=np.int16)
+    audio = load_audio(write(tmp_path / "a.wav", samples), 16000)
+    np.testing.assert_allclose(audio, samples.mean(axis=1) / 32768, atol=1e-7)
+
+
+@pytest.mark.parametrize("suffix", ["wav", "flac", "ogg", "mp3"])
+@pytest.mark.parametrize("rate", [8000, 44100, 48000])
+def test_a_tone_survives_format_and_rate(tmp_path, suffix, rate):
+    path = write(tmp_path / f"a.{suffix}", tone(rate=rate), rate)
+    assert abs(audio_duration(path) - 0.5) < 0.001
+    audio = load_audio(path, 16000)
+    assert abs(len(audio) - 8000) <= 1
+    middle = slice(1000, 7000)  # lossy codecs and filters ring at the edges
+    limit = 3e-4 if suffix in ("wav", "flac") else 0.05
+    assert np.abs(audio[: len(tone())] - tone()[: len(audio)])[middle].max() < limit
+
+
+def test_what_the_target_rate_cannot_hold_is_filtered(tmp_path):
+    path = write(tmp_path / "a.wav", tone(rate=44100, hz=12000.0), 44100)
+    assert np.abs(load_audio(path, 16000)[1000:-1000]).max() < 1e-3
+
+
+@pytest.mark.parametrize("suffix", ["wav", "flac", "ogg"])
+def test_a_section_is_that_part_of_the_whole(tmp_path, suffix):
+    samples = 0.1 * np.random.default_rng(0).standard_normal(16000)
+    path = write(tmp_path / f"a.{suffix}", samples)
+    whole = load_audio(path, 16000)
+    for offset_s, duration_s in ((0.0, 0.25), (0.25, 0.5), (0.25, None), (0.9, 5.0), (0.1, 2.3e-5)):
+        start = round(offset_s * 16000)
+        end = len(whole) if duration_s is None else start + max(1, round(duration_s * 16000))
+        part = load_audio(path, 16000, offset_s, duration_s)
+        np.testing.assert_array_equal(part, whole[start:end])
+
+
+def test_a_section_is_resampled(tmp_path):
+    path = write(tmp_path / "a.wav", tone(1.0, 8000), 8000)
+    part = load_audio(path, 16000, 0.5, 0.25)
+    assert len(part) == 4000
+    assert np.abs(part - tone(1.0)[8000:12000])[300:-300].max() < 1e-3
+
+
+def test_a_long_file_is_read_whole(tmp_path):
+    samples = np.tile(np.arange(-1000, 1000, dtype=np.int16), 2200)  # more than one block
+    audio = load_audio(write(tmp_path / "a.wav", samples), 16000)
+    np.testing.assert_array_equal(audio * 32768, samples)
+
+
+def test_a_length_that_the_file_does_not_have_takes_no_memory(tmp_path):
+    path = write(tmp_path / "a.flac", tone())
+    content = bytearray(path.read_bytes())
+    content[21] |= 0x0F
+    content[22:26] = b"\xff" * 4  # 2**36 samples, 256 GiB
+    path.write_bytes(content)
+    try:
+        assert len(load_audio(path, 16000)) == 8000
+    except ValueError as error:
+        assert str(path) in str(error)
+
+
+def refused(path, message, error=ValueError, **section):
+    with pytest.raises(error, match=message) as caught:
+        load_audio(path, 16000, **section)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+    if not section and "NaN" not in message:
+        with pytest.raises(error, match=message):
+            audio_duration(path)
+
+
+def test_a_flac_without_a_length_is_named(tmp_path):
+    """As encoders leave it when they write to a pipe: 36 bits of sample count are zero."""
+    path = write(tmp_path / "a.flac", tone())
+    content = bytearray(path.read_bytes())
+    content[21] &= 0xF0
+    content[22:26] = bytes(4)
+    path.write_bytes(content)
+    refused(path, "does not tell its length")
+
+
+def test_bad_files_are_named(tmp_path):
+    refused(tmp_path / "none.wav", "no such audio file", FileNotFoundError)
+    refused(tmp_path / ("long" * 100), "no such audio file", FileNotFoundError)
+    refused(tmp_path, "is not a file")
+    (tmp_path / "empty.wav").touch()
+    refused(tmp_path / "empty.wav", "is empty")
+    refused(write(tmp_path / "zero.wav", np.zeros(0)), "holds no samples")
+    for index, content in enumerate((b"RIFF", b"hello" * 99, b"fLaC" + bytes(99), b"OggS" * 99)):
+        path = tmp_path / f"{index}.wav"
+        path.write_bytes(content)
+        refused(path, "damaged or not audio")
+
+
+def test_a_pipe_does_not_block(tmp_path):
+    os.mkfifo(tmp_path / "pipe.wav")
+    refused(tmp_path / "pipe.wav", "is not a file")
+
+
+def test_a_truncated_flac_is_named(tmp_path):
+    noise = 0.1 * np.random.default_rng(0).standard_normal(16000)
+    path = write(tmp_path / "a.flac", noise)
+    path.write_bytes(path.read_bytes()[:-999])
+    with pytest.raises(ValueError, match="damaged or not audio") as caught:
+        load_audio(path, 16000)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_samples_that_are_not_finite_are_named(tmp_path, value):
+    samples = tone()
+    samples[77] = value
+    refused(write(tmp_path / "a.wav", samples, subtype="FLOAT"), "NaN or infinite samples")
+
+
+def test_an_impossible_rate_is_named(tmp_path):
+    path = write(tmp_path / "a.wav", tone())
+    content = bytearray(path.read_bytes())
+    for rate in (0, 1, 2**31 - 1):
+        content[24:28] = rate.to_bytes(4, "little")
+        path.write_bytes(content)
+        refused(path, "damaged")
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"offset_s": -0.1}, "offset is -0.1 s"),
+        ({"offset_s": float("nan")}, "offset is nan s"),
+        ({"offset_s": 0.5}, "offset 0.5 s is past the end, the file has 0.500 s"),
+        ({"offset_s": 1e300}, "past the end"),
+        ({"duration_s": 0.0}, "duration is 0.0 s"),
+        ({"duration_s": -1.0}, "duration is -1.0 s"),
+        ({"duration_s": float("inf")}, "duration is inf s"),
+    ],
+)
+def test_impossible_sections_are_named(tmp_path, section, message):
+    refused(write(tmp_path / "a.wav", tone()), message, **section)
+
+
+def test_shorter_than_a_sample_after_resampling(tmp_path):
+    path = write(tmp_path / "a.wav", np.array([0.1]), 192000)
+    try:
+        assert len(load_audio(path, 8000)) == 1
+    except ValueError as error:
+        assert "shorter than one sample" in str(error)
+
+
+@pytest.mark.parametrize("name", ["an4", "fsdd", "asterisk_prompts", "longform_en"])
+def test_real_recordings(name):
+    files = sorted(p for p in speech(name).rglob("*") if p.suffix in (".flac", ".ogg", ".wav"))
+    audio = load_audio(files[0], 16000)
+    assert 0.001 < np.abs(audio).max() <= 1.1  # a lossy codec may overshoot
+    assert abs(len(audio) / 16000 - audio_duration(files[0])) < 1e-3

@@ -1,0 +1,118 @@
+"""What `training.compare` finds, on the golden training case's model and made-up data."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import soundfile
+import yaml
+from conftest import golden
+
+from training import compare
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """A function (changes) -> path of a recipe over four clips of noise."""
+    rng = np.random.default_rng(0)
+    lines = []
+    for i, text in enumerate(["one two", "three", "nine", "seven six"]):
+        soundfile.write(tmp_path / f"{i}.wav", 0.1 * rng.standard_normal(12000 + 4000 * i), 8000)
+        line = {"audio_filepath": f"{i}.wav", "duration": 1.5 + 0.5 * i, "text": text}
+        lines.append(json.dumps(line))
+    (tmp_path / "train.jsonl").write_text("\n".join(lines) + "\n")
+
+    def write(name="recipe.yaml", **changes):
+        tree = {
+            "output": str(tmp_path / "run"),
+            "model": {"init_from": str(golden("train_parity") / "model.nemo")},
+            "data": {"train": [str(tmp_path / "train.jsonl")], "batch_size": 2},
+            "trainer": {"max_steps": 20, "accumulate": 2},
+        }
+        for key, value in changes.items():
+            tree.setdefault(key, {}).update(value)
+        path = tmp_path / name
+        path.write_text(yaml.safe_dump(tree))
+        return str(path)
+
+    return write
+
+
+def test_facts_in_numbers(recipe, capsys):
+    assert compare.main([recipe(optim={"lr": 1e-3})]) == 0
+    told = capsys.readouterr().out
+    assert "audio in a step       9 s" in told  # two batches of two clips, 9 s in all
+    assert "epochs                20.0" in told
+    assert "lr" in told and "FAIL" not in told
+    assert "8000 Hz; slower ones are resampled up" in told
+
+
+def test_the_batch_that_the_device_takes_is_found(recipe, capsys):
+    auto = {"batch_duration_s": "auto", "batch_memory_gb": 4.0}
+    assert compare.main([recipe(data=auto)]) == 0
+    assert "audio in a step       9 s" in capsys.readouterr().out  # any limit: two clips a batch
+
+
+def test_nothing_is_written(recipe, tmp_path):
+    assert compare.main([recipe()]) == 0
+    assert not (tmp_path / "run").exists()
+
+
+def test_frozen_layers_and_rates_are_told_beside_another_recipe(recipe, capsys):
+    first = recipe("first.yaml")
+    second = recipe("second.yaml", freeze={"modules": ["encoder"]}, optim={"lr": 1e-5})
+    assert compare.main([second, first]) == 0
+    told = capsys.readouterr().out
+    (moving,) = [line for line in told.splitlines() if line.startswith("parameters that move")]
+    other, mine = (float(number) for number in re.findall(r"([\d.]+) M of", moving))
+    assert 0 < mine < other
+    assert "freeze.modules" in told and "frozen layers keep the old domain" in told
+    assert "optim.lr" in told and "too high forgets the checkpoint" in told
+    assert compare.main([first, first]) == 0
+    assert "the recipes are the same" in capsys.readouterr().out
+
+
+def test_rate_beside_the_checkpoints_own(recipe):
+    optim = {"name": "adamw", "lr": 2.0, "sched": {"name": "NoamAnnealing", "warmup_steps": 100}}
+    assert compare.peak_lr(optim, 64) == pytest.approx(2.0 / 8 / 10)
+    assert compare.peak_lr({"lr": 0.01, "sched": {"name": "CosineAnnealing"}}, 64) == 0.01
+    assert compare.peak_lr({}, 64) is None
+
+
+def test_every_recipe_key_has_a_meaning():
+    import dataclasses
+
+    from training.recipe.recipe import Recipe
+
+    for section in dataclasses.fields(Recipe):
+        if section.name != "distill":  # of another command
+            assert compare.meaning(section.name + ".x") or section.name in ("model", "data")
+
+
+def test_text_that_the_tokenizer_cannot_write_fails(recipe, tmp_path, capsys):
+    path = recipe()
+    manifest = tmp_path / "train.jsonl"
+    manifest.write_text(manifest.read_text().replace("nine", "neun 漢字漢字"))
+    assert compare.main([path]) == 1
+    told = capsys.readouterr()
+    assert "FAIL  tokenizer" in told.out and "漢" in told.out
+
+
+def test_a_missing_manifest_or_checkpoint_is_one_line(recipe, capsys):
+    assert compare.main([recipe(data={"train": ["gone.jsonl"]})]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("preflight failed: ") and error.count("\n") == 1
+    assert compare.main([recipe(model={"init_from": "gone.nemo"})]) == 1
+    assert compare.main([recipe(optim={"lrr": 1})]) == 2
+
+
+def test_unreadable_audio_fails(recipe, tmp_path, capsys):
+    path = recipe()
+    (tmp_path / "1.wav").write_bytes(b"no sound")
+    assert compare.main([path]) == 1
+    assert "FAIL" in capsys.readouterr().out
+
+
+def test_guard_without_its_set_fails(recipe, capsys):
+    assert compare.main([recipe(guard={"set": "general"})]) in (1, 2)

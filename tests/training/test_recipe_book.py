@@ -1,0 +1,68 @@
+"""Every recipe of the book, run to its end on tiny data."""
+
+import json
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from conftest import golden
+
+from fastconformer import load_model
+from training.finetune import main as finetune
+
+ROOT = Path(__file__).resolve().parents[2]
+BOOK = ["finetune", "freeze_ctc", "less_frozen", "full_hybrid", "one_corpus", "second_corpus"]
+BOOK += ["strong_augment", "telephone", "birwkv7"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    rng, lines = np.random.default_rng(0), []
+    for i, text in enumerate(["one two", "three", "nine", "seven six"]):
+        soundfile.write(folder / f"{i}.wav", 0.1 * rng.standard_normal(16000), 16000)
+        line = {"audio_filepath": str(folder / f"{i}.wav"), "duration": 1.0, "text": text}
+        lines.append(json.dumps(line) + "\n")
+    for place in (".", "calls", "general", "mine"):
+        (folder / place).mkdir(exist_ok=True)
+        for name in ("train.jsonl", "dev.jsonl"):
+            (folder / place / name).write_text("".join(lines))
+    os.symlink(golden("train_parity") / "model.nemo", folder / "parakeet.nemo")
+    return folder
+
+
+@pytest.mark.parametrize("name", BOOK)
+def test_recipe_runs_to_its_end(name, data, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(data)  # the recipe's own paths lie here
+    heads = load_model("parakeet.nemo").heads
+    overrides = [f"output={tmp_path / 'run'}", "trainer.threads=1", "trainer.accumulate=1"]
+    overrides += ["trainer.device=cpu", "data.batch_size=2", "trainer.epochs=1"]
+    text = (ROOT / "recipes" / f"{name}.yaml").read_text()
+    if "encoder_layers" in text and not text.count("# freeze") and "half" not in text:
+        overrides.append("freeze.encoder_layers=1")  # the model here has few layers
+    if "warmup_steps" in text:
+        overrides.append("schedule.warmup_steps=1")
+    if "wer/calls/tdt" in text or "wer/mine/tdt" in text:
+        set_name = "calls" if "wer/calls/tdt" in text else "mine"
+        overrides.append(f"keep.metric=wer/{set_name}/{heads[0]}")
+    assert finetune([str(ROOT / "recipes" / f"{name}.yaml"), *overrides]) == 0, capsys.readouterr()
+    run = tmp_path / "run"
+    ledger = [json.loads(line) for line in (run / "ledger.jsonl").read_text().splitlines()]
+    assert ledger[0]["step"] == 0 and ledger[-1]["step"] > 0
+    logs = list(run.glob("**/log.jsonl"))
+    losses = [json.loads(line)["loss"] for log in logs for line in log.read_text().splitlines()]
+    assert losses and all(math.isfinite(loss) for loss in losses)
+    model = load_model(run / "model.nemo")
+    assert model.sample_rate == (8000 if name == "telephone" else 16000)
+    attention = model.config.encoder.self_attention_model
+    assert (attention == "rwkv7_attn") == (name == "birwkv7")
+
+
+def test_the_page_names_every_recipe():
+    page = (ROOT / "docs" / "recipes.md").read_text()
+    recipes = {path.name for path in (ROOT / "recipes").glob("*.yaml")}
+    recipes -= {path for path in recipes if path.startswith("base_tiny")} | {"finetune.yaml"}
+    assert not [name for name in recipes if f"recipes/{name}" not in page]

@@ -1,0 +1,1 @@
+"""Sound changed while training."""

@@ -1,0 +1,1 @@
+"""What happens in each step, and what a run leaves on disk."""

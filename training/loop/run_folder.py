@@ -1,0 +1,215 @@
+"""What a run keeps in its folder: checkpoints, models, failed batches, JSON lines."""
+
+import contextlib
+import dataclasses
+import json
+import logging
+import pickle
+import shutil
+from pathlib import Path
+
+import torch
+
+from fastconformer.checkpoint.files import atomic_file
+from fastconformer.checkpoint.folder import Checkpoint, write_folder
+from training.data.store import Batch, Utterance
+from training.loop.keep import Kept
+from training.loop.ranks import ONE, Ranks, cut_like, cut_moments, whole
+from training.optim.ema import EMA
+from training.optim.optim import load_optimizer_state, optimizer_state
+from training.recipe.recipe import Recipe, recipe_differences, recipe_from_dict
+
+try:
+    import fcntl
+except ModuleNotFoundError:  # Windows
+    fcntl = None
+
+log = logging.getLogger("finetune")
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path):
+    """ValueError where another process is at work in the folder. The lock ends with its process,
+    however that ends; the loader's workers, which may live on for seconds, do not hold it."""
+    with open(folder / ".lock", "a") as file:
+        try:
+            if fcntl is not None:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise ValueError(
+                f"{folder}: another run is at work there; wait for it, or choose another output"
+            ) from None
+        except OSError as error:
+            log.warning("%s cannot be locked (%s): start no second run there", folder, error)
+        yield
+
+
+@dataclasses.dataclass
+class Progress:
+    """How far a run is; part of every checkpoint."""
+
+    step: int = 0  # optimizer steps done, skipped ones included
+    epoch: int = 0
+    batch: int = 0  # batches of this epoch that are done
+    evaluated: int = -1  # step of the last evaluation
+    baseline: dict | None = None  # the ledger's first record: the untouched model
+    best: dict | None = None  # the ledger's record of best/
+    kept: Kept = dataclasses.field(default_factory=Kept)
+    skipped: int = 0  # steps without an update: a loss or gradient was not finite
+    splits: int = 0  # steps that ran out of memory and were done again in pieces
+    seconds: float = 0.0
+    losses: list[float] = dataclasses.field(default_factory=list)  # since the last evaluation
+    ended: str | None = None  # why the run has ended before its last step
+    averaged: bool = False  # the average of the best has been measured
+
+
+# --- checkpoints --------------------------------------------------------------------------------
+
+
+def checkpoint_paths(folder: Path) -> list[Path]:
+    """Checkpoints of a run, oldest first."""
+    return sorted(folder.glob("step_*.pt"), key=lambda path: int(path.stem.removeprefix("step_")))
+
+
+def save_checkpoint(
+    folder: Path,
+    model,
+    optimizer,
+    ema: EMA | None,
+    progress: Progress,
+    recipe: Recipe,
+    ranks: Ranks = ONE,
+) -> Path:
+    """Everything that resuming needs, in one file, whatever the number of processes; older ones
+    beyond `keep_last` go. `training.average` reads it too, so the config and tokenizer are in it.
+    """
+    path = folder / f"step_{progress.step:08d}.pt"
+    state = {
+        "model": whole(model.state_dict()),
+        "optimizer": whole(optimizer_state(optimizer)),
+        "ema": None if ema is None else whole(ema.state_dict()),
+        "progress": dataclasses.asdict(progress),
+        "recipe": dataclasses.asdict(recipe),
+        "config": model.config.nemo,
+        "tokenizer_files": model.tokenizer_files,
+    }
+    if ranks.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+        with atomic_file(path) as temporary:
+            torch.save(state, temporary)
+        for old in checkpoint_paths(folder)[: -recipe.trainer.keep_last]:
+            old.unlink()
+    ranks.barrier()
+    return path
+
+
+def resume(path: Path, model, optimizer, ema: EMA | None, recipe: Recipe) -> Progress:
+    """Load `save_checkpoint`'s file into model, optimizer and moving average.
+
+    Raises:
+        ValueError: the file is damaged or belongs to another model.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        old = recipe_from_dict(_lists(state["recipe"]), f"recipe in {path}")
+        model.load_state_dict(cut_like(state["model"], model.state_dict()))
+        load_optimizer_state(optimizer, cut_moments(state["optimizer"], optimizer))
+        if ema is not None:
+            ema.load_state_dict(cut_like(state["ema"] or {}, ema.average), model)
+        progress = Progress(**state["progress"] | {"kept": Kept(**state["progress"]["kept"])})
+    except (RuntimeError, KeyError, TypeError, ValueError, pickle.UnpicklingError) as error:
+        raise ValueError(
+            f"cannot resume from {path}: {' '.join(str(error).split())[:300]}; "
+            "remove it to go on from an older one, or choose another output folder"
+        ) from error
+    for key, (before, now) in recipe_differences(old, recipe).items():
+        log.warning("recipe changed since the checkpoint: %s was %s, is %s", key, before, now)
+    return progress
+
+
+# --- models -------------------------------------------------------------------------------------
+
+
+def save_model(checkpoint: Checkpoint, folder: Path, ranks: Ranks = ONE) -> None:
+    """A model folder, from tensors that may lie in shards."""
+    state = whole(checkpoint.state_dict)
+    if ranks.is_main:
+        write_folder(folder, Checkpoint(checkpoint.config, state, checkpoint.tokenizer_files))
+    ranks.barrier()
+
+
+def top_folder(out: Path, step: int) -> Path:
+    return out / "top" / f"step_{step:08d}"
+
+
+def prune_top(out: Path, kept: Kept) -> None:
+    """Only the models of `kept.top` stay. To be called after the checkpoint that names them."""
+    names = {top_folder(out, step).name for _, _, step in kept.top}
+    for folder in (out / "top").glob("step_*"):
+        if folder.name not in names:
+            shutil.rmtree(folder)
+
+
+# --- batches that failed ------------------------------------------------------------------------
+
+
+def save_batch(path: Path, batch: Batch, **facts) -> None:
+    """A batch with its sound and tokens, and what else is known of it: `load_batch` reads it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {
+        name: getattr(batch, name).cpu()
+        for name in ("audio", "audio_lengths", "targets", "target_lengths")
+    }
+    utterances = [dataclasses.asdict(utterance) for utterance in batch.utterances]
+    with atomic_file(path) as temporary:
+        torch.save({**tensors, "utterances": utterances, **facts}, temporary)
+
+
+def load_batch(path: Path) -> tuple[Batch, dict]:
+    """A batch that `save_batch` wrote, and its facts: {"seeds": the arguments of `seed_step`}."""
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    utterances = tuple(
+        Utterance(**u | {"tokens": tuple(u["tokens"])}) for u in state.pop("utterances")
+    )
+    names = ("audio", "audio_lengths", "targets", "target_lengths")
+    return Batch(utterances, *(state.pop(name) for name in names)), state
+
+
+# --- JSON lines ---------------------------------------------------------------------------------
+
+
+def _lists(value):
+    if isinstance(value, dict):
+        return {key: _lists(item) for key, item in value.items()}
+    return list(value) if isinstance(value, tuple) else value
+
+
+def json_line(record: dict) -> str:
+    return json.dumps(record, ensure_ascii=False) + "\n"
+
+
+def append_line(path: Path, record: dict) -> None:
+    """One more JSON line, on disk when this returns to the operating system."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json_line(record))
+
+
+def read_lines(path: Path) -> list[dict]:
+    """The records of a file of JSON lines; none where there is no file."""
+    if not path.exists():
+        return []
+    with open(path, encoding="utf-8") as file:  # not splitlines: U+2028 may stand within a line
+        return [json.loads(line) for line in file]
+
+
+def keep_lines_until(path: Path, step: int) -> None:
+    """Drop lines past a step, which a resumed run writes again, and a torn last line."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+        with contextlib.suppress(ValueError):
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+    with atomic_file(path) as temporary:
+        temporary.write_text("".join(kept), encoding="utf-8")

@@ -1,0 +1,286 @@
+"""What a run minimises: the losses of one batch, and what each of them weighs.
+
+`objective_of` reads the recipe, `batch_loss` is the forward pass with every loss it can name.
+
+Every loss of a batch is a sum over clips of `weight * loss of the clip`, with weights from the
+whole batch, so that a batch in pieces, or dealt out to processes, gives the gradient of the batch.
+
+Letters of shapes: B clips of a batch, T frames, T' encoder frames, V tokens without blank.
+"""
+
+import contextlib
+import dataclasses
+import logging
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from fastconformer import ASRModel
+from training.augment.spec_augment import spec_augment
+from training.data.store import Batch
+from training.objective.cr_ctc import consistency, time_warp
+from training.recipe.recipe import Recipe, SpecAugmentRecipe
+
+log = logging.getLogger("finetune")
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """What a run minimises.
+
+    heads: those whose loss is trained. interctc: {encoder layer, from 0: weight} (NeMo's InterCTC).
+    cr_weight: of CR-CTC's consistency, None without it; warp_frames: reach of its time warp.
+    eps: of the transducer loss (`fused_transducer_loss`).
+    kept: (features, lengths, encoded, batch) -> {name: (B,)}, distances from a frozen original
+    (`training.objective.retain.Retain.distances`), and kept_weights of them by name.
+    """
+
+    heads: tuple[str, ...]
+    augment: Callable[[Tensor, Tensor], Tensor] | None = None
+    bf16: bool = False
+    interctc: dict[int, float] = dataclasses.field(default_factory=dict)
+    cr_weight: float | None = None
+    warp_frames: int = 0
+    eps: float = 0.0
+    kept: Callable | None = None
+    kept_weights: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Names of what is logged: the losses, and how much of the transducer's lattice the
+        gradient visits."""
+        consistent = () if self.cr_weight is None else ("cr",)
+        visits = ("active_share",) if self.eps and set(self.heads) != {"ctc"} else ()
+        inner = (f"interctc_{layer}" for layer in self.interctc)
+        return (*self.heads, *inner, *consistent, *self.kept_weights, *visits)
+
+
+def objective_of(recipe: Recipe, model: ASRModel) -> Objective:
+    """The recipe's `loss` and `spec_augment`, and where they are silent the checkpoint's config.
+
+    Raises:
+        ValueError: a loss that this model cannot have.
+    """
+    heads = {
+        "all": model.heads,
+        "ctc": tuple(head for head in model.heads if head == "ctc"),
+        "transducer": tuple(head for head in model.heads if head != "ctc"),
+    }[recipe.loss.heads]
+    if not heads:
+        raise ValueError(f"loss.heads is {recipe.loss.heads}, this model has {model.heads[0]} only")
+    section = model.config.nemo.get("interctc") or {}
+    layers, weights = section.get("apply_at_layers") or (), section.get("loss_weights") or ()
+    interctc = dict(zip(layers, weights, strict=True))
+    last = len(model.encoder.layers) - 1
+    for layer in interctc:
+        if not 0 <= layer < last:
+            raise ValueError(
+                f"loss.interctc_layers names layer {layer}; this encoder's middle layers are "
+                f"0 to {last - 1}"
+            )
+    if sum(interctc.values()) > 1:
+        raise ValueError(f"loss.interctc_weights add up to {sum(interctc.values())}, at most 1")
+    if interctc and "ctc" not in model.heads:
+        raise ValueError("loss.interctc_layers: this model has no ctc head")
+    if interctc and model.config.encoder.reduces:
+        raise ValueError("loss.interctc_layers: not with an encoder that has a reduction")
+    loss = recipe.loss
+    if loss.use_cr_ctc and "ctc" not in heads:
+        raise ValueError("loss.use_cr_ctc: no ctc head is trained; check loss.heads and the model")
+    config = model.config.loss
+    if len(heads) > 1 and config.ctc_reduction != config.rnnt_reduction:
+        log.warning(
+            "the CTC loss is reduced by %s, the transducer's by %s, so that their weights mean "
+            "different things; loss.reduction sets both",
+            *(config.ctc_reduction, config.rnnt_reduction),
+        )
+    more_time = loss.cr_ctc_time_mask_ratio if loss.use_cr_ctc else 1.0
+    augment = augmentation(recipe.spec_augment, model.config.nemo, more_time)
+    if loss.use_cr_ctc and augment is None:
+        raise ValueError(
+            "loss.use_cr_ctc compares two SpecAugment views; set spec_augment.time_masks, "
+            "for example 10 with time_width 0.05"
+        )
+    return Objective(
+        heads,
+        augment,
+        recipe.trainer.precision == "bf16",
+        interctc,
+        loss.cr_ctc_weight if loss.use_cr_ctc else None,
+        loss.cr_ctc_time_warp if loss.use_cr_ctc else 0,
+        loss.eps,
+    )
+
+
+def augmentation(
+    recipe: SpecAugmentRecipe, config: dict, more_time: float = 1.0
+) -> Callable | None:
+    """SpecAugment as the recipe says, and where it is silent as NeMo's `spec_augment` section;
+    `more_time` multiplies the number of time masks."""
+    section = config.get("spec_augment") or {}
+    defaults = {"freq_masks": 0, "time_masks": 0, "freq_width": 10, "time_width": 10}  # NeMo's
+    defaults |= {"rect_masks": 0, "rect_time": 5, "rect_freq": 20}
+    given = {k: v for k, v in dataclasses.asdict(recipe).items() if v is not None}
+    options = {k: given.get(k, section.get(k, v)) for k, v in defaults.items()}
+    options["time_masks"] = round(options["time_masks"] * more_time)
+    if not any(options[name] for name in ("freq_masks", "time_masks", "rect_masks")):
+        return None
+    return lambda features, lengths: spec_augment(features, lengths, **options)
+
+
+def clip_weights(target_lengths: Tensor, reduction: str) -> Tensor:
+    """(B,) weights with which clips' losses add up to a batch's; NeMo's four reductions.
+
+    mean_batch: 1 / B; mean: 1 / (B * tokens of the clip); mean_volume: 1 / tokens of all clips;
+    sum: 1.
+    """
+    ones = torch.ones_like(target_lengths, dtype=torch.float32)
+    if reduction == "mean_batch":
+        return ones / len(target_lengths)
+    if reduction == "mean":
+        return ones / target_lengths / len(target_lengths)
+    if reduction == "mean_volume":
+        return ones / target_lengths.sum()
+    assert reduction == "sum"
+    return ones
+
+
+@dataclasses.dataclass(frozen=True)
+class Views:
+    """A batch's features as the losses take them; `batch` is the one its clips come from.
+
+    features (N * B, M, T): N = 2 views of each clip for CR-CTC, else 1; all clips of the first
+    view, then all of the second. weights: {reduction: (B,)} of the whole batch.
+    """
+
+    features: Tensor
+    lengths: Tensor
+    batch: Batch
+    weights: dict[str, Tensor]
+
+    def rows(self, rows: Tensor) -> "Views":
+        """Only these clips."""
+        n_clips = len(self.batch.target_lengths)
+        both = torch.cat([rows + start for start in range(0, len(self.lengths), n_clips)])
+        batch = Batch(
+            tuple(self.batch.utterances[i] for i in rows.tolist()) if self.batch.utterances else (),
+            *(getattr(self.batch, name)[rows] for name in ("audio", "audio_lengths")),
+            *(getattr(self.batch, name)[rows] for name in ("targets", "target_lengths")),
+        )
+        weights = {name: values[rows] for name, values in self.weights.items()}
+        return Views(self.features[both], self.lengths[both], batch, weights)
+
+
+def make_views(model: ASRModel, batch: Batch, objective: Objective) -> Views:
+    """Features of a batch, augmented: once, or twice from one time-warped input for CR-CTC."""
+    features, lengths = model.featurize(batch.audio, batch.audio_lengths)  # always float32
+    if objective.cr_weight is not None:
+        if objective.warp_frames:
+            features = time_warp(features, lengths, objective.warp_frames)
+        features, lengths = features.repeat(2, 1, 1), lengths.repeat(2)
+    if objective.augment is not None:
+        features = objective.augment(features, lengths)
+    config = model.config.loss
+    weights = {
+        name: clip_weights(batch.target_lengths, name)
+        for name in {config.ctc_reduction, config.rnnt_reduction, "mean_batch"}
+    }
+    return Views(features, lengths, batch, weights)
+
+
+def views_loss(
+    model: ASRModel, views: Views, objective: Objective
+) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    """Loss of these clips as a scalar, its named parts (`objective.parts`), and (B,) whether each
+    clip is finite."""
+    config, batch, report = model.config.loss, views.batch, {}
+    n_views = len(views.lengths) // len(batch.target_lengths)
+    targets, target_lengths = (
+        t.repeat(n_views, *[1] * (t.ndim - 1)) for t in (batch.targets, batch.target_lengths)
+    )
+    with (
+        torch.autocast(views.features.device.type, dtype=torch.bfloat16, enabled=objective.bf16),
+        layer_outputs(model, tuple(objective.interctc)) as inner,
+    ):
+        encoded, lengths = model.encode(views.features, views.lengths)
+        by_clip = model.losses(
+            encoded, lengths, targets, target_lengths, objective.heads, objective.eps, report
+        )
+        for layer in objective.interctc:
+            inner_encoded = inner[layer]
+            if model.encoder.out_proj is not None:
+                inner_encoded = model.encoder.out_proj(inner_encoded)
+            losses = model.losses(inner_encoded, lengths, targets, target_lengths, heads=("ctc",))
+            by_clip[f"interctc_{layer}"] = losses["ctc"]
+        if objective.cr_weight is not None:
+            by_clip["cr"] = consistency(model.ctc_log_probs(encoded), lengths)
+        if objective.kept is not None:
+            by_clip |= objective.kept(views.features, views.lengths, encoded, batch)
+    by_clip = {
+        name: losses.float().view(-1, len(batch.target_lengths)).mean(0)
+        for name, losses in by_clip.items()
+    }
+    finite = torch.stack([losses.detach().isfinite() for losses in by_clip.values()]).all(0)
+    parts = {}
+    for name, losses in by_clip.items():
+        is_ctc = name in ("ctc", "cr") or name.startswith("interctc_")
+        reduction = config.ctc_reduction if is_ctc else config.rnnt_reduction
+        if name in objective.kept_weights:
+            reduction = "mean_batch"
+        parts[name] = (views.weights[reduction] * losses).sum()
+    trained = {head: parts[head] for head in objective.heads}
+    if objective.cr_weight is not None:
+        trained["ctc"] = trained["ctc"] + objective.cr_weight * parts["cr"]
+    if len(trained) == 1:
+        total = next(iter(trained.values()))
+    else:
+        transducer = next(value for head, value in trained.items() if head != "ctc")
+        total = (1 - config.ctc_weight) * transducer + config.ctc_weight * trained["ctc"]
+    if objective.interctc:
+        total = total * (1 - sum(objective.interctc.values()))
+        for layer, weight in objective.interctc.items():
+            total = total + weight * parts[f"interctc_{layer}"]
+    if "active_share" in objective.parts:
+        share = report["active_share"].view(n_views, -1).mean(0)
+        parts["active_share"] = (views.weights["mean_batch"] * share).sum()
+    for name, weight in objective.kept_weights.items():
+        total = total + weight * parts[name]
+    return total, parts, finite
+
+
+def batch_loss(
+    model: ASRModel, batch: Batch, objective: Objective
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss of one batch, and its parts, as scalars.
+
+    Both heads: `(1 - w) * transducer + w * ctc` with w = model.config.loss.ctc_weight (NeMo's
+    EncDecHybridRNNTCTCModel); one head: its loss. InterCTC: `(1 - sum of v) * that + sum of
+    v * CTC at the layer`, by the one CTC head (NeMo's InterCTCMixin; Lee and Watanabe 2021,
+    arXiv:2102.03216). CR-CTC: every loss is the mean of both views', and ctc is
+    `ctc + alpha * consistency` (Yao et al. 2024, arXiv:2410.05101).
+    """
+    total, parts, _ = views_loss(model, make_views(model, batch, objective), objective)
+    return total, parts
+
+
+@contextlib.contextmanager
+def layer_outputs(model: ASRModel, layers: tuple[int, ...]) -> Iterator[dict[int, Tensor]]:
+    """Collects what the encoder hands from these layers to the next ones, (B, T', D)."""
+    found = {}
+
+    def note(layer):
+        def hook(module, arguments):
+            found[layer] = arguments[0]
+
+        return hook
+
+    # The next layer's input: stochastic depth acts between a layer and it.
+    hooks = [
+        model.encoder.layers[layer + 1].register_forward_pre_hook(note(layer)) for layer in layers
+    ]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()

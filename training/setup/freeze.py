@@ -1,0 +1,323 @@
+"""Which parameters of a model move, and from which step on.
+
+`freeze` reads it from the recipe, `train_mode` puts it into the model before each step,
+`parameter_table` shows it, and `GradientWatch` finds what should move and cannot.
+"""
+
+import dataclasses
+import difflib
+import re
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from fastconformer import ASRModel
+from training.objective.objective import Objective
+from training.recipe.recipe import FreezeRecipe, LoraRecipe
+from training.setup.lora import lora_paths
+
+# --- names of parts -----------------------------------------------------------------------------
+
+
+def friendly_names(model: ASRModel) -> dict[str, str]:
+    """Names for parts that a recipe may use beside module paths -> paths."""
+    names = {"subsampling": "encoder.pre_encode", "layers": "encoder.layers"}
+    if hasattr(model, "joint"):
+        names["prediction"] = "decoder"
+    if "ctc" in model.heads:
+        names["ctc"] = "ctc_decoder" if hasattr(model, "ctc_decoder") else "decoder"
+    return names
+
+
+def matching(model: ASRModel, name: str, key: str) -> list[str]:
+    """Paths of the modules or parameters that a recipe's name means.
+
+    A name is a module path (`encoder.layers.3.conv`), one of `friendly_names`, a range of layers
+    (`encoder.layers.0-7` or `layers.0-7`, both ends included), or a pattern with `*`. `key` is the
+    recipe's key, for errors.
+
+    Raises:
+        ValueError: the model has nothing of that name; the nearest name is given.
+    """
+    friendly = friendly_names(model)
+    first, _, rest = name.partition(".")
+    path = ".".join(filter(None, (friendly.get(first, first), rest)))
+    paths = [path for path, _ in (*model.named_modules(), *model.named_parameters()) if path]
+    span = re.search(r"\.(\d+)-(\d+)(?=\.|$)", path)
+    numbers = range(int(span[1]), int(span[2]) + 1) if span else ()
+    patterns = [f"{path[: span.start()]}.{i}{path[span.end() :]}" for i in numbers] or [path]
+    for pattern in patterns:
+        if not any(fnmatchcase(candidate, pattern) for candidate in paths):
+            close = difflib.get_close_matches(pattern, [*friendly, *paths], n=1)
+            hint = f"did you mean {close[0]}?" if close else "use e.g. encoder, prediction or joint"
+            raise ValueError(f"{key}: the model has no {pattern!r}; {hint}")
+    return [p for p in paths if any(fnmatchcase(p, pattern) for pattern in patterns)]
+
+
+def depth_of(model: ASRModel, name: str) -> int:
+    """Layers above a parameter: 0 for the heads, 1 for the last encoder layer, up to the number of
+    layers + 1 for the subsampling."""
+    n_layers = len(model.encoder.layers)
+    if name.startswith("encoder.pre_encode."):
+        return n_layers + 1
+    layer = re.match(r"encoder\.layers\.(\d+)\.", name)
+    return n_layers - int(layer[1]) if layer else 0
+
+
+# --- what moves ---------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Freezing:
+    """What of a model moves, and from which optimizer step on (None: never).
+
+    parameters: {name: first step}, in the model's order.
+    modules: {path: first step}, for what a module does in training, such as dropout.
+    batch_norm: of BatchNorm that is frozen: "fixed", "adapt" or "affine".
+    unused: paths of the parts that the loss cannot reach; they never move.
+    """
+
+    parameters: dict[str, int | None]
+    modules: dict[str, int | None]
+    batch_norm: str = "fixed"
+    unused: tuple[str, ...] = ()
+
+    def changes(self) -> list[int]:
+        """Steps after 0 at which something begins to move."""
+        return sorted({step for step in self.parameters.values() if step})
+
+
+def ancestors(path: str) -> list[str]:
+    """ "a.b.c" -> "a.b.c", "a.b", "a", ""."""
+    parts = path.split(".") if path else []
+    return [".".join(parts[:n]) for n in range(len(parts), -1, -1)]
+
+
+def is_batch_norm(module: nn.Module) -> bool:
+    return isinstance(module, nn.modules.batchnorm._BatchNorm)  # the synchronised one too
+
+
+def unreached(model: ASRModel, objective: Objective) -> tuple[str, ...]:
+    """Paths of the parts that the losses, with their weights, cannot reach: heads that are not
+    trained, and where InterCTC is all there is, the layers above it."""
+    used = set(objective.heads)
+    if len(used) > 1 and "ctc" in used:
+        weight = model.config.loss.ctc_weight
+        used = {head for head in used if (weight < 1 if head != "ctc" else weight > 0)}
+    inner = [layer for layer, weight in objective.interctc.items() if weight > 0]
+    unused = ()
+    if sum(objective.interctc.values()) >= 1:
+        used = set()
+        above = range(max(inner) + 1, len(model.encoder.layers))
+        unused = tuple(f"encoder.layers.{i}" for i in above)
+    if inner:
+        used.add("ctc")
+    names = friendly_names(model)
+    if "ctc" in names and "ctc" not in used:
+        unused += (names["ctc"],)
+    if "prediction" in names and used <= {"ctc"}:
+        unused += ("decoder", "joint")
+    return unused
+
+
+def freeze(
+    model: ASRModel,
+    recipe: FreezeRecipe,
+    lora: LoraRecipe | None = None,
+    unused: tuple[str, ...] = (),
+) -> Freezing:
+    """What moves when, as the recipe says; `requires_grad` is left True on all that ever moves, as
+    `build_optimizer` wants it, until `train_mode` sets it for a step.
+
+    With LoRA nothing moves but its matrices and `lora.also`; call it after `add_lora`. `unused` are
+    the parts that `unreached` gives.
+
+    Raises:
+        ValueError: more layers than there are, or a module that does not exist (the nearest is
+            named).
+    """
+    n_layers = len(model.encoder.layers)
+    count = n_layers // 2 if recipe.encoder_layers == "half" else recipe.encoder_layers
+    if count > n_layers:
+        raise ValueError(f"freeze.encoder_layers is {count}, the encoder has {n_layers} layers")
+    bottom = ["encoder.pre_encode", *(f"encoder.layers.{i}" for i in range(count))] if count else []
+    # The most specific path that covers a part decides; what none covers moves from step 0.
+    since = dict.fromkeys(bottom)
+    for name in recipe.modules:
+        since |= dict.fromkeys(matching(model, name, "freeze.modules"))
+    if lora is not None and lora.rank:
+        since[""] = None
+        since |= dict.fromkeys(lora_paths(model), 0)
+        for name in lora.also:
+            since |= dict.fromkeys(matching(model, name, "lora.also"), 0)
+    for name, step in recipe.until.items():
+        if name == "encoder_layers" and not bottom:
+            raise ValueError("freeze.until.encoder_layers: freeze.encoder_layers is 0")
+        paths = bottom if name == "encoder_layers" else matching(model, name, "freeze.until")
+        since |= dict.fromkeys(paths, step)
+    since |= dict.fromkeys(unused)
+
+    def first_step(path: str) -> int | None:
+        return next((since[p] for p in ancestors(path) if p in since), 0)
+
+    modules = {path: first_step(path) for path, _ in model.named_modules()}
+    parameters = {name: first_step(name) for name, _ in model.named_parameters()}
+    if recipe.batch_norm == "affine":
+        for path, module in model.named_modules():
+            if is_batch_norm(module):
+                parameters |= {f"{path}.{name}": 0 for name, _ in module.named_parameters()}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameters[name] is not None)
+    return Freezing(parameters, modules, recipe.batch_norm, unused)
+
+
+def train_mode(model: ASRModel, freezing: Freezing | None = None, step: int = 0) -> None:
+    """Training mode as optimizer step `step` (from 0) needs it.
+
+    What is frozen takes no gradient and stays as in evaluation: no dropout, and BatchNorm keeps its
+    statistics. With `batch_norm` "adapt" frozen BatchNorm normalises by the batch and its
+    statistics follow; with "affine" its scale and shift move too, as the `enable_bn_se` of many
+    NeMo scripts makes them (that also frees squeeze-and-excite blocks, which a FastConformer does
+    not have).
+    """
+    model.train()
+    if freezing is None:
+        return
+
+    def moves(first: int | None) -> bool:
+        return first is not None and first <= step
+
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(moves(freezing.parameters[name]))
+    for path, module in model.named_modules():
+        adapts = freezing.batch_norm != "fixed" and is_batch_norm(module)
+        module.training = adapts or moves(freezing.modules[path])
+    # These two draw for a whole step: omega, and attention contexts and skipped layers.
+    model.training = True
+    model.encoder.training = any(
+        moves(first) for path, first in freezing.modules.items() if path.startswith("encoder.")
+    )
+
+
+# --- what a user sees of it ---------------------------------------------------------------------
+
+
+def parameter_table(model: ASRModel, freezing: Freezing, optimizer) -> list[dict]:
+    """Rows of the table before step 0: {"module", "parameters", "trainable" (their numbers), "lr",
+    "decay" (lists of the groups' values), "note"}; every parameter is in one row, encoder layers
+    that are alike share one, and the last row is the sum."""
+    groups = {
+        name: (group["peak_lr"], group["weight_decay"])
+        for group in optimizer.param_groups
+        for name in group["names"]
+    }
+    rows = {}
+    for name, parameter in model.named_parameters():
+        row = rows.setdefault(
+            re.match(r"encoder\.layers\.\d+|encoder\.[^.]+|[^.]+", name)[0],
+            {"parameters": 0, "trainable": 0, "lr": set(), "decay": set(), "from": set()},
+        )
+        row["parameters"] += parameter.numel()
+        first = freezing.parameters[name]
+        row["from"].add(first)
+        if first is not None:
+            row["trainable"] += parameter.numel()
+            row["lr"].add(groups[name][0])
+            row["decay"].add(groups[name][1])
+    merged = []  # (first path, last path, row)
+    for path, row in rows.items():
+        layer = re.fullmatch(r"encoder\.layers\.\d+", path)
+        if (
+            layer
+            and merged
+            and merged[-1][0].startswith("encoder.layers.")
+            and merged[-1][2] == row
+        ):
+            merged[-1] = (merged[-1][0], path, row)
+        else:
+            merged.append((path, path, row))
+    table = []
+    for first, last, row in merged:
+        count = 1 + (int(last.split(".")[2]) - int(first.split(".")[2]) if first != last else 0)
+        later = sorted(step for step in row["from"] if step)
+        notes = [f"from step {', '.join(map(str, later))}"] if later else []
+        if any(path in ancestors(first) for path in freezing.unused):
+            notes.append("unused by this loss")
+        elif row["trainable"] == 0:
+            notes.append("frozen")
+        table.append(
+            {
+                "module": first if first == last else f"{first}-{last.split('.')[2]}",
+                "parameters": count * row["parameters"],
+                "trainable": count * row["trainable"],
+                "lr": sorted(row["lr"]),
+                "decay": sorted(row["decay"]),
+                "note": ", ".join(notes),
+            }
+        )
+    total = {key: sum(row[key] for row in table) for key in ("parameters", "trainable")}
+    return [*table, {"module": "all", **total, "lr": [], "decay": [], "note": ""}]
+
+
+def format_table(rows: list[dict]) -> str:
+    """`parameter_table` as text; ranges of rates as lowest - highest."""
+
+    def span(values: list[float]) -> str:
+        ends = values if len(values) < 2 else (values[0], values[-1])
+        return " - ".join(f"{value:.3g}" for value in ends)
+
+    cells = [("module", "parameters", "trainable", "lr", "decay", "")]
+    for row in rows:
+        numbers = (f"{row['parameters']:,}", f"{row['trainable']:,}")
+        cells.append((row["module"], *numbers, span(row["lr"]), span(row["decay"]), row["note"]))
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = []
+    for module, *numbers, note in cells:
+        columns = [f"{n:>{w}}" for n, w in zip(numbers, widths[1:-1], strict=True)]
+        lines.append("  ".join([f"{module:<{widths[0]}}", *columns, note]).rstrip())
+    return "\n".join(lines) + "\n"
+
+
+class GradientWatch:
+    """Finds parameters that should move and get no gradient, in a run's first steps and after each
+    unfreezing. A gradient that is missing shows at once; one that is all zeros may be a skipped
+    layer or the start of LoRA, and is believed after `patience` steps."""
+
+    def __init__(self, model: ASRModel, patience: int = 10):
+        self.model, self.patience = model, patience
+        self.watched: frozenset[str] = frozenset()
+        self.silent: set[str] = set()
+        self.left = 0
+
+    def check(self) -> None:
+        """To be called after each backward pass that was finite, before gradients are cleared.
+
+        Raises:
+            ValueError: names the parameters.
+        """
+        moving = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        if not moving.keys() <= self.watched:
+            self.watched, self.silent = frozenset(moving), set(moving)
+            self.left = self.patience
+        if not self.left:
+            return
+        self.left -= 1
+        missing = [name for name, parameter in moving.items() if parameter.grad is None]
+        if missing:
+            raise ValueError(_no_gradient(missing, "no gradient at all"))
+        for name in list(self.silent):
+            if name not in moving or moving[name].grad.count_nonzero():
+                self.silent.discard(name)
+        if not self.silent:
+            self.left = 0
+        elif not self.left:
+            silent = [name for name in moving if name in self.silent]
+            raise ValueError(_no_gradient(silent, f"only zeros in {self.patience} steps"))
+
+
+def _no_gradient(names: list[str], what: str) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return (
+        f"{', '.join(names[:3])}{more}: trainable, but the loss gives {what}; freeze it "
+        "(freeze.modules) or train the head that needs it (loss.heads)"
+    )

@@ -1,0 +1,239 @@
+"""Where a run's model comes from, and which parts of it move.
+
+`build_model` reads a checkpoint or makes a model from scratch, with the recipe's loss options in
+its config, so that what is saved later says how it was trained. `prepare` makes it one that is
+trained as the recipe says.
+"""
+
+import copy
+from pathlib import Path
+
+import torch
+from yaml import YAMLError
+
+from converters.to_birwkv7 import to_birwkv7
+from fastconformer import ASRModel, ModelConfig, load_model
+from fastconformer.checkpoint.nemo_archive import check_yaml_depth
+from fastconformer.model import model_of
+from fastconformer.networks.conformer import ConformerEncoder
+from fastconformer.surgery.sample_rate import with_sample_rate
+from fastconformer.surgery.vocabulary import change_vocabulary, with_vocabulary
+from fastconformer.text.tokenizer import (
+    CharTokenizer,
+    SentencePieceTokenizer,
+    Tokenizer,
+    load_tokenizer,
+    sentencepiece_files,
+)
+from training.objective.objective import Objective
+from training.recipe.recipe import EncoderRecipe, LossRecipe, ModelRecipe, Recipe
+from training.setup.freeze import Freezing, freeze, is_batch_norm, unreached
+from training.setup.lora import add_lora
+
+ENCODER_DROPOUTS = ("dropout", "dropout_pre_encoder", "dropout_att")  # NeMo's keys
+
+
+def build_model(
+    recipe: ModelRecipe,
+    loss: LossRecipe,
+    seed: int,
+    encoder: EncoderRecipe = EncoderRecipe(),  # noqa: B008 (frozen)
+) -> ASRModel:
+    """The model on the CPU in float32; random weights depend on the seed only.
+
+    Raises:
+        FileNotFoundError, ValueError: what the recipe names is missing or does not fit.
+    """
+    if recipe.init_from is not None:
+        model = load_model(recipe.init_from)
+        if recipe.tokenizer is not None:
+            tokenizer, files = read_tokenizer(recipe.tokenizer)
+            change_vocabulary(model, tokenizer, files, recipe.transfer, recipe.new_rows, seed)
+    else:
+        config, files = scratch_config(recipe.config, recipe.tokenizer)
+        torch.manual_seed(seed)
+        model = ASRModel(ModelConfig.from_nemo(config), load_tokenizer(config, files), files)
+    if recipe.sample_rate is not None:
+        with_sample_rate(model, recipe.sample_rate)
+    model = with_attention(model, encoder, recipe.init_from is not None, seed)
+    config = with_loss_options(model.config.nemo, model.heads, loss)
+    if recipe.dropout is not None:
+        set_encoder_dropout(model.encoder, recipe.dropout)
+        config["encoder"] |= dict.fromkeys(ENCODER_DROPOUTS, recipe.dropout)
+    model.config = ModelConfig.from_nemo(config)
+    return model
+
+
+def with_attention(model: ASRModel, recipe: EncoderRecipe, is_trained: bool, seed: int) -> ASRModel:
+    """The model with the attention that the recipe asks for; one that has it stays as it is. A
+    model that is not trained has no attention worth starting from."""
+    has_birwkv7 = model.config.encoder.self_attention_model == "rwkv7_attn"
+    if recipe.attention == "birwkv7" and not has_birwkv7:
+        checkpoint = model.to_checkpoint()
+        checkpoint = to_birwkv7(checkpoint, recipe.warm_start and is_trained, seed=seed)
+        model = model_of(checkpoint, stft_pad=model.preprocessor.featurizer.stft_pad)
+        has_birwkv7 = True
+    if recipe.direction_dropout and not has_birwkv7:
+        raise ValueError("encoder.direction_dropout belongs to BiRWKV7, this model has attention")
+    for layer in model.encoder.layers if has_birwkv7 else ():
+        layer.self_attn.direction_dropout = recipe.direction_dropout
+    return model
+
+
+def set_encoder_dropout(encoder: ConformerEncoder, probability: float) -> None:
+    """Of the encoder's input, feed-forwards, attention weights and residual branches."""
+    encoder.dropout_input.p = probability
+    for layer in encoder.layers:
+        layer.dropout.p = layer.feed_forward1.dropout.p = layer.feed_forward2.dropout.p = (
+            probability
+        )
+        layer.self_attn.dropout = probability
+
+
+def with_loss_options(config: dict, heads: tuple[str, ...], loss: LossRecipe) -> dict:
+    """A copy of NeMo's config with the options that the recipe sets.
+
+    Raises:
+        ValueError: an option of a head that the model does not have.
+    """
+    config = copy.deepcopy(config)
+    transducer = {"sigma": loss.sigma, "omega": loss.omega, "fastemit_lambda": loss.fastemit_lambda}
+    for name, value in transducer.items():
+        if value is None:
+            continue
+        if name != "fastemit_lambda" and "tdt" not in heads:
+            raise ValueError(f"loss.{name} belongs to TDT, this model has {', '.join(heads)}")
+        if heads == ("ctc",):
+            raise ValueError(f"loss.{name} belongs to a transducer, this model has ctc only")
+        section = config.setdefault("loss", {})
+        default = "tdt" if "tdt" in heads else "warprnnt_numba"
+        names = [f"{section.get('loss_name')}_kwargs", f"{default}_kwargs"]
+        kwargs = next((key for key in names if section.get(key) is not None), names[1])
+        section[kwargs] = {**(section.get(kwargs) or {}), name: value}
+    if loss.transducer_reduction is not None and heads == ("ctc",):
+        raise ValueError("loss.transducer_reduction: this model has ctc only")
+    if loss.ctc_reduction is not None and "ctc" not in heads:
+        raise ValueError("loss.ctc_reduction: this model has no ctc head")
+    if (reduction := loss.transducer_reduction or loss.reduction) and heads != ("ctc",):
+        config["rnnt_reduction"] = reduction
+    if (reduction := loss.ctc_reduction or loss.reduction) and "ctc" in heads:
+        config.get("aux_ctc", config)["ctc_reduction"] = reduction
+    if loss.interctc_layers is not None:
+        config["interctc"] = {
+            "loss_weights": list(loss.interctc_weights),
+            "apply_at_layers": list(loss.interctc_layers),
+        }
+    if loss.ctc_weight is not None:
+        if len(heads) < 2:
+            raise ValueError(f"loss.ctc_weight belongs to hybrids, this model has {heads[0]} only")
+        config["aux_ctc"]["ctc_loss_weight"] = loss.ctc_weight
+    return config
+
+
+def scratch_config(config: str | dict, tokenizer: str) -> tuple[dict, dict[str, bytes]]:
+    """NeMo's config with the tokenizer's vocabulary filled in, and the tokenizer's files.
+
+    Args:
+        config: NeMo-style model config: a YAML file (a `model:` section may be around it) or a
+            dict.
+        tokenizer: a SentencePiece .model file, or a folder with tokenizer.model.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    if isinstance(config, str):
+        if not Path(config).is_file():
+            raise FileNotFoundError(f"model.config {config} is not a file")
+        try:
+            check_yaml_depth(Path(config).read_bytes())
+            config = OmegaConf.load(config)
+        except (YAMLError, OmegaConfBaseException) as error:
+            raise ValueError(f"model.config {config}: {' '.join(str(error).split())}") from None
+    try:
+        config = OmegaConf.to_container(OmegaConf.create(config), resolve=True)
+    except OmegaConfBaseException as error:
+        raise ValueError(f"model.config: {' '.join(str(error).split())}") from None
+    config = config.get("model", config)
+    read, files = read_tokenizer(tokenizer)
+    config = with_vocabulary(config, read)
+    if "joint" in config:
+        # NeMo builds the joint from these two, whatever the joint's own section says.
+        widths = config["joint"].get("jointnet", {})
+        defaults = {
+            "enc_hidden": widths.get("encoder_hidden"),
+            "pred_hidden": widths.get("pred_hidden"),
+        }
+        config["model_defaults"] = defaults | (config.get("model_defaults") or {})
+    return config, files
+
+
+def read_tokenizer(path: str) -> tuple[Tokenizer, dict[str, bytes]]:
+    """A tokenizer and the files that a checkpoint keeps of it: a SentencePiece `.model`, a folder
+    with tokenizer.model, or characters: a text file or a folder with labels.txt, a label a line
+    (an empty line: the blank), of which no file is kept.
+
+    Raises:
+        FileNotFoundError, ValueError: no such file, or not what it should be.
+    """
+    folder = Path(path)
+    labels = folder / "labels.txt" if folder.is_dir() else folder
+    if labels.suffix == ".txt" and labels.is_file() and not (folder / "tokenizer.model").is_file():
+        listed = [line or " " for line in labels.read_text(encoding="utf-8").split("\n")]
+        listed = listed[:-1] if listed[-1] == " " else listed  # what follows the last line break
+        wrong = [label for label in listed if listed.count(label) > 1 or len(label) != 1]
+        if wrong or not listed:
+            what = f"{wrong[0]!r} is there twice or is no single character" if wrong else "empty"
+            raise ValueError(f"model.tokenizer: {labels}: {what}; expected a character a line")
+        return CharTokenizer(listed), {}
+    files = tokenizer_files(path)
+    return SentencePieceTokenizer(files["tokenizer.model"]), files
+
+
+def tokenizer_files(path: str) -> dict[str, bytes]:
+    """The three files that a NeMo archive keeps; the two lists are written where they lack."""
+    folder = Path(path)
+    model = folder / "tokenizer.model" if folder.is_dir() else folder
+    if not model.is_file():
+        raise FileNotFoundError(f"model.tokenizer: {model} is not a file")
+    try:
+        files = sentencepiece_files(model.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{model}: {error}") from None
+    for name in files:
+        if folder.is_dir() and (folder / name).is_file():
+            files[name] = (folder / name).read_bytes()
+    return files
+
+
+def prepare(model: ASRModel, recipe: Recipe, objective: Objective) -> Freezing:
+    """A model as it is trained: adapters, precision, recomputation and compilation as the recipe
+    says, and what moves when. To be called once, before the optimizer is built.
+
+    Raises:
+        ValueError: the recipe names a part that the model does not have, or options that do not go
+            together.
+    """
+    trainer = recipe.trainer
+    if trainer.compile and objective.interctc:
+        raise ValueError("trainer.compile and loss.interctc_layers do not go together; use one")
+    if recipe.lora.rank:
+        add_lora(model, recipe.lora, trainer.seed)
+    freezing = freeze(model, recipe.freeze, recipe.lora, unreached(model, objective))
+    if trainer.precision == "bf16_pure":
+        to_bfloat16(model)
+    model.encoder.recompute = trainer.activation_checkpointing
+    if trainer.compile:
+        for layer in model.encoder.layers:
+            layer.compile(dynamic=True)
+    return freezing
+
+
+def to_bfloat16(model: ASRModel) -> None:
+    """All weights to bfloat16 but the front end's and BatchNorm's, whose statistics are sums of
+    small shares."""
+    for name, part in model.named_children():
+        if name != "preprocessor":
+            part.to(torch.bfloat16)
+    for module in model.modules():
+        if is_batch_norm(module):
+            module.float()
