@@ -1,21 +1,23 @@
 """What a model is made of: checked dataclasses, read from NeMo's config."""
 
-from .model import (
+from .checks import config_errors
+from .encoder import EncoderConfig
+from .heads import (
     CTC_CLASSES,
+    HEADS_OF_CLASS,
     HYBRID_CLASSES,
     TRANSDUCER_CLASSES,
     CTCConfig,
-    EncoderConfig,
     JointConfig,
     LossConfig,
-    ModelConfig,
     PredictionConfig,
-    PreprocessorConfig,
-    config_errors,
 )
+from .model import ModelConfig
+from .preprocessor import PreprocessorConfig
 
 __all__ = [
     "CTC_CLASSES",
+    "HEADS_OF_CLASS",
     "HYBRID_CLASSES",
     "TRANSDUCER_CLASSES",
     "CTCConfig",
