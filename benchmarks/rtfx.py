@@ -373,7 +373,7 @@ def describe(path: Path) -> dict:
     import torch
 
     from fastconformer import ModelConfig
-    from fastconformer.checkpoint.folder import read_checkpoint
+    from fastconformer.checkpoint.read import read_checkpoint
 
     checkpoint = read_checkpoint(path)
     config = ModelConfig.from_nemo(checkpoint.config)
@@ -455,8 +455,8 @@ def prepare_model(folder: Path, arguments, clips) -> Path:
     """The archive that all engines load; a random one is kept from the run before."""
     model = folder / "model.nemo"
     if arguments.model not in SIZES:
-        from fastconformer.checkpoint.folder import read_checkpoint
         from fastconformer.checkpoint.nemo_archive import write_nemo
+        from fastconformer.checkpoint.read import read_checkpoint
 
         write_nemo(model, read_checkpoint(arguments.model))
     elif not model.exists():

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fastconformer.checkpoint.folder import Checkpoint
+    from fastconformer.checkpoint.contents import Checkpoint
 
 
 def check(checkpoint: "Checkpoint") -> str:

@@ -31,7 +31,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def convert(archive: Path, folder: Path) -> None:
     """Reads, checks, writes; a bad archive writes nothing."""
-    from fastconformer.checkpoint.folder import read_checkpoint, write_folder
+    from fastconformer.checkpoint.folder import write_folder
+    from fastconformer.checkpoint.read import read_checkpoint
 
     if archive.is_dir():
         raise ValueError(f"{archive} is a folder; expected a .nemo file")

@@ -47,8 +47,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def convert(folder: Path, archive: Path, half: bool = False) -> None:
     """Reads, checks, writes; a bad folder writes nothing. `half`: see `halved`."""
-    from fastconformer.checkpoint.folder import read_checkpoint
     from fastconformer.checkpoint.nemo_archive import write_nemo
+    from fastconformer.checkpoint.read import read_checkpoint
 
     if folder.is_file():
         raise ValueError(f"{folder} is a file; expected a folder written by nemo2st")

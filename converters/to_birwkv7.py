@@ -16,7 +16,7 @@ from converters import check, run
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fastconformer.checkpoint.folder import Checkpoint
+    from fastconformer.checkpoint.contents import Checkpoint
     from fastconformer.networks.birwkv7 import BiRWKV7
 
 ATTENTION = "encoder.layers.{}.self_attn."
@@ -53,8 +53,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def convert(args: argparse.Namespace) -> None:
     """Reads, converts, checks, writes; a bad model writes nothing."""
-    from fastconformer.checkpoint.folder import read_checkpoint, write_folder
+    from fastconformer.checkpoint.folder import write_folder
     from fastconformer.checkpoint.nemo_archive import write_nemo
+    from fastconformer.checkpoint.read import read_checkpoint
 
     checkpoint = read_checkpoint(args.model)
     try:
@@ -87,7 +88,7 @@ def to_birwkv7(
     """
     import torch
 
-    from fastconformer.checkpoint.folder import Checkpoint
+    from fastconformer.checkpoint.contents import Checkpoint
     from fastconformer.config import ModelConfig
     from fastconformer.networks.birwkv7 import BiRWKV7
 

@@ -131,7 +131,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _pieces(texts: list[str], model: Path) -> Iterator[list[str]]:
     # Imported here: counting words needs no torch.
-    from fastconformer.checkpoint.folder import read_checkpoint
+    from fastconformer.checkpoint.read import read_checkpoint
     from fastconformer.text.tokenizer import load_tokenizer
 
     checkpoint = read_checkpoint(model)

@@ -14,7 +14,9 @@ from torch.overrides import TorchFunctionMode
 
 from .audio.features import Preprocessor
 from .audio.files import load_audio
-from .checkpoint.folder import Checkpoint, read_checkpoint, write_folder
+from .checkpoint.contents import Checkpoint
+from .checkpoint.folder import write_folder
+from .checkpoint.read import read_checkpoint
 from .config import CTC_CLASSES, ModelConfig, config_errors
 from .decoding import (
     Confidence,

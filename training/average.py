@@ -15,7 +15,9 @@ from pathlib import Path
 
 import torch
 
-from fastconformer.checkpoint.folder import Checkpoint, check_finite, read_checkpoint, write_folder
+from fastconformer.checkpoint.contents import Checkpoint, check_finite
+from fastconformer.checkpoint.folder import write_folder
+from fastconformer.checkpoint.read import read_checkpoint
 from training.optim.ema import plain_tensors
 from training.setup.lora import lora_scale
 

@@ -23,7 +23,7 @@ import torch
 
 from fastconformer import ASRModel
 from fastconformer.audio.files import load_audio
-from fastconformer.checkpoint.folder import read_checkpoint
+from fastconformer.checkpoint.read import read_checkpoint
 from fastconformer.text.tokenizer import AggregateTokenizer
 from training.data.sources import TrainingSet, batch_order, load_data, read_source
 from training.data.store import Utterance

@@ -28,8 +28,9 @@ import torch
 
 from fastconformer import ASRModel, load_model
 from fastconformer.checkpoint.files import atomic_file
-from fastconformer.checkpoint.folder import read_checkpoint, write_folder
+from fastconformer.checkpoint.folder import write_folder
 from fastconformer.checkpoint.nemo_archive import write_nemo
+from fastconformer.checkpoint.read import read_checkpoint
 from training.average import average_checkpoints
 from training.data.sources import training_batches
 from training.data.store import Batch

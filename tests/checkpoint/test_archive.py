@@ -19,8 +19,11 @@ from conftest import golden
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from fastconformer.checkpoint.folder import Checkpoint, check_finite, read_checkpoint, write_folder
-from fastconformer.checkpoint.nemo_archive import dump_config, load_config, read_nemo, write_nemo
+from fastconformer.checkpoint.contents import Checkpoint, check_finite
+from fastconformer.checkpoint.folder import write_folder
+from fastconformer.checkpoint.nemo_archive import read_nemo, write_nemo
+from fastconformer.checkpoint.read import read_checkpoint
+from fastconformer.checkpoint.yaml_config import dump_config, load_config
 
 CASES = [
     "ctc_bpe/model.nemo",
@@ -723,7 +726,8 @@ def test_a_folder_of_links_is_read(tmp_path):
 
 MEASURE = """
 import os, sys, torch
-from fastconformer import checkpoint, nemo_archive
+from fastconformer import checkpoint
+from fastconformer.checkpoint import nemo_archive
 def peak():
     with open("/proc/self/status") as status:
         return int(next(line for line in status if line.startswith("VmHWM")).split()[1]) << 10

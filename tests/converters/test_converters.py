@@ -16,8 +16,9 @@ from conftest import golden
 import converters.nemo2st
 import converters.st2nemo
 from fastconformer import load_model
-from fastconformer.checkpoint.folder import read_checkpoint, write_folder
+from fastconformer.checkpoint.folder import write_folder
 from fastconformer.checkpoint.nemo_archive import read_nemo, write_nemo
+from fastconformer.checkpoint.read import read_checkpoint
 
 ROOT = Path(__file__).parents[2]
 CASES = ["ctc_bpe", "rnnt_bpe", "tdt_bpe", "hybrid_tdt_ctc_bpe", "hybrid_rnnt_ctc_bpe"]

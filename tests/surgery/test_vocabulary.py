@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from converters.merge_tokenizers import merge_tokenizers
 from converters.train_tokenizer import train_tokenizer
 from fastconformer import load_model
-from fastconformer.checkpoint.folder import read_checkpoint
 from fastconformer.checkpoint.nemo_archive import write_nemo
+from fastconformer.checkpoint.read import read_checkpoint
 from fastconformer.surgery.vocabulary import (
     MARGINS,
     Change,

@@ -9,7 +9,9 @@ import torch
 from conftest import golden, ledger, logged, make_corpus
 
 from fastconformer import load_model
-from fastconformer.checkpoint.folder import Checkpoint, read_checkpoint, write_folder
+from fastconformer.checkpoint.contents import Checkpoint
+from fastconformer.checkpoint.folder import write_folder
+from fastconformer.checkpoint.read import read_checkpoint
 from training.average import average_checkpoints
 from training.average import main as average
 from training.finetune import main

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from converters.merge_tokenizers import merge_tokenizers
 from converters.train_tokenizer import train_tokenizer
 from fastconformer import load_model
-from fastconformer.checkpoint.folder import read_checkpoint
+from fastconformer.checkpoint.read import read_checkpoint
 from fastconformer.surgery.vocabulary import Change, change_vocabulary
 from fastconformer.text.tokenizer import SentencePieceTokenizer, sentencepiece_files
 from training.data.store import Batch, Utterance

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import torch
 
+from fastconformer.checkpoint.contents import Checkpoint
 from fastconformer.checkpoint.files import atomic_file
-from fastconformer.checkpoint.folder import Checkpoint, write_folder
+from fastconformer.checkpoint.folder import write_folder
 from training.data.store import Batch, Utterance
 from training.loop.keep import Kept
 from training.loop.ranks import ONE, Ranks, cut_like, cut_moments, whole

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastconformer import ASRModel
-from fastconformer.checkpoint.folder import Checkpoint
+from fastconformer.checkpoint.contents import Checkpoint
 from training.loop.ranks import local
 from training.setup.lora import LoRALinear, merge_lora
 

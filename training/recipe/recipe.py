@@ -15,7 +15,7 @@ from pathlib import Path
 
 from yaml import YAMLError
 
-from fastconformer.checkpoint.nemo_archive import check_yaml_depth
+from fastconformer.checkpoint.yaml_config import check_yaml_depth
 from training.recipe.nemo import is_nemo, translate
 
 try:

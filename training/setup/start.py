@@ -13,7 +13,7 @@ from yaml import YAMLError
 
 from converters.to_birwkv7 import to_birwkv7
 from fastconformer import ASRModel, ModelConfig, load_model
-from fastconformer.checkpoint.nemo_archive import check_yaml_depth
+from fastconformer.checkpoint.yaml_config import check_yaml_depth
 from fastconformer.model import model_of
 from fastconformer.networks.conformer import ConformerEncoder
 from fastconformer.surgery.sample_rate import with_sample_rate
