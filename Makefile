@@ -4,13 +4,14 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+CLIENTS ?= .venv-clients
 RUN := runs/quickstart
 BASE := models/base_tiny.nemo
 
 # The CPU's share in the quickstart. More threads than this do not help a model so small.
 quickstart: export OMP_NUM_THREADS = 2
 
-.PHONY: quickstart test test-all bench kernels lint clean
+.PHONY: quickstart test test-clients test-all bench kernels lint clean
 
 # An empty file in the environment marks what is installed in it.
 $(VENV)/.%-installed: setup.py pyproject.toml constraints.txt
@@ -36,6 +37,15 @@ quickstart: $(VENV)/.quickstart-installed
 test: $(VENV)/.test-installed
 	$(BIN)/python -m pytest
 
+# Real clients of the exports and of the server, and a browser, in an environment of their own.
+test-clients: $(CLIENTS)/.clients-installed
+	$(CLIENTS)/bin/python -m pytest tests/clients || test $$? -eq 5  # 5: there are none yet
+
+$(CLIENTS)/.clients-installed: setup.py constraints.txt tests/clients/requirements.txt
+	test -x $(CLIENTS)/bin/python || $(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/python -m pip install --quiet -c constraints.txt -e ".[test]" -r tests/clients/requirements.txt
+	touch $@
+
 test-all: $(VENV)/.test-installed
 	$(BIN)/python -m pytest -m "not network"
 
@@ -44,11 +54,11 @@ bench: $(VENV)/.test-installed
 
 # Compiles the CUDA kernels for each target and checks what they spill; skips without nvcc.
 kernels: $(VENV)/.test-installed
-	$(BIN)/python -m pytest -m slow tests/test_wkv7_cuda.py
+	$(BIN)/python -m pytest -m slow tests/rwkv_cuda/test_wkv7_cuda.py
 
 lint: $(VENV)/.test-installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(CLIENTS) build *.egg-info .pytest_cache .ruff_cache .hypothesis

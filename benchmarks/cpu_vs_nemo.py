@@ -36,9 +36,7 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RESULTS = REPOSITORY / "benchmarks" / "results"
-SPEECH = (
-    REPOSITORY.parent / "shared" / "data" / "longform_en" / "audio" / "newgate_chapter_lj003.ogg"
-)
+SPEECH = REPOSITORY / "samples" / "talk.ogg"
 TOKENIZER = REPOSITORY / "tests" / "golden" / "hybrid_tdt_ctc_bpe" / "model.nemo"
 SIDES = ("ours-fp32", "nemo-fp32", "ours-bf16")
 TARGETS = {"fp32_over_nemo": 0.8, "bf16_over_nemo": 0.4, "cold_start_over_nemo": 1 / 3}
@@ -218,14 +216,16 @@ def write_model(
 
 
 def cut_clips(audio: Path, n_clips: int, shortest_s: float, longest_s: float):
-    """Consecutive pieces of a long recording, float32 at 16 kHz, lengths spread evenly."""
-    from fastconformer.audio.files import load_audio
+    """Consecutive pieces of a long recording, float32 at 16 kHz, lengths spread evenly; from its
+    start again where it ends."""
+    from fastconformer.audio.files import audio_duration, load_audio
 
-    clips, offset = [], 0.0
+    clips, offset, total = [], 0.0, audio_duration(audio)
     for i in range(n_clips):
         # strided, so that neighbours differ in length as in real batches
         step = (i * 5 % n_clips) / max(1, n_clips - 1)
-        duration = shortest_s + (longest_s - shortest_s) * step
+        duration = min(total, shortest_s + (longest_s - shortest_s) * step)
+        offset = offset if offset + duration <= total else 0.0
         clips.append(load_audio(audio, 16000, offset_s=offset, duration_s=duration))
         offset += duration
     return clips

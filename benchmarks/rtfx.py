@@ -594,7 +594,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     counts = (arguments.clip_count, arguments.threads, arguments.rounds, *arguments.batch_sizes)
     if min(counts) < 1:
         parser.error("--clip-count, --threads, --rounds and --batch-sizes are at least 1")
-    if arguments.manifest is None and not arguments.audio.is_file():
+    if not arguments.work and arguments.manifest is None and not arguments.audio.is_file():
         parser.error(
             f"{arguments.audio} does not exist; name a recording with --audio, or a --manifest"
         )

@@ -1,4 +1,10 @@
-"""Where the reference data lies; the golden cases' reader."""
+"""Where the reference data lies; the golden cases' reader.
+
+What the suite needs lies in tests/golden and samples/. FASTCONFORMER_TEST_DATA names a folder with
+more: golden/ (further cases), data/ (sets of human speech with manifests) and cases/ (what users
+reported). Tests that need it skip with a word where it is not; `pytest --needing-data` runs those
+alone that the last run skipped for it.
+"""
 
 import json
 import os
@@ -17,23 +23,60 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported: kernels run on the CPU
 
 TESTS = Path(__file__).parent
-SHARED = TESTS.parent.parent / "shared"
+SAMPLES = TESTS.parent / "samples"
+VARIABLE = "FASTCONFORMER_TEST_DATA"
+NEEDING_DATA = "fastconformer/needing_data"  # in pytest's cache: the tests that skipped for it
+
+
+def pytest_addoption(parser):
+    text = f"only the tests that the last run skipped for want of {VARIABLE}"
+    parser.addoption("--needing-data", action="store_true", help=text)
+
+
+def pytest_configure(config):
+    config.skipped_for_data = []
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("needing_data"):
+        wanted = set(config.cache.get(NEEDING_DATA, []))
+        config.hook.pytest_deselected(items=[i for i in items if i.nodeid not in wanted])
+        items[:] = [i for i in items if i.nodeid in wanted]
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item):
+    report = (yield).get_result()
+    if report.skipped and VARIABLE in str(report.longrepr):
+        item.config.skipped_for_data.append(item.nodeid)
+
+
+def pytest_sessionfinish(session):
+    config = session.config
+    if config.skipped_for_data and not config.getoption("needing_data"):
+        config.cache.set(NEEDING_DATA, config.skipped_for_data)
+
+
+def extra(*parts: str) -> Path:
+    """A folder of the extra data, such as extra("data", "fsdd"); skips without it."""
+    root = os.environ.get(VARIABLE)
+    if not root:
+        pytest.skip(f"{'/'.join(parts)} is not here: {VARIABLE} is not set")
+    folder = Path(root).resolve().joinpath(*parts)
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is not here: {VARIABLE} is {root}")
+    return folder
 
 
 def golden(case: str) -> Path:
-    """Folder of a golden case: in tests/golden, else in ../shared/golden; skips without it."""
-    for folder in (TESTS / "golden" / case, SHARED / "golden" / case):
-        if folder.is_dir():
-            return folder
-    pytest.skip(f"golden case {case} is not here (neither in tests/golden nor in ../shared/golden)")
+    """Folder of a golden case: in tests/golden, else of the extra data; skips without it."""
+    folder = TESTS / "golden" / case
+    return folder if folder.is_dir() else extra("golden", case)
 
 
 def speech(name: str) -> Path:
-    """Folder of a set of human speech in ../shared/data; skips without it."""
-    folder = SHARED / "data" / name
-    if not folder.is_dir():
-        pytest.skip(f"human speech {name} is not here (../shared/data)")
-    return folder
+    """Folder of a set of human speech of the extra data; skips without it."""
+    return extra("data", name)
 
 
 @dataclass

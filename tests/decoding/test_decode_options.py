@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import golden, load_case, speech
+from conftest import SAMPLES, golden, load_case
 
 import fastconformer
 from fastconformer.audio.files import load_audio
@@ -256,7 +256,7 @@ def test_alignment_of_characters():
 
 
 def test_command_line(tmp_path, capsys):
-    audio = next(speech("fsdd").rglob("*.flac"), None) or next(speech("fsdd").rglob("*.ogg"))
+    audio = SAMPLES / "digits_8k" / "7_george_0.flac"
     model = str(golden("hybrid_tdt_ctc_bpe") / "model.nemo")
     (tmp_path / "boost.txt").write_text("seven\nkitchen\t3\n")
     (tmp_path / "lm.arpa").write_text(

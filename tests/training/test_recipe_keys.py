@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import speech
+from conftest import SAMPLES
 
 import training.recipe.recipe
 from fastconformer import load_model
@@ -45,7 +45,7 @@ def reads(monkeypatch):
                 whole = whole or isinstance(frame.f_locals.get("obj"), Recipe)
                 frame = frame.f_back
             file = Path(frame.f_code.co_filename) if frame else Path()
-            if file.parent.parent == ROOT and file.name != "recipe.py" and not whole:
+            if ROOT / "training" in file.parents and file.name != "recipe.py" and not whole:
                 found.setdefault((type(self).__name__, name), set()).add(file.name)
         return object.__getattribute__(self, name)
 
@@ -64,7 +64,6 @@ def sections():
 def test_every_key_is_read_where_it_matters(reads, corpus, tmp_path):
     """In small runs that switch everything on. A key that a run checks and then forgets fails."""
     path, _ = corpus
-    noise = speech("noise_rir")
     train = [{"manifest": str(tmp_path / "train.jsonl"), "weight": 1, "max_hours": 9}]
     everything = {
         "data": {"train": train},
@@ -73,8 +72,8 @@ def test_every_key_is_read_where_it_matters(reads, corpus, tmp_path):
             "gain_db": [-3, 3],
             "shift_s": 0.05,
             "white_noise": {"probability": 1.0},
-            "noise": {"manifests": [str(noise / "noise.jsonl")], "probability": 1.0},
-            "rir": {"manifests": [str(noise / "rir.jsonl")], "probability": 1.0},
+            "noise": {"manifests": [str(SAMPLES / "noise.jsonl")], "probability": 1.0},
+            "rir": {"manifests": [str(SAMPLES / "rir.jsonl")], "probability": 1.0},
             "babble": {"probability": 1.0},
             "hum": {"probability": 1.0},
             "telephone": {"probability": 1.0, "packet_loss": 0.1},

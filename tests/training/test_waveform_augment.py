@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from conftest import speech
+from conftest import SAMPLES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -174,8 +174,7 @@ def test_real_noise_and_rooms_from_their_manifests(tmp_path):
     from fastconformer import load_model
     from training.data.sources import load_data
 
-    folder = speech("noise_rir")
-    clip = speech("fsdd") / "audio" / "george" / "0_george_0.flac"
+    clip = SAMPLES / "digits_8k" / "0_george_0.flac"
     line = {"audio_filepath": str(clip), "duration": 0.298, "text": "good"}
     (tmp_path / "train.jsonl").write_text(json.dumps(line) + "\n")
     tree = {
@@ -187,7 +186,7 @@ def test_real_noise_and_rooms_from_their_manifests(tmp_path):
     model = load_model(golden("train_parity") / "model.nemo")
     sounds = []
     for kind in ({}, {"noise": "noise.jsonl"}, {"rir": "rir.jsonl"}):
-        levers = {k: {"manifests": [str(folder / v)], "probability": 1.0} for k, v in kind.items()}
+        levers = {k: {"manifests": [str(SAMPLES / v)], "probability": 1.0} for k, v in kind.items()}
         full = recipe_from_dict(tree | {"augment": levers})
         train, _ = load_data(full, model, ("ctc",), tmp_path / "dropped.jsonl")
         sounds.append(train.store.augment(train.store.samples(0), 0, 0))
