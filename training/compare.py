@@ -29,7 +29,8 @@ from training.data.sources import TrainingSet, batch_order, load_data, read_sour
 from training.data.store import Utterance
 from training.find_batch import device_memory, find_batch_duration, training_step
 from training.objective.objective import Objective, batch_loss, objective_of
-from training.recipe.recipe import Recipe, SourceRecipe, load_recipe, recipe_differences
+from training.recipe.data_sections import SourceRecipe
+from training.recipe.recipe import Recipe, load_recipe, recipe_differences
 from training.setup.freeze import Freezing
 from training.setup.run import choose_device
 from training.setup.start import build_model, prepare

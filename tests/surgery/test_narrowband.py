@@ -10,7 +10,7 @@ from fastconformer import load_model
 from fastconformer.checkpoint.nemo_archive import write_nemo
 from fastconformer.checkpoint.read import read_checkpoint
 from fastconformer.surgery.sample_rate import with_sample_rate
-from training.recipe.recipe import LossRecipe, ModelRecipe
+from training.recipe.sections import LossRecipe, ModelRecipe
 from training.setup.start import build_model
 
 

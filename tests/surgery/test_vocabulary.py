@@ -28,7 +28,7 @@ from fastconformer.surgery.vocabulary import (
 )
 from fastconformer.text.tokenizer import CharTokenizer, SentencePieceTokenizer, sentencepiece_files
 from training.data.store import Batch, Utterance
-from training.recipe.recipe import LossRecipe, ModelRecipe
+from training.recipe.sections import LossRecipe, ModelRecipe
 from training.setup.start import build_model, read_tokenizer
 
 

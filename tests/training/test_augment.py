@@ -3,7 +3,7 @@ import torch
 
 from training.augment.spec_augment import spec_augment
 from training.objective.objective import augmentation
-from training.recipe.recipe import SpecAugmentRecipe
+from training.recipe.data_sections import SpecAugmentRecipe
 
 OPTIONS = {"freq_masks": 2, "time_masks": 3, "freq_width": 20, "time_width": 0.1}
 

@@ -23,7 +23,8 @@ from training.loop.run_folder import load_batch
 from training.loop.step import seed_step
 from training.objective.objective import batch_loss, clip_weights, objective_of
 from training.optim.optim import learning_rate
-from training.recipe.recipe import LossRecipe, ModelRecipe, load_recipe
+from training.recipe.recipe import load_recipe
+from training.recipe.sections import LossRecipe, ModelRecipe
 from training.setup.freeze import train_mode
 from training.setup.start import build_model, tokenizer_files
 

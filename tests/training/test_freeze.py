@@ -12,7 +12,7 @@ from train_case import Run, changed, recipe_of
 
 from fastconformer import load_model
 from training.finetune import main
-from training.recipe.recipe import FreezeRecipe
+from training.recipe.sections import FreezeRecipe
 from training.setup.freeze import (
     GradientWatch,
     depth_of,

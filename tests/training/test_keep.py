@@ -16,7 +16,8 @@ from training.average import average_checkpoints
 from training.average import main as average
 from training.finetune import main
 from training.loop.keep import Kept, check_metric, guard_holds, metrics_of
-from training.recipe.recipe import GuardRecipe, KeepRecipe, load_recipe, stage_recipes
+from training.recipe.recipe import load_recipe, stage_recipes
+from training.recipe.sections import GuardRecipe, KeepRecipe
 
 
 def record(step, wer, cer=0.5, general=0.2, loss=1.0):

@@ -17,7 +17,8 @@ from training.loop.ranks import Deal, StepStatistics
 from training.loop.step import gradients
 from training.objective.cr_ctc import consistency, time_warp
 from training.objective.objective import Objective, batch_loss, make_views, objective_of, views_loss
-from training.recipe.recipe import LossRecipe, ModelRecipe, recipe_from_dict
+from training.recipe.recipe import recipe_from_dict
+from training.recipe.sections import LossRecipe, ModelRecipe
 from training.setup.freeze import train_mode
 from training.setup.start import build_model
 

@@ -28,7 +28,7 @@ from training.optim.optim import (
     schedule_of,
     stochastic_round,
 )
-from training.recipe.recipe import ScheduleRecipe
+from training.recipe.sections import ScheduleRecipe
 
 # Recorded from NeMo 3.0.0's nemo.core.optim.lr_scheduler with lr 0.5, 4 steps of warm-up, 20 steps,
 # min_lr 0.01; Noam: lr 2, d_model 144, min_lr 0.05; a hold of 8 steps.

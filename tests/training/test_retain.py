@@ -20,7 +20,7 @@ from training.data.store import Batch, Utterance
 from training.finetune import main
 from training.objective.objective import Objective
 from training.objective.retain import Retain, ctc_distillation, encoder_distillation, row_tensors
-from training.recipe.recipe import RetainRecipe
+from training.recipe.sections import RetainRecipe
 
 
 def test_ctc_distillation_is_the_divergence_over_old_tokens():

@@ -11,7 +11,7 @@ import soundfile
 from training.data.sources import read_source
 from training.data.store import AudioStore, read_manifest
 from training.data.tarred import expand_braces, shard_number, tar_shards
-from training.recipe.recipe import SourceRecipe
+from training.recipe.data_sections import SourceRecipe
 
 RATE = 16000
 

@@ -11,7 +11,7 @@ from training.data.store import Batch
 from training.loop.step import update
 from training.objective.objective import Objective, batch_loss
 from training.optim.optim import build_optimizer, schedule_of, set_learning_rates
-from training.recipe.recipe import LossRecipe, ModelRecipe, OptimRecipe, ScheduleRecipe
+from training.recipe.sections import LossRecipe, ModelRecipe, OptimRecipe, ScheduleRecipe
 from training.setup.freeze import train_mode
 from training.setup.start import build_model
 

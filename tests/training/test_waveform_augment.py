@@ -20,7 +20,8 @@ from training.augment.waveform import (
     section,
     shift,
 )
-from training.recipe.recipe import AugmentRecipe, recipe_from_dict
+from training.recipe.data_sections import AugmentRecipe
+from training.recipe.recipe import recipe_from_dict
 
 RATE = 16000
 

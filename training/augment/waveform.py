@@ -14,7 +14,7 @@ import numpy as np
 import soxr
 
 from training.augment.telephone import telephone
-from training.recipe.recipe import AugmentRecipe
+from training.recipe.data_sections import AugmentRecipe
 
 HUM_HARMONICS = 12
 

@@ -32,7 +32,8 @@ from training.data.store import (
 )
 from training.data.tarred import expand_braces, tar_shards
 from training.loop.run_folder import append_line, json_line
-from training.recipe.recipe import DataRecipe, Recipe, SourceRecipe
+from training.recipe.data_sections import DataRecipe, SourceRecipe
+from training.recipe.recipe import Recipe
 
 log = logging.getLogger("finetune")
 

@@ -7,7 +7,7 @@ Works on records, the lines of `ledger.jsonl`: {"wer", "cer", "train_loss", "set
 import dataclasses
 import math
 
-from training.recipe.recipe import GuardRecipe, KeepRecipe
+from training.recipe.sections import GuardRecipe, KeepRecipe
 
 
 def metrics_of(record: dict) -> dict[str, float]:

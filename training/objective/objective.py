@@ -20,7 +20,8 @@ from fastconformer import ASRModel
 from training.augment.spec_augment import spec_augment
 from training.data.store import Batch
 from training.objective.cr_ctc import consistency, time_warp
-from training.recipe.recipe import Recipe, SpecAugmentRecipe
+from training.recipe.data_sections import SpecAugmentRecipe
+from training.recipe.recipe import Recipe
 
 log = logging.getLogger("finetune")
 

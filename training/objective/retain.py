@@ -21,7 +21,8 @@ from fastconformer.surgery.vocabulary import MARGINS, Change, check_transfer, ma
 from training.data.sources import TrainingSet
 from training.data.store import AudioStore, Batch
 from training.objective.objective import Objective
-from training.recipe.recipe import Recipe, RetainRecipe
+from training.recipe.recipe import Recipe
+from training.recipe.sections import RetainRecipe
 from training.setup.freeze import Freezing
 from training.setup.start import build_model
 

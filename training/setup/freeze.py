@@ -13,7 +13,7 @@ from torch import nn
 
 from fastconformer import ASRModel
 from training.objective.objective import Objective
-from training.recipe.recipe import FreezeRecipe, LoraRecipe
+from training.recipe.sections import FreezeRecipe, LoraRecipe
 from training.setup.lora import lora_paths
 
 # --- names of parts -----------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from fastconformer import ASRModel
 from fastconformer.networks.linear import AFTER, Linear
-from training.recipe.recipe import LoraRecipe
+from training.recipe.sections import LoraRecipe
 
 TARGETS = ("attention", "feed_forward")
 

@@ -26,7 +26,8 @@ from fastconformer.text.tokenizer import (
     sentencepiece_files,
 )
 from training.objective.objective import Objective
-from training.recipe.recipe import EncoderRecipe, LossRecipe, ModelRecipe, Recipe
+from training.recipe.recipe import Recipe
+from training.recipe.sections import EncoderRecipe, LossRecipe, ModelRecipe
 from training.setup.freeze import Freezing, freeze, is_batch_norm, unreached
 from training.setup.lora import add_lora
 
