@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
-from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from .audio.features import Preprocessor
@@ -17,32 +16,27 @@ from .audio.files import load_audio
 from .checkpoint.contents import Checkpoint
 from .checkpoint.folder import write_folder
 from .checkpoint.read import read_checkpoint
-from .config import CTC_CLASSES, ModelConfig, config_errors
+from .config import ModelConfig, config_errors
 from .decoding import (
     Confidence,
     DecodingOptions,
-    GraphCache,
     Hypothesis,
     ctc_align,
-    ctc_beam,
-    ctc_greedy,
     loudness,
     silent_stretches,
     speaks,
     splice,
-    transducer_beam,
-    transducer_greedy,
 )
+from .heads import HEADS, Head
+from .losses.checks import check_batch, check_targets
 from .networks.conformer import ConformerEncoder
-from .networks.heads import CTCHead, Joint, PredictionNetwork
+from .networks.heads import CTCHead
 from .networks.linear import Int8Weight, quantize
 from .recordings import longform
-from .recordings.memory import LOG_PROBS
 from .recordings.timestamps import (
     Span,
     in_seconds,
     segment_spans,
-    token_spans,
     without_collection,
     word_spans,
 )
@@ -95,12 +89,9 @@ class ASRModel(nn.Module):
         self.tokenizer_files = tokenizer_files or {}
         self.preprocessor = Preprocessor(config.preprocessor, stft_pad)
         self.encoder = ConformerEncoder(config.encoder)
-        if config.joint:
-            self.decoder = PredictionNetwork(config.decoder)
-            self.joint = Joint(config.joint)
-        if config.ctc:
-            setattr(self, _ctc_name(config), CTCHead(config.ctc))
-        self._graphs = GraphCache()
+        for name in config.heads:
+            for attribute, module in HEADS[name].networks(config).items():
+                setattr(self, attribute, module)
 
     @property
     def sample_rate(self) -> int:
@@ -117,9 +108,23 @@ class ASRModel(nn.Module):
         """The heads' names, the default first."""
         return self.config.heads
 
+    def head(self, name: str | None = None) -> Head:
+        """A head by its name, None: the default; what it answers says `fastconformer.heads`.
+        ValueError: no such head."""
+        name = name or self.heads[0]
+        if name not in self.heads:
+            raise ValueError(f"head is {name!r}, this model has {', '.join(self.heads)}")
+        return HEADS[name](self, name)
+
+    @property
+    def frame_head(self) -> Head | None:
+        """The head that gives each frame's distribution by itself, None where there is none."""
+        heads = (self.head(name) for name in self.heads)
+        return next((head for head in heads if head.has_frame_posteriors), None)
+
     @property
     def ctc_head(self) -> CTCHead:
-        return getattr(self, _ctc_name(self.config))
+        return self.head("ctc").module
 
     @property
     def blank_id(self) -> int:
@@ -148,8 +153,7 @@ class ASRModel(nn.Module):
 
     def ctc_log_probs(self, encoded: torch.Tensor) -> torch.Tensor:
         """(B, T', D) -> (B, T', V+1) float32, blank last. ValueError: the model has no CTC head."""
-        self._check_head("ctc")
-        return self.ctc_head(encoded).float().log_softmax(-1)
+        return self.head("ctc").log_probs(encoded)
 
     def joint_logits(self, encoded: torch.Tensor, targets: torch.Tensor, target_lengths=None):
         """Raw logits (B, T', U+1, V+1+N) of all pairs of frame and prefix; for small inputs only.
@@ -157,10 +161,9 @@ class ASRModel(nn.Module):
         targets (B, U); values beyond `target_lengths` are read as token 0 and give rows that no
         loss looks at. ValueError: the model has no transducer head.
         """
-        self._check_head(self.heads[0] if self.config.joint else "rnnt or tdt")
-        if target_lengths is not None:
-            targets = self._without_padding(targets, target_lengths)
-        return self.joint(encoded, self.decoder(targets))
+        heads = [head for head in map(self.head, self.heads) if head.has_lattice]
+        head = heads[0] if heads else self.head("rnnt or tdt")
+        return head.lattice_logits(encoded, targets, target_lengths)
 
     def losses(
         self,
@@ -171,68 +174,32 @@ class ASRModel(nn.Module):
         heads: tuple[str, ...] | None = None,
         eps: float = 0.0,
         report: dict[str, torch.Tensor] | None = None,
+        **arguments,
     ) -> dict[str, torch.Tensor]:
         """Negative log-likelihood of each clip in nats, (B,) per head, with the config's sigma,
-        FastEmit and clamp (and omega while training). The joint's logits are never all in memory;
-        `eps` and `report` as in `fused_transducer_loss`. ValueError: no such head, or shapes,
-        lengths or targets that do not fit."""
-        from .losses.checks import check_batch, check_targets
-
+        FastEmit and clamp (and omega while training). `eps` and `report` as in
+        `fused_transducer_loss`, for heads with a lattice; `arguments`: what a head's
+        `loss_arguments` names. ValueError: no such head, or shapes, lengths or targets that do not
+        fit."""
         # First of all: torch's CTC loss reads whatever memory a wrong target names.
         batch, n_frames = encoded.shape[:2]
         lengths = targets, encoded_lengths, target_lengths
         given = f"encoded is {tuple(encoded.shape)}"
         check_batch(given, batch, n_frames, targets.shape[-1] + 1, *lengths)
         check_targets(targets, target_lengths, self.blank_id + 1, self.blank_id)
-        losses = {}
-        for head in heads or self.heads:
-            self._check_head(head)
-            if head == "ctc":
-                losses[head] = F.ctc_loss(
-                    self.ctc_log_probs(encoded).transpose(0, 1),
-                    targets,
-                    encoded_lengths,
-                    target_lengths,
-                    blank=self.blank_id,
-                    reduction="none",
-                    zero_infinity=True,  # as NeMo: a text longer than the frames trains nothing
-                )
-            else:
-                losses[head] = self._transducer_loss(
-                    encoded, encoded_lengths, targets, target_lengths, eps, report
-                )
-        return losses
-
-    def _transducer_loss(self, encoded, encoded_lengths, targets, target_lengths, eps, report):
-        from .losses import fused_transducer_loss
-
-        loss, joint = self.config.loss, self.joint
-        predicted = self.decoder(self._without_padding(targets, target_lengths))
-        return fused_transducer_loss(
-            joint.enc(encoded),
-            joint.pred(predicted),
-            joint.joint_net[-1].weight,
-            joint.joint_net[-1].bias,
-            targets,
-            encoded_lengths,
-            target_lengths,
-            durations=loss.durations or None,
-            blank=self.blank_id,
-            sigma=loss.sigma if loss.durations else 0.0,
-            omega=loss.omega if loss.durations and self.training else 0.0,
-            fastemit_lambda=loss.fastemit_lambda,
-            clamp=loss.clamp,
-            activation=joint.activation,
-            dropout=joint.dropout,
-            eps=eps,
-            reduction="none",
-            report=report,
-        )
-
-    @staticmethod
-    def _without_padding(targets, target_lengths):
-        beyond = torch.arange(targets.shape[1], device=targets.device) >= target_lengths[:, None]
-        return targets.masked_fill(beyond, 0)
+        asked = [self.head(name) for name in heads or self.heads]
+        _check_taken(arguments, {name for head in asked for name in head.loss_arguments})
+        arguments |= {"eps": eps, "report": report}
+        return {
+            head.name: head.loss(
+                encoded,
+                encoded_lengths,
+                targets,
+                target_lengths,
+                **{name: arguments[name] for name in head.loss_arguments if name in arguments},
+            )
+            for head in asked
+        }
 
     def decode_greedy(
         self, encoded: torch.Tensor, lengths: torch.Tensor, head: str | None = None
@@ -247,36 +214,14 @@ class ASRModel(nn.Module):
         lengths: torch.Tensor,
         head: str | None = None,
         options: DecodingOptions | None = None,
+        **arguments,
     ) -> list[Hypothesis]:
         """encoded (B, T', D), lengths (B,) -> what `head` (default: the first) finds in each clip,
-        greedily or as `options` say. ValueError: no such head."""
-        head, options = head or self.heads[0], options or DecodingOptions()
-        self._check_head(head)
-        common = {"bias": options.bias(self.tokenizer, encoded.device)}
-        common["confidence"] = options.confidence
-        fusion = options.fusion(self.tokenizer, encoded.device)
-        if head == "ctc":
-            if options.is_greedy:
-                size = max(1, LOG_PROBS // (max(1, len(encoded)) * (self.blank_id + 1)))
-                pieces = (self.ctc_log_probs(piece) for piece in encoded.split(size, dim=1))
-                return ctc_greedy(pieces, lengths, **common)
-            return ctc_beam(self.ctc_log_probs(encoded), lengths, options.beam, fusion, **common)
-        parts = encoded, lengths, self.decoder, self.joint, self.blank_id
-        common |= {
-            "durations": self.config.loss.durations,
-            "max_symbols": self.config.max_symbols,
-        }
-        if options.is_greedy:
-            graphs = self._graphs if encoded.is_cuda else None
-            return transducer_greedy(*parts, graphs=graphs, **common)
-        return transducer_beam(
-            *parts,
-            options.beam,
-            fusion=fusion,
-            blank_scale=options.lm_weight if options.lm is not None else 0.0,
-            score_norm=options.score_norm,
-            **common,
-        )
+        greedily or as `options` say; `arguments`: what its `decode_arguments` names. ValueError: no
+        such head."""
+        chosen = self.head(head)
+        _check_taken(arguments, chosen.decode_arguments)
+        return chosen.decode(encoded, lengths, options or DecodingOptions(), **arguments)
 
     def retry_stuck(
         self,
@@ -297,19 +242,19 @@ class ASRModel(nn.Module):
         """
         frame_s = self.config.frame_seconds
         stretches = silent_stretches(hypothesis, len(encoded), frame_s)
-        if head == "ctc" or not stretches:
+        if not (self.head(head).can_stall and stretches):
             return []
         frame_samples = self.config.preprocessor.hop_samples * self.config.encoder.frame_factor
         levels = loudness(_as_float(samples.cpu()), frame_samples, len(encoded))
-        mended = []
+        beside, mended = self.frame_head, []
         for first, end in stretches:
             if not speaks(levels, first, end, frame_s):
                 continue
             part, length = encoded[None, first:end], torch.tensor([end - first])
             length = length.to(encoded.device)
             (found,) = self.decode(part, length, head, options)
-            if "ctc" in self.heads:
-                (heard,) = self.decode(part, length, "ctc", options)
+            if beside is not None:
+                (heard,) = self.decode(part, length, beside.name, options)
                 if not heard.tokens:
                     continue  # loud, but no speech to either head
                 if 2 * len(found.tokens) < len(heard.tokens):
@@ -332,7 +277,7 @@ class ASRModel(nn.Module):
         Raises:
             ValueError: no CTC head, no words, or more tokens than the clip has frames for.
         """
-        self._check_head("ctc")
+        self.head("ctc")
         words = text.split()
         if not words:
             raise ValueError("the text to align is empty")
@@ -417,8 +362,7 @@ class ASRModel(nn.Module):
             ValueError, FileNotFoundError: unreadable audio, an empty clip, an unknown head, a
                 decoding option that does not fit.
         """
-        head = head or self.heads[0]
-        self._check_head(head)
+        head = self.head(head).name
         options = DecodingOptions(**decoding)
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}, expected at least 1")
@@ -515,7 +459,7 @@ class ASRModel(nn.Module):
             aggregate = confidence.aggregate if confidence else min
             ends = config.segment_separators, config.segment_gap_frames
             with without_collection():
-                tokens = token_spans(hypothesis, head, tokenizer)
+                tokens = self.head(head).token_spans(hypothesis, tokenizer)
                 words = word_spans(tokens, pieces, tokenizer, aggregate)
                 segments = segment_spans(words, *ends)
                 words, segments = in_seconds(words, *times), in_seconds(segments, *times)
@@ -569,10 +513,6 @@ class ASRModel(nn.Module):
             shifts.append(left / self.sample_rate)
         return audio, torch.tensor(lengths), shifts
 
-    def _check_head(self, head: str):
-        if head not in self.heads:
-            raise ValueError(f"head is {head!r}, this model has {', '.join(self.heads)}")
-
     def to_checkpoint(self) -> Checkpoint:
         """Config, weights and tokenizer files, as `save` and `write_nemo` take them. ValueError:
         the weights are int8."""
@@ -589,9 +529,10 @@ def _as_float(samples: torch.Tensor) -> torch.Tensor:
     return samples.float() / 32768.0 if samples.dtype == torch.int16 else samples
 
 
-def _ctc_name(config: ModelConfig) -> str:
-    # NeMo calls a CTC model's head `decoder`, a hybrid's `ctc_decoder`
-    return "decoder" if config.class_name in CTC_CLASSES else "ctc_decoder"
+def _check_taken(given: dict, known) -> None:
+    for name in given:
+        if name not in known:
+            raise ValueError(f"{name} is an argument of none of the heads that were asked")
 
 
 def check_state_dict(config: ModelConfig, state_dict: dict[str, torch.Tensor]):
@@ -604,15 +545,15 @@ def _skeleton(
 ) -> ASRModel:
     """The model without memory for its weights, and without a tokenizer."""
     with torch.device("meta"), _NoInitialisation(), config_errors():
-        n_layers = config.encoder.n_layers
-        n_layers += config.decoder.pred_rnn_layers if config.joint else 0
+        heads = [HEADS[name] for name in config.heads]
+        n_layers = config.encoder.n_layers + sum(head.n_layers(config) for head in heads)
         if n_layers > len(state_dict):  # before they are built
             raise ValueError(
                 f"the config has {n_layers} layers, the weights {len(state_dict)} tensors"
             )
         model = ASRModel(config, _NoTokenizer(config.vocab_size), stft_pad=stft_pad)
-        if config.joint and f"decoder.{PredictionNetwork.embedding_norm}" in state_dict:
-            model.decoder.add_embedding_norm()
+        for head in heads:
+            head.fit(model, state_dict)
     return model
 
 
@@ -690,6 +631,8 @@ def model_of(
     # the tensors become the parameters: no second copy of the weights
     model.load_state_dict(checkpoint.state_dict, assign=True)
     model.encoder.tie_biases()
+    for name in model.heads:
+        model.head(name).tie()
     model.requires_grad_(True)
     if not (isinstance(dtype, torch.dtype) and (dtype.is_floating_point or dtype == torch.int8)):
         raise ValueError(f"dtype is {dtype!r}, expected torch.float32, bfloat16 or int8")
@@ -706,9 +649,9 @@ def _cast(model: ASRModel, dtype: torch.dtype):
     if dtype == torch.int8:
         _cast(model, torch.float32)
         quantize(model.encoder.layers)
-        if model.config.joint:
-            quantize(model.decoder)
-            quantize(model.joint.joint_net)
+        for name in model.heads:
+            for part in model.head(name).int8_parts():
+                quantize(part)
         return
     model.preprocessor.float()
     for child in (

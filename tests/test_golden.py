@@ -6,7 +6,7 @@ from conftest import golden, load_case
 
 import fastconformer
 from fastconformer.losses import rnnt_loss, tdt_loss
-from fastconformer.recordings.timestamps import segment_spans, token_spans, word_spans
+from fastconformer.recordings.timestamps import segment_spans, word_spans
 
 CASES = [
     "ctc_bpe",
@@ -165,7 +165,7 @@ def test_word_and_segment_frames(case):
                 continue
             n = t["encoded_len"][b : b + 1]
             (hypothesis,) = model.decode_greedy(t["encoded"][b : b + 1, : int(n)], n, head)
-            tokens = token_spans(hypothesis, head, model.tokenizer)
+            tokens = model.head(head).token_spans(hypothesis, model.tokenizer)
             assert [(s.start, s.end) for s in tokens] == [
                 (c["start_offset"], c["end_offset"]) for c in expected["char"]
             ]

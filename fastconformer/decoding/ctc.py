@@ -7,6 +7,8 @@ import torch
 from .confidence import Confidence
 from .hypothesis import Hypothesis
 
+LOG_PROBS = 1 << 23  # log-probabilities in memory at once where callers give them in pieces
+
 
 def ctc_greedy(
     log_probs: torch.Tensor | Iterable[torch.Tensor],

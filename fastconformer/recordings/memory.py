@@ -3,13 +3,14 @@
 import torch
 
 from ..config import EncoderConfig, ModelConfig
+from ..decoding.ctc import LOG_PROBS
+from ..heads import HEADS
 from ..networks import tiles
 from ..networks.subsampling import output_length
 
 # The counts below are from peaks on a CPU: benchmarks/results/birwkv7_memory.json
 SAFETY = 1.1  # allocators round up and keep pieces
 FRONT_PIECES, ENCODER_PIECES = 30e6, 24e6  # bytes: spectra in flight, convolutions in flight
-LOG_PROBS = 1 << 23  # CTC log-probabilities in memory at once in greedy decoding
 
 
 def memory_estimate(config: ModelConfig, seconds: float, dtype: torch.dtype) -> int:
@@ -36,10 +37,9 @@ def memory_estimate(config: ModelConfig, seconds: float, dtype: torch.dtype) -> 
     else:  # more than a piece of a clip holds, but so were the peaks
         piece = 10 * min(frames, tiles.TILE_FRAMES) * encoder.d_model * size
     layer = held + frames * _frame_bytes(encoder, size) + piece + min(ENCODER_PIECES, 8 * audio)
-    # the frames, their projection in the joint, and a piece of CTC's log-probabilities
-    decoding = (
-        frames * (encoder.d_model + (config.joint.joint_hidden if config.joint else 0)) * size
-    )
+    # the frames, what the heads make of them, and a piece of CTC's log-probabilities
+    of_heads = sum(HEADS[name].frame_bytes(config, size) for name in config.heads)
+    decoding = frames * (encoder.d_model * size + of_heads)
     decoding += (8 + size) * min(frames * (config.vocab_size + 1), LOG_PROBS)
     return int(SAFETY * max(front_end, layer, audio + decoding))
 

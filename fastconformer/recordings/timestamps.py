@@ -5,7 +5,7 @@ Source: NeMo's timestamp_utils and decoding classes.
 
 import contextlib
 import gc
-import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..decoding import Hypothesis
@@ -36,31 +36,13 @@ def without_collection():
             gc.enable()
 
 
-def token_spans(hypothesis: Hypothesis, head: str, tokenizer: Tokenizer) -> list[Span]:
-    """Start and end encoder frames of each token, its text decoded alone.
-
-    TDT: frame to frame + duration. RNNT: the frame. CTC: from the token before to its own frame,
-    which is how NeMo counts. Punctuation snaps to the end of the token before (TDT) or has no
-    extent (CTC).
-    """
-    frames = hypothesis.frames
-    if head == "tdt":
-        ends = [frame + span for frame, span in zip(frames, hypothesis.durations)]
-        starts = frames
-    elif head == "rnnt":
-        starts, ends = frames, [frame + 1 for frame in frames]
-    else:
-        starts, ends = [max(0, frames[0] - 1), *frames[:-1]] if frames else [], frames
+def spans_of_tokens(
+    hypothesis: Hypothesis, tokenizer: Tokenizer, starts: Sequence[int], ends: Sequence[int]
+) -> list[Span]:
+    """Each token between its two frames, its text decoded alone, with its confidence."""
     texts = (tokenizer.join([piece]) for piece in tokenizer.ids_to_pieces(hypothesis.tokens))
-    sure = hypothesis.confidences or [None] * len(frames)
-    spans = [Span(*fields) for fields in zip(texts, starts, ends, sure)]
-    for before, span in itertools.pairwise(spans):
-        if span.text[:1] and span.text[0] in tokenizer.punctuation:
-            if head == "tdt":
-                span.start = span.end = before.end
-            elif head == "ctc":
-                span.end = span.start
-    return spans
+    sure = hypothesis.confidences or [None] * len(hypothesis.tokens)
+    return [Span(*fields) for fields in zip(texts, starts, ends, sure)]
 
 
 def word_spans(
@@ -69,7 +51,7 @@ def word_spans(
     """Joins tokens to words; marks are glued to the word before them.
 
     Args:
-        tokens: from `token_spans`; pieces: the same tokens as vocabulary pieces.
+        tokens: from a head's `token_spans`; pieces: the same tokens as vocabulary pieces.
         aggregate: the confidences of a word's tokens -> the word's.
     """
     words, built, first = [], [], 0

@@ -1,0 +1,49 @@
+"""A room for each output head: its networks, loss, decoding, and what else differs by head.
+
+`HEADS` leads from the names in `ModelConfig.heads` to the classes; `model.head(name)` gives the one
+of a model. Nothing outside of this folder and of config/ compares a head's name. A new head is a
+class here, its name in `HEADS`, and the NeMo class that has it in `config.heads`. It answers, with
+the defaults in `heads/head.py`:
+
+Before there is a model (static, from the config):
+    networks(config)                {attribute: module}, NeMo's names, random weights
+    n_layers(config)                layers of them: fewer tensors than layers is a wrong config
+    frame_bytes(config, itemsize)   memory that decoding takes for each encoder frame
+    fit(model, state_dict)          what only a checkpoint's tensors say of the modules
+
+Its weights:
+    modules                         {name in recipes: path}: what freeze.modules may call its parts,
+                                    and what is unused where the head is not trained
+    token_layers()                  {path: layer} of layers with a row for each token
+    output_layer()                  the one whose biases decide which token wins
+    logits(encoded, tokens)         (n, outputs) of one clip, to compare two models
+    int8_parts()                    modules that dtype int8 quantises
+    tie()                           after loading: shared parameters become one again
+
+Training:
+    family                          "ctc", "transducer" ...: what `loss.heads` of a recipe may say
+    loss(encoded, lengths, targets, target_lengths, **those of loss_arguments)  -> (B,) nats
+    loss_arguments                  further arguments that its loss takes, of `ASRModel.losses`
+    reduction, share                how clips' losses become one, and its weight beside other heads
+    has_lattice                     its loss sums over frames and tokens: eps, `active_share`
+    needs_frame_per_token           a text needs a frame for each token, and one between equal ones
+    bounds_tokens_per_frame         `data.max_tokens_per_frame` is for it
+
+Decoding:
+    decode(encoded, lengths, options, **those of decode_arguments)  -> hypotheses
+    decode_arguments                further arguments that it takes (prompts), of `ASRModel.decode`
+    token_spans(hypothesis, tokenizer)  encoder frames of each token, for times
+    has_frame_posteriors            `log_probs(encoded)` gives each frame's distribution: alignment,
+                                    InterCTC, CR-CTC, distillation; `model.frame_head` is that head
+    can_stall                       may fall silent over speech, and is tried again there
+    reads_frames_in_order           once from the first frame to the last, so that what the encoder
+                                    gives in windows is decoded as one sequence
+"""
+
+from .ctc import CTC
+from .head import Head
+from .transducer import Transducer
+
+HEADS: dict[str, type[Head]] = {"ctc": CTC, "rnnt": Transducer, "tdt": Transducer}
+
+__all__ = ["CTC", "HEADS", "Head", "Transducer"]

@@ -1,0 +1,124 @@
+"""What a model asks its output heads, and the answers that most heads give."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from ..config import ModelConfig
+from ..decoding import DecodingOptions, Hypothesis
+from ..recordings.timestamps import Span, spans_of_tokens
+from ..text.tokenizer import Tokenizer
+
+
+class Head:
+    """One head of a model, for as long as the caller asks it something: `model.head(name)` makes it
+    anew each time. The weights are the model's; a head keeps nothing. See the package's docstring
+    for all that a head answers."""
+
+    family = ""  # what recipes call it and its like
+    has_frame_posteriors = False
+    has_lattice = False
+    can_stall = False
+    reads_frames_in_order = True
+    needs_frame_per_token = False
+    bounds_tokens_per_frame = False
+    loss_arguments: tuple[str, ...] = ()
+    decode_arguments: tuple[str, ...] = ()
+
+    def __init__(self, model, name: str):
+        self.model, self.name = model, name
+
+    # --- of a config, before there is a model ---------------------------------------------------
+
+    @staticmethod
+    def networks(config: ModelConfig) -> dict[str, nn.Module]:
+        """The head's modules with random weights, by the attribute names that NeMo gives them."""
+        raise NotImplementedError
+
+    @staticmethod
+    def n_layers(config: ModelConfig) -> int:
+        """Layers that the config asks for: a checkpoint has at least a tensor for each."""
+        return 0
+
+    @staticmethod
+    def frame_bytes(config: ModelConfig, itemsize: int) -> int:
+        """What decoding holds of each encoder frame, beside the frame itself."""
+        return 0
+
+    @staticmethod
+    def fit(networks: nn.Module, state_dict: dict[str, torch.Tensor]) -> None:
+        """Changes the model's modules, which have no memory yet, to what only the tensors of a
+        checkpoint say about them."""
+
+    # --- of its weights --------------------------------------------------------------------------
+
+    @property
+    def modules(self) -> dict[str, str]:
+        """{name of a part in recipes: path of its module}, of all modules that are the head's."""
+        return {}
+
+    def token_layers(self) -> dict[str, nn.Module]:
+        """{path: layer} of the layers with one row for each token, the tokens' rows first: an
+        embedding, or layers whose outputs are tokens, blank and whatever else."""
+        return {}
+
+    def output_layer(self) -> nn.Module:
+        """The one of `token_layers` whose outputs are the logits that decoding compares."""
+        return list(self.token_layers().values())[-1]
+
+    def logits(self, encoded: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """encoded (1, T', D), tokens (U,) -> (n, outputs): of every frame, and where the head reads
+        tokens of every frame after every prefix of them."""
+        raise NotImplementedError
+
+    def int8_parts(self) -> list[nn.Module]:
+        """Modules whose matrix products an int8 model computes in 8 bits."""
+        return []
+
+    def tie(self) -> None:
+        """Makes parameters that are one again one, after each came from a checkpoint by itself."""
+
+    # --- in training -----------------------------------------------------------------------------
+
+    @property
+    def reduction(self) -> str:
+        """How the losses of a batch's clips become one: mean_batch, mean, mean_volume or sum."""
+        return "mean_batch"
+
+    @property
+    def share(self) -> float:
+        """Of the total loss, where other heads are trained beside it."""
+        return 1.0
+
+    def loss(
+        self,
+        encoded: torch.Tensor,
+        encoded_lengths: torch.Tensor,
+        targets: torch.Tensor,
+        target_lengths: torch.Tensor,
+    ) -> torch.Tensor:
+        """Negative log-likelihood of each clip in nats, (B,); see `ASRModel.losses`, which has
+        checked the shapes. A head that takes more names it in `loss_arguments`."""
+        raise NotImplementedError
+
+    # --- in decoding -----------------------------------------------------------------------------
+
+    def decode(
+        self, encoded: torch.Tensor, lengths: torch.Tensor, options: DecodingOptions
+    ) -> list[Hypothesis]:
+        """encoded (B, T', D), lengths (B,) -> what the head finds in each clip. A head that takes
+        more names it in `decode_arguments`."""
+        raise NotImplementedError
+
+    def log_probs(self, encoded: torch.Tensor) -> torch.Tensor:
+        """(B, T', D) -> (B, T', V+1) float32, blank last: a head with `has_frame_posteriors`."""
+        raise NotImplementedError
+
+    def token_spans(self, hypothesis: Hypothesis, tokenizer: Tokenizer) -> list[Span]:
+        """Start and end encoder frames of each token, its text decoded alone: from its frame over
+        its duration, or one frame where the head gives no durations."""
+        frames = hypothesis.frames
+        durations: Iterable[int] = hypothesis.durations or [1] * len(frames)
+        ends = [frame + span for frame, span in zip(frames, durations, strict=True)]
+        return spans_of_tokens(hypothesis, tokenizer, frames, ends)
