@@ -9,7 +9,12 @@ from .sentencepiece_model import CONTROL, UNKNOWN, USER_DEFINED, SentencePieceMo
 
 
 class Tokenizer:
-    """Common to all kinds: `pieces` (list of str), `vocab_size`, `unk_id` (None: cannot occur)."""
+    """Common to all kinds: `pieces` (list of str), `vocab_size`, `unk_id` (None: cannot occur), and
+    the ids of an attention decoder's marks (None: the tokenizer has none)."""
+
+    bos_id: int | None = None
+    eos_id: int | None = None
+    pad_id: int | None = None
 
     def __init__(self, pieces: list[str], unk_id: int | None):
         self.pieces, self.vocab_size, self.unk_id = pieces, len(pieces), unk_id
@@ -92,9 +97,12 @@ class AggregateTokenizer(Tokenizer):
     def __init__(self, models: dict[str, bytes]):
         self.languages, first_id = {}, 0
         for lang, model in models.items():
-            self.languages[lang] = SentencePieceTokenizer(model, first_id)
+            self.languages[lang] = self._part(lang, model, first_id)
             first_id += self.languages[lang].vocab_size
         super().__init__([p for part in self.languages.values() for p in part.pieces], None)
+
+    def _part(self, lang: str, model: bytes, first_id: int) -> SentencePieceTokenizer:
+        return SentencePieceTokenizer(model, first_id)
 
     def of_language(self, lang: str | None) -> Tokenizer:
         if lang not in self.languages:
@@ -113,6 +121,111 @@ class AggregateTokenizer(Tokenizer):
 
     def starts_word(self, piece: str, text: str) -> bool:
         return piece != text
+
+
+BOS, EOS, PAD = "<|startoftranscript|>", "<|endoftext|>", "<pad>"  # Canary's marks
+CONTEXT = "<|startofcontext|>"
+SPECIAL = "spl_tokens"  # the part of an aggregate tokenizer that holds the special tokens
+_SPECIAL_TOKEN = re.compile(r"<\|.*?\|>|<pad>")
+_TIME_TOKEN = re.compile(r"<\|\d+\|>")
+# Canary-1b names its languages otherwise than later models
+_FALLBACK = {"en": "en-US", "de": "de-DE", "es": "es-ES", "fr": "fr-FR"}
+
+
+def _special_tokens(tokenizer: Tokenizer, pieces: list[str]) -> dict[str, int]:
+    """Special tokens by piece; gives `tokenizer` the ids of its marks and its way to decode.
+    ValueError: a mark is missing."""
+    tokenizer._space_before_mark = None  # NeMo's decoder of these models takes no space away
+    special = {piece: i for i, piece in enumerate(pieces) if _SPECIAL_TOKEN.fullmatch(piece)}
+    for name, piece in (("bos_id", BOS), ("eos_id", EOS), ("pad_id", PAD)):
+        if piece not in special:
+            raise ValueError(f"the tokenizer of this model has no piece {piece}")
+        setattr(tokenizer, name, special[piece])
+    return special
+
+
+class CanaryBPETokenizer(SentencePieceTokenizer):
+    """Canary's unified tokenizer: one SentencePiece model, which knows special tokens in any
+    text."""
+
+    def __init__(self, model: bytes):
+        super().__init__(model)
+        self.special_tokens = _special_tokens(self, self.pieces)
+
+
+class _CanaryPart(SentencePieceTokenizer):
+    """One language of a CanaryTokenizer: of special tokens its texts know time tokens and a last
+    <|endoftext|> alone."""
+
+    special_tokens: dict[str, int]
+
+    def encode(self, text: str) -> list[int]:
+        end = [self.special_tokens[EOS]] if text.endswith(EOS) else []
+        text = text.removesuffix(EOS)
+        if not _TIME_TOKEN.search(text):
+            return super().encode(text) + end
+        # a time token before the first word, two after each (its end, the next one's start)
+        times = [self._special_id(token) for token in _TIME_TOKEN.findall(text)]
+        ids, used = [], 0
+        for word in _TIME_TOKEN.sub("", text).split():
+            if not ids:
+                ids, used = times[:1], 1
+            ids += super().encode(word) + times[used : used + 2]
+            used += 2
+        return ids + (times[-1:] if used < len(times) else []) + end
+
+    def _special_id(self, token: str) -> int:
+        if token not in self.special_tokens:
+            raise ValueError(f"{token} is not a special token of this model's tokenizer")
+        return self.special_tokens[token]
+
+
+class _CanarySpecial(_CanaryPart):
+    """The part with the special tokens: encodes prompts."""
+
+    def __init__(self, model: bytes, first_id: int, whole: "CanaryTokenizer"):
+        super().__init__(model, first_id)
+        self.whole = whole
+
+    def encode(self, text: str) -> list[int]:
+        """Special tokens one after the other; text between <|startofcontext|> and
+        <|startoftranscript|> is of the target language, the fourth token after it."""
+        context, ids = "", []
+        if text.startswith(CONTEXT) and BOS in text:
+            ids, context = [self._special_id(CONTEXT)], text[len(CONTEXT) : text.find(BOS)]
+            text = text[text.find(BOS) :]
+        tokens = _SPECIAL_TOKEN.findall(text)
+        if "".join(tokens) != text:
+            raise ValueError(f"{text!r} does not consist of special tokens")
+        if context:
+            target = tokens[3][2:-2] if len(tokens) > 3 else None
+            ids = ids + self.whole.of_language(target).encode(context)
+        return ids + [self._special_id(token) for token in tokens]
+
+
+class CanaryTokenizer(AggregateTokenizer):
+    """Canary's aggregate tokenizer: special tokens, then the languages."""
+
+    def __init__(self, models: dict[str, bytes]):
+        if SPECIAL not in models:
+            raise ValueError(f"the tokenizer's languages are {', '.join(models)}, not {SPECIAL}")
+        super().__init__(models)
+        part = self.languages[SPECIAL]
+        ids = _special_tokens(self, part.pieces)
+        self.special_tokens = {piece: part.first_id + i for piece, i in ids.items()}
+        for name in ("bos_id", "eos_id", "pad_id"):
+            setattr(self, name, part.first_id + getattr(self, name))
+        for part in self.languages.values():
+            part.special_tokens = self.special_tokens
+
+    def _part(self, lang: str, model: bytes, first_id: int) -> SentencePieceTokenizer:
+        special = lang == SPECIAL
+        return _CanarySpecial(model, first_id, self) if special else _CanaryPart(model, first_id)
+
+    def of_language(self, lang: str | None) -> Tokenizer:
+        if lang not in self.languages and _FALLBACK.get(lang) in self.languages:
+            lang = _FALLBACK[lang]
+        return super().of_language(lang)
 
 
 def sentencepiece_files(model: bytes) -> dict[str, bytes]:
@@ -152,15 +265,30 @@ def load_tokenizer(config: dict, files: dict[str, bytes]) -> Tokenizer:
         if not labels:
             raise ValueError("the config names neither a tokenizer nor character labels")
         return CharTokenizer(labels)
+    custom = section.get("custom_tokenizer") or {}
+    target = str(custom.get("_target_", "")).rsplit(".", 1)[-1] if custom else None
     if str(section.get("type")).lower() != "agg":
-        return SentencePieceTokenizer(_model_file("tokenizer", section, files))
+        return _named_class(target, SentencePieceTokenizer, CanaryBPETokenizer)(
+            _model_file("tokenizer", section, files)
+        )
     languages = section.get("langs")
     sections = languages.values() if isinstance(languages, dict) else ()
     if not sections or not all(isinstance(part, dict) for part in sections):
         raise ValueError(f"tokenizer.langs is {languages!r}, expected a section for each language")
-    return AggregateTokenizer(
+    return _named_class(target, AggregateTokenizer, CanaryTokenizer)(
         {lang: _model_file(f"tokenizer.langs.{lang}", languages[lang], files) for lang in languages}
     )
+
+
+def _named_class(target: str | None, default: type, custom: type) -> type:
+    """What a config's `tokenizer.custom_tokenizer` names, beside a tokenizer of this type."""
+    if target is None:
+        return default
+    if target != custom.__name__:
+        raise ValueError(
+            f"tokenizer.custom_tokenizer is {target!r}, expected {custom.__name__} for this type"
+        )
+    return custom
 
 
 def _model_file(name: str, section: dict, files: dict[str, bytes]) -> bytes:
