@@ -16,6 +16,11 @@ from training.setup.freeze import train_mode
 from training.setup.start import build_model
 
 RELATIVE = 1e-4  # the case's own suggested_tolerance for losses; float32 noise is 6e-7
+# In the last phase, after 40 steps, weights whose true gradient is zero (`compare_weights`) have
+# moved by rounding noise, which differs from one CPU's products to another's: on an AVX-512 Xeon
+# the norm was 1.1e-3 and the weights 2.2e-5 off, with MKL_CBWR=COMPATIBLE on the same machine below
+# 1e-4 and 6e-7. Losses stay within RELATIVE everywhere.
+LAST, LAST_NORM, LAST_WEIGHTS = "c_accumulate_clip", 3e-3, 5e-5
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +66,8 @@ def test_steps_follow_nemo(case):
             set_learning_rates(optimizer, lr_at, step["step"])
             norm = update(optimizer, phase.get("clip"))
             assert lr == pytest.approx(step["lr"], rel=1e-9), where
-            assert norm == pytest.approx(step["grad_norm_before_clip"], rel=RELATIVE), where
+            tolerance = LAST_NORM if name == LAST else RELATIVE
+            assert norm == pytest.approx(step["grad_norm_before_clip"], rel=tolerance), where
         compare_weights(model, tensors, f"weights_after_{name}/")
 
 
@@ -72,4 +78,5 @@ def compare_weights(model, tensors, prefix):
     names = [name.removeprefix(prefix) for name in tensors if name.startswith(prefix)]
     differences = [(state[name] - tensors[prefix + name]).abs().flatten() for name in names]
     if differences:  # the second phase's are not recorded
-        assert torch.cat(differences).quantile(0.98) < 1e-5, prefix
+        limit = LAST_WEIGHTS if LAST in prefix else 1e-5
+        assert torch.cat(differences).quantile(0.98) < limit, prefix
