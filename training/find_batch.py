@@ -13,9 +13,7 @@ Source of the idea: NeMo's OOMptimizer, which does so bucket by bucket.
 
 import argparse
 import contextlib
-import ctypes
 import dataclasses
-import gc
 import json
 import logging
 import re
@@ -26,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from fastconformer import process_memory
 from fastconformer.checkpoint.files import atomic_file
 from training.data.batching import effective_s
 from training.data.sources import TrainingSet, load_data
@@ -219,13 +218,12 @@ class Memory:
 
     def peak_gb(self, call: Callable[[], None]) -> float | None:
         """Memory in use at the call's peak, in 10^9 bytes, or None when it is above the limit."""
-        gc.collect()
+        process_memory.give_back()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.device)
         else:
-            give_back_memory()
-            Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+            process_memory.forget_peak()
         try:
             call()
             if self.device.type == "cuda":
@@ -238,7 +236,7 @@ class Memory:
         if self.device.type == "cuda":
             peak_gb = torch.cuda.max_memory_allocated(self.device) / 1e9
         else:
-            peak_gb = process_memory_gb("VmHWM")
+            peak_gb = process_memory.peak_bytes() / 1e9
         return peak_gb if peak_gb <= self.limit_gb else None
 
 
@@ -246,10 +244,11 @@ class Memory:
 def device_memory(device: torch.device, memory_gb: float | None) -> Iterator[Memory]:
     """Memory of a device under a limit; on CUDA torch keeps to the limit itself."""
     if device.type != "cuda":
-        if not Path("/proc/self/clear_refs").exists():
+        if not process_memory.forget_peak():
             raise ValueError("the search on a CPU needs Linux; give data.batch_duration_s")
         if memory_gb is None:
-            memory_gb = CPU_SHARE * _available_gb() + process_memory_gb("VmRSS")
+            free, held = process_memory.free_bytes(), process_memory.resident_bytes()
+            memory_gb = (CPU_SHARE * free + held) / 1e9
         yield Memory(device, memory_gb)
         return
     torch.cuda.empty_cache()
@@ -262,23 +261,6 @@ def device_memory(device: torch.device, memory_gb: float | None) -> Iterator[Mem
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0, device)
         torch.cuda.empty_cache()
-
-
-def process_memory_gb(key: str) -> float:
-    status = Path("/proc/self/status").read_text()
-    return int(re.search(rf"^{key}:\s+(\d+) kB", status, re.M)[1]) * 1024 / 1e9
-
-
-def _available_gb() -> float:
-    info = Path("/proc/meminfo").read_text()
-    return int(re.search(r"^MemAvailable:\s+(\d+) kB", info, re.M)[1]) * 1024 / 1e9
-
-
-def give_back_memory() -> None:
-    """What the C library holds for later goes back, or a small step would look as large as the
-    one before it."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def write_batch_duration(path: str | Path, seconds: float) -> None:

@@ -12,7 +12,6 @@ Source of the idea: buffered inference with partial hypotheses in NeMo
 """
 
 import copy
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -22,6 +21,7 @@ from torch.nn import functional as F
 from ..config import ModelConfig
 from ..networks.linear import share_quantized
 from ..networks.subsampling import encoded_length
+from ..process_memory import free_bytes
 from .memory import memory_estimate
 
 MODES = ("auto", "full", "chunks", "local")
@@ -49,14 +49,7 @@ def available_bytes(device: torch.device) -> int:
         free, _ = torch.cuda.mem_get_info(device)
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return max(0, int(0.85 * (free + cached)) - PIECES_GPU)
-    try:
-        with open("/proc/meminfo") as file:
-            for line in file:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024 // 2
-    except OSError:
-        pass
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
+    return free_bytes() // 2
 
 
 def choose_mode(config, duration_s: float, budget_bytes: int, dtype: torch.dtype) -> str:

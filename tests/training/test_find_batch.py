@@ -1,6 +1,5 @@
 """The search for the largest data.batch_duration_s, on a CPU under a memory limit."""
 
-import gc
 import json
 import re
 
@@ -13,16 +12,14 @@ from conftest import golden
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastconformer import load_model
+from fastconformer import load_model, process_memory
 from training.data.batching import effective_s, epoch_batches
 from training.data.sources import load_data
 from training.find_batch import (
     as_it_was,
     find_batch_duration,
-    give_back_memory,
     largest_limit,
     main,
-    process_memory_gb,
     synthetic_batch,
     worst_shapes,
     write_batch_duration,
@@ -105,9 +102,8 @@ def limit_above_now(recipe, gb: float) -> float:
     """A limit for this process that leaves this much beside what it holds already, the libraries
     that a first step loads included."""
     assert main([str(recipe), "data.batch_size=1", "--memory-gb=50"]) == 0
-    gc.collect()
-    give_back_memory()
-    return round(process_memory_gb("VmRSS") + gb, 3)
+    process_memory.give_back()
+    return round(process_memory.resident_bytes() / 1e9 + gb, 3)
 
 
 def test_a_cpu_with_a_limit(case, capsys):
