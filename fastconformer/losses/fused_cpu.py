@@ -17,25 +17,26 @@ from numba import njit, prange, types
 from numba.extending import intrinsic, overload
 from torch import Tensor
 
-from .cpu import (
-    _REORDER,
-    _exp,
-    _float32_of_bits,
-    _kernel,
-    _maximum,
-    _sum_exp,
-    _threads,
+from .compiled import (
+    REORDER,
     arcs_of,
+    exp_of,
+    float32_of_bits,
+    kernel,
+    maximum,
     occupancies_of_clip,
+    sum_exp,
+    threads,
 )
 from .fused_vectorised import dropout_threshold
+from .products import product
 
 _ACTIVATIONS = {"relu": 0, "tanh": 1, "sigmoid": 2}
 
 
 def hidden(job, tile, dtype=None) -> Tensor:
     out = torch.empty((len(tile.index), job.enc.shape[1]), dtype=dtype or job.weight.dtype)
-    with _threads(out.numel()) as n_threads:
+    with threads(out.numel()) as n_threads:
         _hidden(
             _array(job.enc), _array(job.pred), *_place(job, tile), _ACTIVATIONS[job.activation],
             *_dropout(job), _array(out), n_threads,
@@ -44,10 +45,8 @@ def hidden(job, tile, dtype=None) -> Tensor:
 
 
 def scores(job, tile, cells) -> Tensor:
-    from .fused import product
-
     logits = product(hidden(job, tile), job.weight, job.bias)
-    with _threads(logits.numel()) as n_threads:
+    with threads(logits.numel()) as n_threads:
         _scores(
             _array(logits), *_place(job, tile), job.targets.numpy(), job.blank, job.n_classes,
             job.sigma, *(x.numpy() for x in cells), n_threads,
@@ -59,7 +58,7 @@ def lattice(job, cells, needs_grad) -> Tensor:
     log_likelihood = torch.empty(len(job.frames), dtype=torch.float64)
     # One class of no score where RNNT has none.
     duration = cells.duration if job.durations is not None else cells.top.new_zeros(job.n_cells, 1)
-    with _threads(100 * job.n_cells) as n_threads:
+    with threads(100 * job.n_cells) as n_threads:
         _lattice(
             arcs_of(job.durations), job.frames.numpy(), job.rows.numpy(), job.offsets.numpy(),
             cells.blank.numpy(), cells.label.numpy(), duration.numpy(), needs_grad,
@@ -69,7 +68,7 @@ def lattice(job, cells, needs_grad) -> Tensor:
 
 
 def gradient(job, tile, cells, weights, fastemit_lambda, clamp, logits):
-    with _threads(logits.numel()) as n_threads:
+    with threads(logits.numel()) as n_threads:
         _gradient(
             _array(logits), *_place(job, tile), job.targets.numpy(), job.blank, job.n_classes,
             *(x.numpy() for x in cells), weights.numpy(), fastemit_lambda, clamp, n_threads,
@@ -77,7 +76,7 @@ def gradient(job, tile, cells, weights, fastemit_lambda, clamp, logits):
 
 
 def scatter(job, tile, hidden, d_hidden, d_enc, d_pred):
-    with _threads(hidden.numel()) as n_threads:
+    with threads(hidden.numel()) as n_threads:
         _scatter(
             _array(hidden), _array(d_hidden), *_place(job, tile), _ACTIVATIONS[job.activation],
             *_dropout(job), d_enc.numpy(), d_pred.numpy(), n_threads,
@@ -117,7 +116,7 @@ def _wide(x):
 @overload(_wide)
 def _wide_of_type(x):
     if x == types.uint16:
-        return lambda x: _float32_of_bits(np.int32(np.int32(x) << np.int32(16)))
+        return lambda x: float32_of_bits(np.int32(np.int32(x) << np.int32(16)))
     return lambda x: x
 
 
@@ -216,19 +215,19 @@ def _key(cell, seed_low, seed_high):
 
 @njit(fastmath={"contract"})
 def _tanh(x):
-    e = _exp(-2 * abs(x))
+    e = exp_of(-2 * abs(x))
     y = (1 - e) / (1 + e)
     return y if x >= 0 else -y
 
 
 @njit(fastmath={"contract"})
 def _sigmoid(x):
-    e = _exp(-abs(x))
+    e = exp_of(-abs(x))
     y = 1 / (1 + e)
     return y if x >= 0 else e * y
 
 
-@_kernel
+@kernel
 def _hidden(
     enc, pred, index, offsets, rows, n_frames, n_rows, activation, seed_low, seed_high, threshold,
     scale, out, n_threads,
@@ -262,7 +261,7 @@ def _activate(x, y, activation, out):
             _put(out, h, _sigmoid(_wide(x[h]) + _wide(y[h])))
 
 
-@_kernel
+@kernel
 def _scores(
     logits, index, offsets, rows, n_frames, n_rows, targets, blank, n_classes, sigma,
     top, total, blank_scores, label_scores, duration_scores, n_threads,
@@ -276,15 +275,15 @@ def _scores(
             u = (cell - offsets[b]) % rows[b]
             row = _floats(logits[i], scratch)
             tokens = row[:n_classes]
-            row_top = _maximum(tokens)
-            row_total = np.float64(_sum_exp(tokens, row_top))
+            row_top = maximum(tokens)
+            row_total = np.float64(sum_exp(tokens, row_top))
             top[cell] = row_top
             total[cell] = row_total
             offset = math.log(row_total) + sigma
             blank_scores[cell] = np.float64(row[blank] - row_top) - offset
             label_scores[cell] = np.float64(row[targets[b, u]] - row_top) - offset
             if n_durations > 0:
-                row_top = _maximum(row[n_classes:])
+                row_top = maximum(row[n_classes:])
                 duration_total = 0.0
                 for d in range(n_durations):
                     duration_total += math.exp(np.float64(row[n_classes + d] - row_top))
@@ -293,7 +292,7 @@ def _scores(
                     duration_scores[cell, d] = score - math.log(duration_total)
 
 
-@_kernel
+@kernel
 def _lattice(
     arcs, frames, rows, offsets, blank, label, duration, needs_grad, log_likelihood, n_threads
 ):
@@ -308,15 +307,15 @@ def _lattice(
             )
 
 
-@njit(fastmath=_REORDER)
+@njit(fastmath=REORDER)
 def _scale_exp(row, top, weight, limit, scale):
     # In place by one name: LLVM would not vectorise for two that may overlap.
     for v in range(row.shape[0]):
-        y = weight * _exp(row[v] - top)
+        y = weight * exp_of(row[v] - top)
         row[v] = scale * min(y, limit)
 
 
-@_kernel
+@kernel
 def _gradient(
     logits, index, offsets, rows, n_frames, n_rows, targets, blank, n_classes,
     top, total, blank_occupancy, label_occupancy, duration_occupancy, weights, fastemit_lambda,
@@ -340,14 +339,14 @@ def _gradient(
             weight = (of_blank + of_label) / np.float64(total[cell])
             row = _floats(logits[i], scratch)
             v = targets[b, u]
-            y_blank = weight * _exp(row[blank] - top[cell]) - of_blank
-            y_label = weight * _exp(row[v] - top[cell]) - of_label
+            y_blank = weight * exp_of(row[blank] - top[cell]) - of_blank
+            y_label = weight * exp_of(row[v] - top[cell]) - of_label
             _scale_exp(row[:n_classes], top[cell], number(weight), number(clamp), number(scale))
             if of_label != 0.0:
                 row[v] = scale * min(max(y_label, -clamp), clamp)
             row[blank] = scale * min(max(y_blank, -clamp), clamp)
             if n_durations > 0:
-                row_top = _maximum(row[n_classes:])
+                row_top = maximum(row[n_classes:])
                 duration_total = 0.0
                 for d in range(n_durations):
                     duration_total += math.exp(np.float64(row[n_classes + d] - row_top))
@@ -358,7 +357,7 @@ def _gradient(
             _written(row, logits[i])
 
 
-@_kernel
+@kernel
 def _scatter(
     hidden, d_hidden, index, offsets, rows, n_frames, n_rows, activation, seed_low, seed_high,
     threshold, scale, d_enc, d_pred, n_threads,

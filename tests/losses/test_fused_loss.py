@@ -17,7 +17,14 @@ from torch.utils.checkpoint import checkpoint
 
 import fastconformer
 from fastconformer import losses
-from fastconformer.losses import fused, fused_transducer_loss, fused_vectorised, reference
+from fastconformer.losses import (
+    fused,
+    fused_cells,
+    fused_operator,
+    fused_transducer_loss,
+    fused_vectorised,
+    reference,
+)
 
 fused_cpu = pytest.importorskip("fastconformer.losses.fused_cpu", reason="numba is not installed")
 
@@ -26,7 +33,7 @@ NAMES = ("enc_proj", "pred_proj", "out_weight", "out_bias")
 
 @pytest.fixture(params=[fused_cpu, fused_vectorised], ids=["cpu", "vectorised"], autouse=True)
 def backend(request, monkeypatch):
-    monkeypatch.setattr(fused, "_backend", lambda device: request.param)
+    monkeypatch.setattr(fused_operator, "_backend", lambda device: request.param)
     return request.param
 
 
@@ -284,7 +291,7 @@ def test_dropout_is_replayed():
         torch.manual_seed(5)
         seed = int(torch.randint(0, 2**62, ()))
         n_cells = 30 * 7 + 21 * 10
-        job = fused.Job(*[None] * 17, 0.3, seed)._replace(enc=torch.empty(1, 64))
+        job = fused_cells.Job(*[None] * 17, 0.3, seed)._replace(enc=torch.empty(1, 64))
         mask = fused_vectorised.keep(job, torch.arange(n_cells)).double() / 0.7
         keep = torch.zeros(2, 30, 10, 64, dtype=torch.float64)
         keep[0, :, :7] = mask[: 30 * 7].view(30, 7, 64)
@@ -494,8 +501,8 @@ def test_operators_are_declared_right(monkeypatch):
     inputs, *batch = make((6, 4), (3, 2), 7, 3, width=8)
     leaves = [x.requires_grad_() for x in inputs]
     seen = []
-    true = fused._forward
-    monkeypatch.setattr(fused, "_forward", lambda *a: seen.append(a) or true(*a))
+    true = fused.transducer_forward
+    monkeypatch.setattr(fused, "transducer_forward", lambda *a: seen.append(a) or true(*a))
     fused_transducer_loss(*leaves, *batch, (0, 1, 2), dropout=0.1, omega=0.5)
     fused_transducer_loss(*leaves, *batch)
     for arguments in seen:

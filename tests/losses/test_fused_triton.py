@@ -3,7 +3,12 @@
 import pytest
 import torch
 
-from fastconformer.losses import fused, fused_transducer_loss, fused_vectorised
+from fastconformer.losses import (
+    fused_cells,
+    fused_operator,
+    fused_transducer_loss,
+    fused_vectorised,
+)
 
 pytest.importorskip("triton", reason="triton is not installed")
 from fastconformer.losses import fused_triton
@@ -12,7 +17,7 @@ interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs t
 
 
 def losses_and_grads(backend, monkeypatch, inputs, batch, **options):
-    monkeypatch.setattr(fused, "_backend", lambda device: backend)
+    monkeypatch.setattr(fused_operator, "_backend", lambda device: backend)
     torch.manual_seed(7)  # dropout's seed
     leaves = [x.clone().requires_grad_() for x in inputs]
     value = fused_transducer_loss(*leaves, *batch, **options)
@@ -54,7 +59,7 @@ def test_the_lattice_keeps_its_digits_over_thousands_of_frames():
     """Occupancies against float64 where sums reach 10^4; float32 sums would be 1e-3 off."""
     torch.manual_seed(0)
     n_frames, n_rows = 700, 2
-    job = fused.Job(
+    job = fused_cells.Job(
         *[None] * 5, torch.tensor([n_frames]), torch.tensor([n_rows]), torch.tensor([0]),
         ((n_frames, n_rows),), n_frames, n_rows, n_frames * n_rows, 0, 1, None, 0.0, "relu", 0.0, 0,
     )._replace(enc=torch.zeros(1, 1))  # fmt: skip
@@ -63,7 +68,7 @@ def test_the_lattice_keeps_its_digits_over_thousands_of_frames():
     for backend in (fused_vectorised, fused_triton):
         blank, label = (x.clone() for x in scores)
         nothing = torch.zeros(n_frames * n_rows)
-        cells = fused.Cells(nothing, nothing, blank, label, nothing[:, None][:, :0])
+        cells = fused_cells.Cells(nothing, nothing, blank, label, nothing[:, None][:, :0])
         log_likelihood = backend.lattice(job, cells, True)
         assert log_likelihood.item() < -1e4
         found.append((log_likelihood, blank, label))

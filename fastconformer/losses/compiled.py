@@ -1,0 +1,200 @@
+"""What the losses' numba kernels share: threads, compiling, exponentials and the lattice of a clip.
+
+Loops over logits are ones that LLVM vectorises, with an exponential of our own in float32, as
+libm's would be a call for each number. The lattice is float64, being small beside the logits.
+
+Importing this module needs numba. Kernels compile at their first call, for some seconds, and are
+cached on disk where that is possible. They use at most as many threads as torch.
+"""
+
+import contextlib
+import math
+import threading
+
+import numba
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic, overload
+
+# Two Python threads inside parallel kernels at once abort the process under numba's own pool.
+_one_at_a_time = threading.Lock()
+
+# About 0.1 ms of work; waking a second thread for less costs more than it saves.
+_LOGITS_OF_A_THREAD = 100_000
+
+# Not "nnan" and "ninf": a NaN has to come through to the loss, and -inf is a legal logit.
+REORDER = {"reassoc", "nsz", "contract"}
+
+
+def arcs_of(durations) -> np.ndarray:
+    """Each arc's class of duration, frames and tokens, (K, 3)."""
+    if durations is None:
+        return np.array([(0, 0, 1), (0, 1, 0)], np.int64)
+    arcs = [(i, d, 1) for i, d in enumerate(durations)]
+    arcs += [(i, d, 0) for i, d in enumerate(durations) if d > 0]
+    return np.array(arcs, np.int64)
+
+
+@contextlib.contextmanager
+def threads(n_logits):
+    """Exclusive use of numba's pool, with at most torch's number of threads; gives their number."""
+    of_torch = torch.get_num_threads()
+    wanted = min(of_torch, numba.config.NUMBA_NUM_THREADS, 1 + n_logits // _LOGITS_OF_A_THREAD)
+    with _one_at_a_time:
+        of_numba = numba.get_num_threads()
+        try:
+            numba.set_num_threads(wanted)
+            yield wanted
+        finally:
+            numba.set_num_threads(of_numba)
+            # Starting its OpenMP pool, numba sets the number of threads for torch's OpenMP as well.
+            if torch.get_num_threads() != of_torch:
+                torch.set_num_threads(of_torch)
+
+
+def kernel(function):
+    try:
+        return njit(parallel=True, nogil=True, cache=True, error_model="numpy")(function)
+    except RuntimeError:  # neither this folder nor the user's cache folder can be written
+        return njit(parallel=True, nogil=True, error_model="numpy")(function)
+
+
+@intrinsic
+def float32_of_bits(typing_context, bits):
+    def generate(context, builder, signature, arguments):
+        return builder.bitcast(arguments[0], ir.FloatType())
+
+    return types.float32(types.int32), generate
+
+
+_LOG2_E = np.float32(1.4426950408889634)
+_LN2_HIGH = np.float32(0.693145751953125)  # 16 bits: times an exponent it is exact
+_LN2_LOW = np.float32(1.4286068203094172e-06)
+_C7, _C6, _C5, _C4 = (np.float32(1 / math.factorial(n)) for n in (7, 6, 5, 4))
+_C3, _C2 = np.float32(1 / 6), np.float32(0.5)
+_ONE, _HALF, _ZERO = np.float32(1.0), np.float32(0.5), np.float32(0.0)
+_LEAST = np.float32(-87.0)  # exp of it is just above the least normal number
+_BIAS, _MANTISSA_BITS = np.int32(127), np.int32(23)
+
+
+@njit(fastmath={"contract"})
+def _exp_float32(x):
+    """exp(x) for x <= 0, within 2e-7 of it; 0 below -87, NaN for NaN. No calls, no branches."""
+    bounded = max(x, _LEAST)  # NaN stays NaN, in this order
+    exponent = np.int32(bounded * _LOG2_E - _HALF)  # to nearest, as the argument is not positive
+    r = bounded - np.float32(exponent) * _LN2_HIGH - np.float32(exponent) * _LN2_LOW
+    y = _C4 + r * (_C5 + r * (_C6 + r * _C7))
+    y = _ONE + r * (_ONE + r * (_C2 + r * (_C3 + r * y)))
+    y = y * float32_of_bits(np.int32((exponent + _BIAS) << _MANTISSA_BITS))
+    return _ZERO if x < _LEAST else y
+
+
+def exp_of(x):
+    """exp for x <= 0 of either type, inside kernels."""
+    raise NotImplementedError
+
+
+@overload(exp_of)
+def _exp_of_type(x):
+    if x == types.float32:
+        return lambda x: _exp_float32(x)
+    return lambda x: math.exp(x)
+
+
+@njit
+def maximum(row):
+    """The largest number; a NaN may be passed over, and shows in the sum that follows."""
+    # LLVM keeps the order of comparisons of floats; four chains of them run side by side.
+    n = row.shape[0] // 4
+    a = b = c = d = row[0]
+    for v in range(n):
+        a = max(a, row[v])
+        b = max(b, row[v + n])
+        c = max(c, row[v + 2 * n])
+        d = max(d, row[v + 3 * n])
+    for v in range(4 * n, row.shape[0]):
+        a = max(a, row[v])
+    return max(max(a, b), max(c, d))
+
+
+@njit(fastmath=REORDER)
+def sum_exp(row, top):
+    total = 0.0  # float64: sums over the classes err less than their terms
+    for v in range(row.shape[0]):
+        total += exp_of(row[v] - top)
+    return total
+
+
+@njit(error_model="numpy")
+def occupancies_of_clip(
+    arcs, blank_scores, label_scores, duration_scores, needs_grad,
+    blank_occupancy, label_occupancy, duration_occupancy,
+):  # fmt: skip
+    """Log-likelihood of one clip of (T', R) nodes and, if needed, the occupancies of its arcs,
+    which may be written over the scores."""
+    n_frames, n_rows = blank_scores.shape
+    n_arcs = len(arcs)
+    beta = np.empty((n_frames, n_rows))
+    reach = np.empty(n_arcs)
+    for t in range(n_frames - 1, -1, -1):
+        for u in range(n_rows - 1, -1, -1):
+            best = _reach(t, u, arcs, blank_scores, label_scores, duration_scores, beta, reach)
+            if best == -np.inf:
+                beta[t, u] = -np.inf
+                continue
+            sum_exp = 0.0
+            for k in range(n_arcs):
+                sum_exp += math.exp(reach[k] - best)
+            beta[t, u] = best + math.log(sum_exp)
+    log_likelihood = beta[0, 0]
+    if not needs_grad:
+        return log_likelihood
+
+    passing = np.zeros((n_frames, n_rows))
+    passing[0, 0] = 1.0
+    for t in range(n_frames):
+        for u in range(n_rows):
+            of_blank = 0.0
+            of_label = 0.0
+            best = -np.inf
+            if beta[t, u] != -np.inf and passing[t, u] != 0.0:
+                best = _reach(t, u, arcs, blank_scores, label_scores, duration_scores, beta, reach)
+            duration_occupancy[t, u] = 0.0
+            if best != -np.inf:
+                for k in range(n_arcs):
+                    flow = passing[t, u] * math.exp(reach[k] - beta[t, u])
+                    if arcs[k, 2]:
+                        of_label += flow
+                    else:
+                        of_blank += flow
+                    duration_occupancy[t, u, arcs[k, 0]] += flow
+                    end_t, end_u = t + arcs[k, 1], u + arcs[k, 2]
+                    if end_t < n_frames and end_u < n_rows:
+                        passing[end_t, end_u] += flow
+            blank_occupancy[t, u] = of_blank
+            label_occupancy[t, u] = of_label
+    return log_likelihood
+
+
+@njit(error_model="numpy")
+def _reach(t, u, arcs, blank_scores, label_scores, duration_scores, beta, reach):
+    """Score of each arc of a node with all that follows, into `reach`; returns the best."""
+    n_frames, n_rows = beta.shape
+    best = -np.inf
+    for k in range(len(arcs)):
+        end_t, end_u = t + arcs[k, 1], u + arcs[k, 2]
+        if end_t < n_frames and end_u < n_rows:
+            score = beta[end_t, end_u]
+        elif end_t > n_frames or u < n_rows - 1 or arcs[k, 2]:
+            score = -np.inf  # only the last blank lands on T'
+        else:
+            score = 0.0
+        if score != -np.inf:
+            score += label_scores[t, u] if arcs[k, 2] else blank_scores[t, u]
+            score += duration_scores[t, u, arcs[k, 0]]
+        reach[k] = score
+        if score > best or math.isnan(score):
+            best = score
+    return best

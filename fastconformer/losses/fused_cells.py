@@ -1,0 +1,167 @@
+"""What the fused loss works on: the cells of a batch in one line, tiles of them, and what is kept
+of each cell between the two visits. Letters as in fused.py."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+# Logits of a tile: large enough for full speed of the products, small beside everything else, and
+# on a CPU within its caches.
+_TILE_BYTES = {"cpu": 16 << 20, "cuda": 128 << 20}
+_TILE_CELLS = {"cpu": 1024, "cuda": 32768}
+
+
+class Options(NamedTuple):
+    sigma: float
+    omega: float
+    fastemit_lambda: float
+    clamp: float  # inf for none
+    dropout: float
+    eps: float
+
+
+class Job(NamedTuple):
+    """What the passes over tiles share. Tensors are contiguous, on one device."""
+
+    enc: Tensor  # (B * T', H)
+    pred: Tensor  # (B * R, H), of the same type
+    weight: Tensor  # (outputs in use, H), in the type of the products
+    bias: Tensor
+    targets: Tensor  # (B, R), int64, 0 where there is none
+    frames: Tensor  # (B,), int64
+    rows: Tensor  # (B,), U+1 of each clip
+    offsets: Tensor  # (B,), first cell of each clip
+    shapes: tuple[tuple[int, int], ...]  # frames and rows again, known to Python
+    n_frames: int  # T' of the tensors
+    n_rows: int  # R of the tensors
+    n_cells: int
+    blank: int
+    n_classes: int  # V + 1
+    durations: tuple[int, ...] | None
+    sigma: float
+    activation: str
+    dropout: float
+    seed: int
+
+
+class Tile(NamedTuple):
+    """Cells that are worked on at once."""
+
+    index: Tensor  # numbers of the cells, ascending, (n,)
+    first: int  # of them
+    last: int
+    start: int = 0  # visited cells before the tile
+    before: Tensor | None = None  # visited cells before each cell, (C + 1,); None: all before it
+
+
+class Cells(NamedTuple):
+    """What is kept of each cell, (C,) or (C, N); past the valid ones undefined."""
+
+    top: Tensor  # maximum of the token logits
+    total: Tensor  # sum of exp(logit - top)
+    blank: Tensor  # log p(blank); after the lattice its occupancy
+    label: Tensor
+    duration: Tensor
+
+
+def make_job(
+    enc, pred, weight, bias, targets, logit_lengths, target_lengths, coin, seed, durations, blank,
+    activation, options, dtype,
+) -> Job:  # fmt: skip
+    device, width, n_rows = enc.device, enc.shape[2], pred.shape[1]
+    n_classes = len(weight) - len(durations or ())
+    sigma = options.sigma
+    if coin is not None and coin.item() < options.omega:
+        durations, sigma = None, 0.0
+        weight, bias = weight[:n_classes], bias[:n_classes]
+    frames = logit_lengths.to(device, torch.int64)
+    rows = target_lengths.to(device, torch.int64) + 1
+    ends = (frames * rows).cumsum(0)
+    shapes = tuple((t, u + 1) for t, u in zip(logit_lengths.tolist(), target_lengths.tolist()))
+    targets = F.pad(targets.to(device, torch.int64), (0, max(0, n_rows - targets.shape[1])))
+    none = torch.arange(n_rows, device=device) >= rows[:, None] - 1
+    # As they are, also under autocast: rounded before their sum, a ReLU might take the other side.
+    states = torch.promote_types(enc.dtype, pred.dtype)
+    if dtype == torch.float64 or (states == torch.float16 and device.type == "cpu"):
+        states = dtype
+    return Job(
+        enc.to(states).reshape(-1, width).contiguous(),
+        pred.to(states).reshape(-1, width).contiguous(),
+        weight.to(dtype).contiguous(),
+        bias.to(dtype).contiguous(),
+        targets[:, :n_rows].masked_fill(none, 0).contiguous(),
+        frames,
+        rows,
+        ends - frames * rows,
+        shapes,
+        enc.shape[1],
+        n_rows,
+        sum(t * r for t, r in shapes),
+        blank,
+        n_classes,
+        None if durations is None else tuple(durations),
+        sigma,
+        activation,
+        options.dropout,
+        0 if seed is None else int(seed),
+    )
+
+
+def tiles(
+    job: Job,
+    tile_cells: int,
+    lo: int = 0,
+    hi: int | None = None,
+    skipped: Tensor | None = None,
+) -> Iterator[Tile]:
+    """The cells from lo to hi, those that are not skipped (hi - lo,)."""
+    hi = job.n_cells if hi is None else hi
+    kind = "cpu" if job.enc.device.type == "cpu" else "cuda"
+    row_bytes = len(job.weight) * job.weight.element_size()
+    most = min(_TILE_CELLS[kind], max(128, _TILE_BYTES[kind] // row_bytes))
+    # On a CPU `tile_cells` may mean more, to be kept.
+    tile_cells = min(tile_cells or most, most) if kind == "cpu" else tile_cells or most
+    # Kernels have offsets of 32 bits inside a tile.
+    tile_cells = min(tile_cells, ((1 << 31) - 1) // max(job.weight.shape))
+    if skipped is None:
+        for first in range(lo, hi, tile_cells):
+            last = min(first + tile_cells, hi) - 1
+            yield Tile(torch.arange(first, last + 1, device=job.enc.device), first, last)
+        return
+    before = F.pad((~skipped).cumsum(0, dtype=torch.int32), (1, 0))
+    visited = (~skipped).nonzero()[:, 0] + lo
+    starts = range(0, len(visited), tile_cells)
+    firsts = visited[::tile_cells].tolist()  # one wait for the device, not one a tile
+    lasts = [*(visited[tile_cells - 1 :: tile_cells].tolist()), *visited[-1:].tolist()]
+    for start, first, last in zip(starts, firsts, lasts):
+        yield Tile(visited[start : start + tile_cells], first, last, start, before)
+
+
+def empty_cells(enc, size, n_durations, dtype) -> Cells:
+    # As many as the padded batch has, so that the shapes follow from those of the inputs; on a CPU
+    # memory that is not touched costs nothing.
+    dtype = wide_type(dtype)
+    one = [enc.new_empty(size, dtype=dtype) for _ in range(4)]
+    return Cells(*one, enc.new_empty((size, n_durations), dtype=dtype))
+
+
+def empty_sums(inputs, wants_states, wants_output, dtype) -> list[Tensor]:
+    wanted = (wants_states, wants_states, wants_output, wants_output)
+    dtype = wide_type(dtype)
+    return [
+        x.new_empty(x.shape if want else 0, dtype=dtype)
+        for x, want in zip(inputs, wanted, strict=True)
+    ]
+
+
+def sums_of_clips(job: Job, values: Tensor) -> Tensor:
+    """Of each clip's cells, (B,), in a fixed order (a cumsum of floats has none on a GPU)."""
+    lengths = job.frames * job.rows
+    return torch.segment_reduce(values.double(), "sum", lengths=lengths, unsafe=True)
+
+
+def wide_type(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
