@@ -52,6 +52,7 @@ setup(
     packages=find_packages(
         include=["fastconformer*", "rwkv_cuda*", "training*", "converters*", "benchmarks*"]
     ),
+    entry_points={"console_scripts": ["fastconformer = fastconformer.__main__:main"]},
     package_data={"rwkv_cuda": ["csrc/*"]},
     cmdclass={"build_py": BuildWithKernels},
     install_requires=[

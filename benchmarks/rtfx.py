@@ -52,7 +52,8 @@ def our_engine(model_path, dtype, device, head):
     import torch
 
     import fastconformer
-    from fastconformer.transcribe import find_clips, transcribe_clips
+    from fastconformer.formats.inputs import find_clips
+    from fastconformer.jobs.rounds import transcribe_clips
 
     model = fastconformer.load_model(model_path, device, getattr(torch, dtype))
 
@@ -60,7 +61,7 @@ def our_engine(model_path, dtype, device, head):
         return [t.text for t in model.transcribe(clips, head, batch_size)]
 
     def from_files(paths, batch_size):
-        clips, _ = find_clips(paths)
+        clips = find_clips(paths).clips
         return [t.text for _, t, _ in transcribe_clips(model, clips, head, batch_size)]
 
     def now():
@@ -396,7 +397,7 @@ def describe(path: Path) -> dict:
 def read_clips(arguments) -> tuple[list, list[str | None]]:
     """Samples at 16 kHz and reference texts."""
     from fastconformer.audio.files import load_audio
-    from fastconformer.transcribe import read_manifest
+    from fastconformer.formats.manifest import read_manifest
 
     if arguments.manifest is None:
         clips = common.cut_clips(

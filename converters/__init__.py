@@ -1,7 +1,5 @@
 """Commands that bring checkpoints and tokenizers in and out, and what they share."""
 
-import sys
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -28,13 +26,3 @@ def check(checkpoint: "Checkpoint") -> str:
         f"{config.class_name}, heads {' '.join(config.heads)}, {n_values / 1e6:.2f} M parameters "
         f"and statistics, {config.vocab_size} tokens, {config.sample_rate} Hz"
     )
-
-
-def run(name: str, job: Callable[[], None]) -> int:
-    """Runs a command's job: 0, or 1 with one line on stderr for what a user can cause."""
-    try:
-        job()
-    except (ValueError, OSError) as error:
-        print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
-    return 0

@@ -9,7 +9,6 @@ character that A lacks are used, which changes no line that A can write.
 Writes tokenizer.model, tokenizer.vocab, vocab.txt and report.json.
 """
 
-import argparse
 import json
 import sys
 from collections import Counter
@@ -18,8 +17,8 @@ from pathlib import Path
 
 import sentencepiece
 
-from converters import run
 from converters.train_tokenizer import read_texts
+from fastconformer import cli
 from fastconformer.checkpoint.files import atomic_file
 from fastconformer.surgery.pieces import processor, score_pieces
 from fastconformer.text.sentencepiece_model import (
@@ -259,12 +258,10 @@ def describe(report: dict) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m converters.merge_tokenizers",
-        description=__doc__,
-        epilog="example: python -m converters.merge_tokenizers english.model hindi.model "
-        "-o merged --old-text english.txt --new-text hindi.txt",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = cli.parser(
+        "converters.merge_tokenizers",
+        __doc__,
+        "english.model hindi.model -o merged --old-text english.txt --new-text hindi.txt",
     )
     parser.add_argument("old", metavar="A.model", type=Path, help="its pieces keep their ids")
     parser.add_argument("new", metavar="B.model", type=Path, help="its new pieces follow")
@@ -288,7 +285,7 @@ def main(argv: list[str] | None = None) -> int:
         print(describe(report))
         print(f"-> {args.output}")
 
-    return run("merge_tokenizers", job)
+    return cli.run("merge_tokenizers", job)
 
 
 if __name__ == "__main__":

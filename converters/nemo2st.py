@@ -1,19 +1,15 @@
 """A NeMo archive to a folder of config.json, model.safetensors and tokenizer files."""
 
-import argparse
 import sys
 from pathlib import Path
 
-from converters import check, run
+from converters import check
+from fastconformer import cli
 
 
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m converters.nemo2st",
-        description=__doc__,
-        epilog="example: python -m converters.nemo2st parakeet.nemo -o parakeet",
-    )
+    parser = cli.parser("converters.nemo2st", __doc__, "parakeet.nemo -o parakeet")
     parser.add_argument("archive", type=Path, metavar="model.nemo", help="NeMo archive to read")
     parser.add_argument(
         "-o",
@@ -26,7 +22,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.output is None and args.archive.suffix != ".nemo":
         parser.error(f"{args.archive} does not end in .nemo: name the folder with -o FOLDER")
     folder = args.output or args.archive.with_suffix("")
-    return run("nemo2st", lambda: convert(args.archive, folder))
+    return cli.run("nemo2st", lambda: convert(args.archive, folder))
 
 
 def convert(archive: Path, folder: Path) -> None:

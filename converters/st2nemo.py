@@ -1,6 +1,5 @@
 """A converted folder to a NeMo archive that NeMo's restore_from takes."""
 
-import argparse
 import gzip
 import os
 import shutil
@@ -8,7 +7,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from converters import check, run
+from converters import check
+from fastconformer import cli
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -16,11 +16,7 @@ if TYPE_CHECKING:
 
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m converters.st2nemo",
-        description=__doc__,
-        epilog="example: python -m converters.st2nemo parakeet -o parakeet.nemo",
-    )
+    parser = cli.parser("converters.st2nemo", __doc__, "parakeet -o parakeet.nemo")
     parser.add_argument(
         "folder", type=Path, metavar="FOLDER", help="folder from nemo2st, training or model.save"
     )
@@ -42,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     if folder.name in ("", ".."):  # "." has a name only as an absolute path
         folder = Path(os.path.abspath(folder))
     archive = args.output or folder.with_name(f"{folder.name}.nemo")
-    return run("st2nemo", lambda: convert(args.folder, archive, args.half))
+    return cli.run("st2nemo", lambda: convert(args.folder, archive, args.half))
 
 
 def convert(folder: Path, archive: Path, half: bool = False) -> None:

@@ -11,7 +11,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from converters import check, run
+from converters import check
+from fastconformer import cli
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,11 +27,7 @@ OWN_VALUE_SHARE = -4.0  # v0 of a warm start: sigmoid gives 2 % of the first lay
 
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m converters.to_birwkv7",
-        description=__doc__,
-        epilog="example: python -m converters.to_birwkv7 parakeet.nemo -o parakeet_birwkv7",
-    )
+    parser = cli.parser("converters.to_birwkv7", __doc__, "parakeet.nemo -o parakeet_birwkv7")
     parser.add_argument(
         "model", type=Path, metavar="FOLDER|model.nemo", help="converted folder or NeMo archive"
     )
@@ -48,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--seed", type=int, default=0, help="of what is random (%(default)s)")
     args = parser.parse_args(argv)
-    return run("to_birwkv7", lambda: convert(args))
+    return cli.run("to_birwkv7", lambda: convert(args))
 
 
 def convert(args: argparse.Namespace) -> None:

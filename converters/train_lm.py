@@ -10,7 +10,6 @@ model writes them: in lower case without punctuation, if that is what it was tra
 Source: interpolated Kneser-Ney with modified discounts (Chen & Goodman 1999), not pruned.
 """
 
-import argparse
 import gzip
 import math
 import sys
@@ -18,8 +17,8 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from converters import run
 from converters.train_tokenizer import read_texts
+from fastconformer import cli
 from fastconformer.checkpoint.files import atomic_file
 
 START, END, UNKNOWN = "<s>", "</s>", "<unk>"
@@ -102,11 +101,7 @@ def _discounts(counts: Iterable[int]) -> list[float]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m converters.train_lm",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = cli.parser("converters.train_lm", __doc__, "train.jsonl --order 3 -o words.arpa")
     parser.add_argument("inputs", nargs="+", type=Path, help="text files, manifests (.jsonl)")
     parser.add_argument("--order", type=int, default=3, help="longest n-gram (%(default)s)")
     parser.add_argument("--tokens", type=Path, metavar="MODEL", help="model whose pieces to count")
@@ -126,7 +121,7 @@ def main(argv: list[str] | None = None) -> int:
             temporary.write_bytes(gzip.compress(content, 6, mtime=0) if gz else content)
         print(f"{args.order}-grams of {len(texts)} lines -> {args.output}")
 
-    return run("train_lm", job)
+    return cli.run("train_lm", job)
 
 
 def _pieces(texts: list[str], model: Path) -> Iterator[list[str]]:

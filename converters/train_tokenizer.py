@@ -4,7 +4,6 @@ adds to an existing one the characters of the text that it cannot write, and not
 Writes tokenizer.model, tokenizer.vocab and vocab.txt, the files a NeMo archive carries.
 """
 
-import argparse
 import io
 import json
 import sys
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import sentencepiece
 
+from fastconformer import cli
 from fastconformer.checkpoint.files import atomic_file
 from fastconformer.text.sentencepiece_model import NORMAL, Piece, SentencePieceModel
 from fastconformer.text.tokenizer import SentencePieceTokenizer, sentencepiece_files
@@ -103,11 +103,8 @@ def read_texts(path: Path) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m converters.train_tokenizer",
-        description=__doc__,
-        epilog="example: python -m converters.train_tokenizer train.jsonl --size 512 -o tokenizer",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = cli.parser(
+        "converters.train_tokenizer", __doc__, "train.jsonl --size 512 -o tokenizer"
     )
     parser.add_argument("inputs", nargs="+", type=Path, help="manifests (.jsonl) or text files")
     parser.add_argument("--size", type=int, help="number of pieces")
@@ -119,7 +116,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if (args.size is None) == (args.extend is None):
         parser.error("give --size to train a tokenizer, or --extend to add characters to one")
-    try:
+
+    def job():
         texts = [text for path in args.inputs for text in read_texts(path)]
         if args.extend is None:
             model = train_tokenizer(texts, args.size, args.type)
@@ -132,11 +130,9 @@ def main(argv: list[str] | None = None) -> int:
         for name, content in files.items():
             with atomic_file(args.output / name) as temporary:
                 temporary.write_bytes(content)
-    except (ValueError, OSError) as error:
-        print(f"train_tokenizer: {error}", file=sys.stderr)
-        return 1
-    print(f"{made} from {len(texts)} lines -> {args.output}")
-    return 0
+        print(f"{made} from {len(texts)} lines -> {args.output}")
+
+    return cli.run("train_tokenizer", job)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ it has one, with LoRA merged). BatchNorm's statistics are
 averaged like weights; its counter is the highest.
 """
 
-import argparse
 import pickle
 import sys
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from fastconformer import cli
 from fastconformer.checkpoint.contents import Checkpoint, check_finite
 from fastconformer.checkpoint.folder import write_folder
 from fastconformer.checkpoint.read import read_checkpoint
@@ -85,23 +85,22 @@ def check_alike(first: Checkpoint, other: Checkpoint, names: str) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m training.average",
-        description="Average the weights of checkpoints of one model into a model folder.",
-        epilog="example: python -m training.average runs/a/top/step_* -o runs/a/average",
+    parser = cli.parser(
+        "training.average",
+        "Average the weights of checkpoints of one model into a model folder.",
+        "runs/a/top/step_* -o runs/a/average",
     )
     parser.add_argument(
         "checkpoints", nargs="+", metavar="CHECKPOINT", help="folder, .nemo, or a run's .pt"
     )
     parser.add_argument("-o", "--output", required=True, metavar="FOLDER")
     options = parser.parse_args(arguments)
-    try:
+
+    def job():
         write_folder(options.output, average_checkpoints(options.checkpoints))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(f"{options.output}: the average of {len(options.checkpoints)} checkpoints")
-    return 0
+        print(f"{options.output}: the average of {len(options.checkpoints)} checkpoints")
+
+    return cli.run("error", job)
 
 
 if __name__ == "__main__":

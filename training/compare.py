@@ -9,7 +9,6 @@ load, the tokenizer covers the text, durations and lengths fit, memory and disk 
 batch goes forward and backward. A check that fails ends with status 1; nothing is written.
 """
 
-import argparse
 import dataclasses
 import math
 import os
@@ -21,7 +20,7 @@ from pathlib import Path
 import soundfile
 import torch
 
-from fastconformer import ASRModel
+from fastconformer import ASRModel, cli
 from fastconformer.audio.files import load_audio
 from fastconformer.checkpoint.read import read_checkpoint
 from fastconformer.text.tokenizer import AggregateTokenizer
@@ -388,11 +387,11 @@ def compare(recipe: Recipe, other: Recipe | None, checkpoint: Path | None) -> bo
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m training.compare",
-        description="What a recipe changes, against its pretrained model or another recipe, what "
-        "each change means, and whether the run can start.",
-        epilog="example: python -m training.compare recipes/finetune.yaml other.yaml",
+    parser = cli.parser(
+        "training.compare",
+        "What a recipe changes, against its pretrained model or another recipe, what each change "
+        "means, and whether the run can start.",
+        "recipes/finetune.yaml other.yaml",
     )
     parser.add_argument("recipe", help="YAML recipe")
     parser.add_argument(
@@ -401,7 +400,10 @@ def main(arguments: list[str] | None = None) -> int:
         metavar="OTHER | key=value",
         help="another recipe, folder or .nemo, and overrides of the first recipe",
     )
-    options = parser.parse_args(arguments)
+    return cli.run("error", lambda: run(parser.parse_args(arguments)))
+
+
+def run(options) -> int:
     overrides = [item for item in options.other if "=" in item and not os.path.exists(item)]
     others = [item for item in options.other if item not in overrides]
     try:
@@ -411,15 +413,10 @@ def main(arguments: list[str] | None = None) -> int:
         is_recipe = others and Path(others[0]).suffix in (".yaml", ".yml")
         other = load_recipe(others[0]) if is_recipe else None
     except (ValueError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        raise cli.UsageError(str(error)) from None
     start = recipe.model.init_from
     checkpoint = Path(others[0]) if others and not is_recipe else start and Path(start)
-    try:
-        return 0 if compare(recipe, other, checkpoint or None) else 1
-    except (ValueError, OSError) as error:
-        print(f"preflight failed: {error}", file=sys.stderr)
-        return 1
+    return cli.run("preflight failed", lambda: int(not compare(recipe, other, checkpoint or None)))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ in a step follows from (seed, step).
 Source: RADLADS (arXiv:2505.03005) and LoLCATs (arXiv:2410.10254) do so for language models.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import json
@@ -36,13 +35,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from converters.to_birwkv7 import to_birwkv7
-from fastconformer import ASRModel, load_model
+from fastconformer import ASRModel, cli, load_model
 from fastconformer.audio.files import load_audio
 from fastconformer.checkpoint.files import atomic_file
 from fastconformer.checkpoint.folder import write_folder
+from fastconformer.formats.manifest import Clip, read_manifest
 from fastconformer.model import model_of
 from fastconformer.text.metrics import word_errors
-from fastconformer.transcribe import Clip, read_manifest
 from training.loop.console import Lines, Stopped, stop_signals
 from training.loop.run_folder import append_line, keep_lines_until
 from training.optim.optim import learning_rate
@@ -67,8 +66,8 @@ def read_clips(recipe: Recipe, manifests) -> list[Clip]:
         path = source if isinstance(source, str) else source.manifest
         found, bad = read_manifest(path, data.lang)
         n_bad += len(bad)
-        for place, reason in bad:
-            log.warning("left out %s: %s", place, reason)
+        for line in bad:
+            log.warning("left out %s: %s", line.place, line.detail)
         for clip in found:
             if clip.duration_s is None:
                 clip = dataclasses.replace(clip, duration_s=_file_seconds(clip))
@@ -437,32 +436,30 @@ def _validation(recipe: Recipe, teacher: ASRModel, ledger: Path):
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m training.distill",
-        description="Teach BiRWKV7 what a model's attention does, from audio without text.",
-        epilog="example: python -m training.distill recipes/birwkv7.yaml distill.block_steps=2000 "
-        "  (the same command goes on where a run was stopped)",
+    parser = cli.parser(
+        "training.distill",
+        "Teach BiRWKV7 what a model's attention does, from audio without text.",
+        "recipes/birwkv7.yaml distill.block_steps=2000   "
+        "(the same command goes on where a run was stopped)",
     )
     parser.add_argument("recipe", help="YAML recipe")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. trainer.seed=7")
     options = parser.parse_args(arguments)
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[Lines()], force=True)
+    return cli.run("error", lambda: run(options))
+
+
+def run(options) -> None:
     try:
         recipe = load_recipe(options.recipe, options.overrides)
     except (ValueError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        raise cli.UsageError(str(error)) from None
     try:
         distill(recipe)
-    except (ValueError, OSError, Stopped) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("error: interrupted; the last checkpoint stands", file=sys.stderr)
-        return 1
-    return 0
+    except Stopped as error:
+        raise cli.Failed(str(error)) from None
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     sys.exit(main())

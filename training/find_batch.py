@@ -11,7 +11,6 @@ halved. Weights, BatchNorm's statistics and random numbers are afterwards as the
 Source of the idea: NeMo's OOMptimizer, which does so bucket by bucket.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import json
@@ -24,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fastconformer import process_memory
+from fastconformer import cli, process_memory
 from fastconformer.checkpoint.files import atomic_file
 from training.data.batching import effective_s
 from training.data.sources import TrainingSet, load_data
@@ -348,13 +347,11 @@ def settled(
 
 
 def main(arguments: list[str] | None = None) -> int:
-    from training.setup.run import choose_device  # which imports this file, for `auto`
-
-    parser = argparse.ArgumentParser(
-        prog="python -m training.find_batch",
-        description="Find the largest data.batch_duration_s that the device takes, on noise in the "
-        "worst shapes that the recipe's data can make.",
-        epilog="example: python -m training.find_batch my.yaml --memory-gb 24 --write",
+    parser = cli.parser(
+        "training.find_batch",
+        "Find the largest data.batch_duration_s that the device takes, on noise in the worst "
+        "shapes that the recipe's data can make.",
+        "my.yaml --memory-gb 24 --write",
     )
     parser.add_argument("recipe", help="YAML recipe")
     parser.add_argument(
@@ -368,36 +365,36 @@ def main(arguments: list[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[Lines()], force=True)
+    return cli.run("error", lambda: run(options))
+
+
+def run(options) -> None:
+    from training.setup.run import choose_device  # which imports this file, for `auto`
+
     try:
         # The value that is searched for need not be there; a search needs none.
         recipe = load_recipe(options.recipe, [*options.overrides, "data.batch_duration_s=auto"])
     except (ValueError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    try:
-        if recipe.trainer.threads is not None:
-            torch.set_num_threads(recipe.trainer.threads)
-        device = choose_device(recipe.trainer.device)
-        model = build_model(recipe.model, recipe.loss, recipe.trainer.seed, recipe.encoder)
-        objective = objective_of(recipe, model)
-        train, validation = load_data(recipe, model, objective.heads, None)
-        original, change = read_original(recipe, model, train, validation, False)
-        freezing = prepare(model, recipe, objective)
-        model.to(device)
-        retain = make_retain(model, original, change, recipe)
-        if retain:
-            objective = retain.objective(objective)
-        step = training_step(model, objective, freezing, recipe)
-        memory_gb = options.memory_gb or recipe.data.batch_memory_gb
-        found = find_batch_duration(recipe, train, model, step, memory_gb)
-        print(f"data.batch_duration_s: {found:g}")
-        if options.write:
-            write_batch_duration(options.recipe, found)
-            print(f"written into {options.recipe}")
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+        raise cli.UsageError(str(error)) from None
+    if recipe.trainer.threads is not None:
+        torch.set_num_threads(recipe.trainer.threads)
+    device = choose_device(recipe.trainer.device)
+    model = build_model(recipe.model, recipe.loss, recipe.trainer.seed, recipe.encoder)
+    objective = objective_of(recipe, model)
+    train, validation = load_data(recipe, model, objective.heads, None)
+    original, change = read_original(recipe, model, train, validation, False)
+    freezing = prepare(model, recipe, objective)
+    model.to(device)
+    retain = make_retain(model, original, change, recipe)
+    if retain:
+        objective = retain.objective(objective)
+    step = training_step(model, objective, freezing, recipe)
+    memory_gb = options.memory_gb or recipe.data.batch_memory_gb
+    found = find_batch_duration(recipe, train, model, step, memory_gb)
+    print(f"data.batch_duration_s: {found:g}")
+    if options.write:
+        write_batch_duration(options.recipe, found)
+        print(f"written into {options.recipe}")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ Everything random in a step follows from (seed, step), so that a resumed run rep
 one bit for bit on a CPU with the same number of threads.
 """
 
-import argparse
 import contextlib
 import logging
 import math
@@ -26,7 +25,7 @@ from pathlib import Path
 
 import torch
 
-from fastconformer import ASRModel, load_model
+from fastconformer import ASRModel, cli, load_model
 from fastconformer.checkpoint.files import atomic_file
 from fastconformer.checkpoint.folder import write_folder
 from fastconformer.checkpoint.nemo_archive import write_nemo
@@ -401,47 +400,45 @@ def ledger_record(progress: Progress, result: dict, head: str, started: float) -
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m training.finetune",
-        description="Fine-tune a FastConformer, or train one from scratch, as a recipe says.",
-        epilog="example: python -m training.finetune recipes/finetune.yaml optim.lr=1e-4 "
-        "output=runs/second   (the same command goes on where a run was stopped)",
+    parser = cli.parser(
+        "training.finetune",
+        "Fine-tune a FastConformer, or train one from scratch, as a recipe says.",
+        "recipes/finetune.yaml optim.lr=1e-4 output=runs/second   "
+        "(the same command goes on where a run was stopped)",
     )
     parser.add_argument("recipe", help="YAML recipe")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. trainer.seed=7")
     options = parser.parse_args(arguments)
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     is_main = os.environ.get("RANK", "0") == "0"
     level = logging.INFO if is_main else logging.ERROR
     logging.basicConfig(level=level, format="%(message)s", handlers=[Lines()], force=True)
     who = "error" if is_main else f"error (process {os.environ['RANK']})"
+    return cli.run(who, lambda: job(options, is_main))
+
+
+def job(options, is_main: bool) -> None:
     try:
         recipe = load_recipe(options.recipe, options.overrides)
     except (ValueError, FileNotFoundError) as error:
-        print(f"{who}: {error}", file=sys.stderr)
-        return 2
+        raise cli.UsageError(str(error)) from None
     try:
         finetune(recipe, join())
-    except (ValueError, OSError, Stopped) as error:
-        print(f"{who}: {error}", file=sys.stderr)
-        return 1
+    except Stopped as error:
+        raise cli.Failed(str(error)) from None
     except torch.OutOfMemoryError as error:  # outside of a step's passes, which are split
         words = " ".join(str(error).split())[:200]
-        print(f"{who}: {words}; lower data.batch_duration_s or batch_size", file=sys.stderr)
-        return 1
+        raise cli.Failed(f"{words}; lower data.batch_duration_s or batch_size") from None
     except KeyboardInterrupt:  # the second Ctrl-C, or one before the first step
-        print(f"{who}: interrupted; the last checkpoint stands", file=sys.stderr)
-        return 1
+        log.error("the last checkpoint stands")
+        raise
     if is_main:
         try:
             log.info("the run on one page: %s", write_report(Path(recipe.output)))
         except (ValueError, OSError, RuntimeError) as error:  # the run itself is safe
             log.warning("no report.html: %s; python -m training.report makes it", error)
-    return 0
+    leave()  # not after an error: then torchrun ends the others
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    code = main()
-    if code == 0:  # else torchrun ends the others; there is nobody to say goodbye to
-        leave()
-    sys.exit(code)
+    sys.exit(main())

@@ -10,7 +10,6 @@ out, the recipe and the versions. The utterances come from the run's `model.nemo
 its validation sets again. Nothing is loaded from elsewhere: the audio is in the page.
 """
 
-import argparse
 import base64
 import contextlib
 import html
@@ -24,7 +23,7 @@ from pathlib import Path
 import soundfile
 import torch
 
-from fastconformer import load_model
+from fastconformer import cli, load_model
 from fastconformer.audio.files import load_audio
 from fastconformer.checkpoint.files import atomic_file
 from fastconformer.text.metrics import align
@@ -249,23 +248,20 @@ def write_report(
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m training.report",
-        description="One self-contained HTML page about a finished run.",
-        epilog="example: python -m training.report runs/finetune",
+    parser = cli.parser(
+        "training.report", "One self-contained HTML page about a finished run.", "runs/finetune"
     )
     parser.add_argument("run", type=Path, help="the run folder")
     parser.add_argument("--clips", type=int, default=100, help="of each validation set (100)")
     parser.add_argument("--worst", type=int, default=15, help="utterances that are shown (15)")
     parser.add_argument("-o", "--output", type=Path, help="RUN/report.html")
     options = parser.parse_args(arguments)
-    try:
+
+    def job():
         path = write_report(options.run, options.output, options.clips, options.worst)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(f"wrote {path}")
-    return 0
+        print(f"wrote {path}")
+
+    return cli.run("error", job)
 
 
 if __name__ == "__main__":

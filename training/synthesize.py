@@ -33,6 +33,8 @@ import numpy as np
 import soundfile
 import soxr
 
+from fastconformer import cli
+
 SAMPLE_RATE_HZ = 16000
 
 # `en` is eSpeak's British English.
@@ -467,10 +469,10 @@ def synthesize(folder, texts, seed=0, heldout=False, jobs=1, hours=None, lang="e
 
 
 def parse_arguments(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m training.synthesize",
-        description="Speak a corpus with eSpeak NG: 16 kHz FLAC clips and a NeMo manifest.",
-        epilog="example: python -m training.synthesize corpus --vocabulary quickstart --count 400",
+    parser = cli.parser(
+        "training.synthesize",
+        "Speak a corpus with eSpeak NG: 16 kHz FLAC clips and a NeMo manifest.",
+        "corpus --vocabulary quickstart --count 400",
     )
     parser.add_argument("out", type=Path, help="folder for manifest.jsonl and audio/")
     source = parser.add_mutually_exclusive_group(required=True)
@@ -504,19 +506,20 @@ def parse_arguments(argv=None) -> argparse.Namespace:
 
 
 def main(argv=None) -> int:
-    args = parse_arguments(argv)
+    return cli.run("synthesize", lambda: run(parse_arguments(argv)))
+
+
+def run(args) -> None:
     try:
         texts = choose_texts(args)
         heldout = args.voices == "heldout"
         lang = GRAMMARS[args.vocabulary][0] if args.vocabulary else "en"
         entries = synthesize(args.out, texts, args.seed, heldout, args.jobs, args.hours, lang)
-    except (OSError, UnicodeDecodeError, ValueError, ModuleNotFoundError, RuntimeError) as error:
-        print(f"synthesize: {error}", file=sys.stderr)
-        return 1
+    except (ModuleNotFoundError, RuntimeError) as error:
+        raise cli.Failed(str(error)) from None
     minutes = sum(entry["duration"] for entry in entries) / 60
     voices = len({entry["speaker"] for entry in entries})
     print(f"{len(entries)} clips, {minutes:.1f} min, {voices} voices: {args.out}/manifest.jsonl")
-    return 0
 
 
 if __name__ == "__main__":

@@ -89,9 +89,8 @@ def _opened(path: str | os.PathLike | io.BytesIO) -> Iterator[soundfile.SoundFil
     """An open file with at least one sample; libsndfile's errors become ValueError."""
     if not isinstance(path, io.BytesIO):
         _check_file(path)
-        path = os.fspath(path)
     try:
-        with soundfile.SoundFile(path) as file:
+        with soundfile.SoundFile(_name_for_soundfile(path)) as file:
             if not 1000 <= file.samplerate <= 1_000_000:
                 raise ValueError(f"{path} is damaged: its sample rate is {file.samplerate} Hz")
             if file.frames <= 0:
@@ -102,6 +101,12 @@ def _opened(path: str | os.PathLike | io.BytesIO) -> Iterator[soundfile.SoundFil
     except soundfile.SoundFileError as error:
         reason = str(error).rpartition(": ")[2] or str(error)
         raise ValueError(f"{path} is damaged or not audio: {reason}") from error
+
+
+def _name_for_soundfile(path):
+    # a name may hold bytes that are no text, which it cannot encode
+    is_file = not isinstance(path, io.BytesIO) and os.name == "posix"
+    return os.fsencode(path) if is_file else path
 
 
 def _check_file(path: str | os.PathLike) -> None:

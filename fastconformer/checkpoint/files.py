@@ -17,8 +17,19 @@ def atomic_file(path: Path) -> Iterator[Path]:
         sync(temporary)
         os.replace(temporary, path)
         sync(path.parent)  # the rename, too
+    except OSError as error:
+        if error.filename is None:  # a full disk does not say which file it was
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file whole or not at all, in UTF-8. Raises OSError."""
+    with atomic_file(path) as temporary:
+        # a file's name may hold bytes that are no text: as escapes, in JSON too
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
 
 
 @contextmanager

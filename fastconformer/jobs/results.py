@@ -8,69 +8,12 @@ first process merges at the end, in the order of the clips.
 
 import json
 import os
-import queue
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable
 from pathlib import Path
 
 from ..checkpoint.files import atomic_file
-
-
-def read_ahead(
-    items: Iterable, read: Callable, full: Callable[[list], bool], workers: int = 2
-) -> Iterator[list]:
-    """Rounds of `read(item)`, in order: a round ends where `full(round)` says so.
-
-    While one round is worked on, `workers` threads read the next (the decoders of audio files leave
-    Python's lock), and no more than that is in memory. What `read` raises comes out here.
-    """
-    rounds: queue.Queue = queue.Queue(maxsize=1)
-    stopped = threading.Event()
-
-    def put(value) -> None:
-        while not stopped.is_set():
-            try:
-                return rounds.put(value, timeout=0.1)
-            except queue.Full:
-                continue
-
-    def produce():
-        iterator, round_, waiting = iter(items), [], []
-        try:
-            with ThreadPoolExecutor(max(1, workers)) as pool:
-                while not stopped.is_set():
-                    while len(waiting) < 2 * workers + 1:
-                        item = next(iterator, stopped)
-                        if item is stopped:
-                            break
-                        waiting.append(pool.submit(read, item))
-                    if not waiting:
-                        break
-                    round_.append(waiting.pop(0).result())
-                    if full(round_):
-                        put(round_)
-                        round_ = []
-                for future in waiting:
-                    future.cancel()
-            put(round_)
-            put(None)
-        except BaseException as error:
-            put(error)
-
-    thread = threading.Thread(target=produce, daemon=True)
-    thread.start()
-    try:
-        while (found := rounds.get()) is not None:
-            if isinstance(found, BaseException):
-                raise found
-            if found:
-                yield found
-    finally:
-        stopped.set()
-        thread.join()
 
 
 def read_results(path: Path, mend: bool = False) -> dict[tuple, str]:

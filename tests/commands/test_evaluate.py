@@ -10,7 +10,8 @@ import soundfile
 from conftest import golden
 from safetensors.numpy import load_file
 
-from fastconformer.evaluate import compare, main, read_results
+from fastconformer.evaluate import main
+from fastconformer.jobs.scores import compare, read_results
 from fastconformer.text.metrics import char_errors, normalize, word_errors
 
 CASE = "hybrid_tdt_ctc_bpe"
@@ -226,3 +227,13 @@ def test_a_reader_that_leaves_is_no_failure_to_tell(folder, nemo, module):
     )
     os.close(write)
     assert done.returncode == 1 and done.stderr == b""
+
+
+def test_skipme_lines_are_left_out_and_counted(folder, nemo, tmp_path, capsys):
+    lines = (folder / "manifest.jsonl").read_text().splitlines()
+    skipped = json.loads(lines[1]) | {"_skipme": True, "text": "never scored"}
+    write_manifest(folder / "skipme.jsonl", [lines[0], skipped, lines[2]])
+    status, results = evaluate(folder, nemo, tmp_path / "r.json", manifest="skipme.jsonl")
+    assert status == 0 and results["n_skipme"] == 1 and results["n_skipped"] == 0
+    assert [u["audio"] for u in results["utterances"]] == ["0.wav", "2.wav"]
+    assert "1 left out by _skipme" in capsys.readouterr().out

@@ -21,18 +21,12 @@ from safetensors.numpy import load_file
 
 import fastconformer
 from fastconformer import Span, Transcript
-from fastconformer.transcribe import (
-    cues,
-    find_clips,
-    main,
-    read_manifest,
-    to_ctm,
-    to_json,
-    to_srt,
-    to_text,
-    to_vtt,
-    transcribe_clips,
-)
+from fastconformer.formats.inputs import find_clips
+from fastconformer.formats.manifest import read_manifest
+from fastconformer.formats.subtitles import cues, to_srt, to_vtt
+from fastconformer.formats.transcripts import to_ctm, to_json, to_text
+from fastconformer.jobs.rounds import transcribe_clips
+from fastconformer.transcribe import main
 
 CASE = "hybrid_tdt_ctc_bpe"
 REPOSITORY = Path(__file__).parents[2]
@@ -335,12 +329,12 @@ def test_sections_of_a_manifest(nemo, recordings, tmp_path, capsys):
 def test_rounds_and_batches_change_nothing(nemo, recordings, monkeypatch):
     """Order and results hold when memory allows little at a time, and beside an unreadable clip."""
     model = fastconformer.load_model(nemo)
-    clips, _ = find_clips([str(recordings[k]) for k in (2, 0, 1, 0)] + ["gone.wav"])
+    clips = find_clips([str(recordings[k]) for k in (2, 0, 1, 0)] + ["gone.wav"]).clips
     usual = [
         (clip, t and (t.text, t.token_frames), why)
         for clip, t, why in transcribe_clips(model, clips)
     ]
-    monkeypatch.setattr("fastconformer.transcribe.ROUND_SECONDS", 2.0)
+    monkeypatch.setattr("fastconformer.jobs.rounds.ROUND_SECONDS", 2.0)
     small = [
         (clip, t and (t.text, t.token_frames), why)
         for clip, t, why in transcribe_clips(model, clips)
@@ -457,3 +451,29 @@ def test_how_threads_wait_is_set_before_torch_is_loaded(module, environment, exp
         [sys.executable, "-c", code], env=kept | environment, capture_output=True, text=True
     )
     assert done.stdout.split() == [str(expected)], done.stderr
+
+
+def test_skipme_lines_are_left_out_and_counted(nemo, recordings, tmp_path, capsys):
+    lines = [{"audio_filepath": str(recordings[0])}, {"audio_filepath": "gone", "_skipme": 1}]
+    (tmp_path / "m.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert main([str(tmp_path / "m.jsonl"), "--model", str(nemo)]) == 0
+    out, err = capsys.readouterr()
+    assert out.count("\n") == 1 and err == "transcribe: 1 lines say _skipme, left out\n"
+
+
+@pytest.mark.parametrize("style", ["text", "json", "jsonl"])
+def test_a_name_that_the_locale_lacks(nemo, recordings, tmp_path, style):
+    """Into a pipe it is UTF-8, whatever the locale says; bytes that are no text are escaped."""
+    names = ["b_पाठ.wav", os.fsdecode(b"c_\xff.wav"), "d.wav"]
+    for name in names:
+        (tmp_path / name).write_bytes(recordings[1].read_bytes())
+    command = [sys.executable, "-m", "fastconformer.transcribe", str(tmp_path)]
+    done = subprocess.run(
+        [*command, "--model", str(nemo), "--format", style],
+        cwd=REPOSITORY, capture_output=True, env=os.environ | {"PYTHONIOENCODING": "cp1252"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    out = done.stdout.decode("utf-8")
+    assert "b_पाठ.wav" in out and "c_\\udcff.wav" in out
+    if style == "json":
+        assert [os.path.basename(item["audio"]) for item in json.loads(out)] == names

@@ -16,7 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastconformer import transcribe
-from fastconformer.jobs.results import all_results, merge_results, read_ahead, read_results
+from fastconformer.formats.inputs import find_clips
+from fastconformer.jobs.results import all_results, merge_results, read_results
+from fastconformer.jobs.rounds import read_ahead
 
 ROOT = Path(__file__).resolve().parents[2]
 BASE = ROOT / "models" / "base_tiny.nemo"
@@ -149,9 +151,9 @@ def test_results_of_parts_are_merged_in_order(tmp_path):
 
 
 def test_globs_and_stdin(archive, monkeypatch, capsys):
-    clips, problems = transcribe.find_clips([str(archive / "0[0-3].wav"), str(archive / "x*.wav")])
-    assert [clip.path.name for clip in clips] == ["00.wav", "01.wav", "02.wav", "03.wav"]
-    assert problems == [(str(archive / "x*.wav"), "no file is named like this")]
+    found = find_clips([str(archive / "0[0-3].wav"), str(archive / "x*.wav")])
+    assert [clip.path.name for clip in found.clips] == ["00.wav", "01.wav", "02.wav", "03.wav"]
+    assert found.problems == [(str(archive / "x*.wav"), "no file is named like this")]
     monkeypatch.setattr("sys.stdin", [str(archive / "05.wav") + "\n", "\n"])
-    clips, problems = transcribe.find_clips(["-"])
-    assert [clip.path.name for clip in clips] == ["05.wav"] and not problems
+    found = find_clips(["-"])
+    assert [clip.path.name for clip in found.clips] == ["05.wav"] and not found.problems

@@ -10,7 +10,6 @@ Letters of shapes: B clips, L samples, U target tokens.
 import collections
 import dataclasses
 import itertools
-import json
 import math
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -22,13 +21,11 @@ import torch
 from torch import Tensor
 
 from fastconformer.audio.files import audio_duration, load_audio
+from fastconformer.formats.manifest import DURATION_MISMATCH, Clip, LeftOut, manifest_lines
 from training.augment.waveform import WaveAugment, change_speed
 from training.data.batching import Draw
 from training.data.tarred import TarReader, shard_number
 
-ABSURD_DURATION_S = 7 * 24 * 3600.0
-# A clip whose sound is this many times longer or shorter than its manifest says has a wrong line.
-DURATION_MISMATCH = 2.0
 TAR_SLACK_S = 0.2
 
 
@@ -97,88 +94,52 @@ def read_manifest(
     Raises:
         FileNotFoundError: there is no such manifest.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"manifest {path} is not a file; check the recipe's section `data`")
     utterances, dropped = [], []
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            name = ""
-            try:
-                entry = _parse_line(line)
-                name = str(entry.get("audio_filepath", ""))
-                if lang and entry.get("lang", lang) != lang:
-                    raise UnusableLine("other_language", f"lang is {entry['lang']!r}")
-                if entry.get("_skipme"):
-                    raise UnusableLine("skipme", "the manifest says _skipme")
-                utterances.append(_utterance(entry, path, number, tars))
-            except UnusableLine as error:
-                dropped.append(Dropped(str(path), number, *error.args, audio_filepath=name))
+    for found in manifest_lines(path, lang):
+        try:
+            if isinstance(found, LeftOut):
+                raise UnusableLine(found.reason, found.detail)
+            utterances.append(_utterance(found, tars))
+        except UnusableLine as error:
+            name = str(found.audio)
+            dropped.append(Dropped(found.manifest, found.line, *error.args, audio_filepath=name))
     return utterances, dropped
 
 
-def _parse_line(line: bytes) -> dict:
-    try:
-        entry = json.loads(line.decode("utf-8-sig"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise UnusableLine("not_json", f"not a JSON object: {error}") from None
-    if not isinstance(entry, dict):
-        raise UnusableLine("not_json", f"not a JSON object: {line.decode()[:80].strip()}")
-    return entry
-
-
-def _utterance(entry: dict, manifest: Path, line: int, tars: dict[int, str] | None) -> Utterance:
-    audio = entry.get("audio_filepath")
-    if not isinstance(audio, str) or not audio:
-        raise UnusableLine("no_audio_filepath", f"audio_filepath is {audio!r}")
-    text = entry.get("text")
-    if not isinstance(text, str):
-        raise UnusableLine("no_text", f"text is {text!r}")
-    duration_s = entry.get("duration")
-    if not _is_number(duration_s) or not 0 < duration_s <= ABSURD_DURATION_S:
-        raise UnusableLine("bad_duration", f"duration is {duration_s!r} seconds")
-    offset_s = entry.get("offset")
-    if offset_s is not None and (
-        not _is_number(offset_s) or not 0 <= offset_s <= ABSURD_DURATION_S
-    ):
-        raise UnusableLine("bad_offset", f"offset is {offset_s!r} seconds")
-    audio_path = _tar_of(entry, manifest, tars) if tars else _audio_file(audio, manifest)
+def _utterance(clip: Clip, tars: dict[int, str] | None) -> Utterance:
+    if clip.text is None:
+        raise UnusableLine("no_text", "text is None")
+    if clip.duration_s is None:
+        raise UnusableLine("bad_duration", "duration is None seconds")
     return Utterance(
-        audio_path=str(audio_path),
-        text=text,
-        duration_s=float(duration_s),
-        offset_s=None if offset_s is None else float(offset_s),
-        manifest=str(manifest),
-        line=line,
-        tar_member=audio if tars else None,
-        lang=entry["lang"] if isinstance(entry.get("lang"), str) else None,
+        audio_path=_tar_of(clip, tars) if tars else str(_audio_file(clip.path)),
+        text=clip.text,
+        duration_s=clip.duration_s,
+        offset_s=clip.offset_s,
+        manifest=clip.manifest,
+        line=clip.line,
+        tar_member=clip.audio if tars else None,
+        lang=clip.lang,
     )
 
 
-def _audio_file(audio: str, manifest: Path) -> Path:
-    path = manifest.parent / Path(audio).expanduser()
+def _audio_file(path: Path) -> Path:
     try:
         found = path.is_file()
-    except (OSError, ValueError):  # a name that is too long or holds a zero byte
+    except OSError:  # a name that is too long
         found = False
     if not found:
         raise UnusableLine("missing_audio", f"no such file: {path}")
     return path
 
 
-def _tar_of(entry: dict, manifest: Path, tars: dict[int, str]) -> str:
-    shard = entry.get("shard_id", shard_number(manifest.name))
-    if len(tars) == 1 and "shard_id" not in entry:
+def _tar_of(clip: Clip, tars: dict[int, str]) -> str:
+    shard = clip.others.get("shard_id", shard_number(Path(clip.manifest).name))
+    if len(tars) == 1 and "shard_id" not in clip.others:
         shard = next(iter(tars))
     if shard not in tars:
         raise UnusableLine("missing_audio", f"shard_id is {shard!r}, and no tar has that number")
     return tars[shard]
-
-
-def _is_number(value) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 @dataclasses.dataclass(frozen=True)

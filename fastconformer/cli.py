@@ -1,0 +1,241 @@
+"""What every command shares: exit statuses, the line that tells an error, checks of what it writes,
+and the arguments of a model and of decoding.
+
+Exit statuses: 0 done; 1 a job that failed, with one line on stderr that says what to do; 2 bad
+usage; 130 stopped by Ctrl-C. Nothing here loads torch before a model is asked for.
+"""
+
+import argparse
+import errno
+import math
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+DTYPES = ("float32", "bfloat16", "float16", "int8")
+DEVICES = ("cpu", "cuda", "xpu", "mps")
+
+
+class UsageError(ValueError):
+    """Arguments that parse but do not fit the model or one another: exit status 2."""
+
+
+class Failed(Exception):
+    """A job that could not do what was asked, with the line that says why: exit status 1."""
+
+
+def run(command: str, job: Callable[[], int | None]) -> int:
+    """Runs a command's job and gives its exit status, None as 0; what a user can cause becomes one
+    line on stderr that begins with `command`."""
+    use_utf8()
+    try:
+        status = job() or 0
+        sys.stdout.flush()
+        return status
+    except UsageError as error:
+        return _told(command, error, 2)
+    except BrokenPipeError:  # `| head` has read enough
+        _close_stdout()
+        return 1
+    except KeyboardInterrupt:
+        print(f"{command}: interrupted", file=sys.stderr)
+        return 130
+    except (OSError, ValueError, Failed) as error:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC and error.filename is None:
+            error = OSError(error.errno, error.strerror, "what is printed")
+            _close_stdout()  # else the rest is tried again at the end, and told once more
+        return _told(command, error, 1)
+    except RuntimeError as error:
+        if not _out_of_memory(error):
+            raise
+        return _told(command, f"out of memory: {error}"[:300], 1)
+
+
+def _told(command: str, error: Exception | str, status: int) -> int:
+    print(f"{command}: {one_line(error)}", file=sys.stderr)
+    return status
+
+
+def _close_stdout() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    # torch's own class would need torch; on a CPU it raises a plain RuntimeError
+    return type(error).__name__ == "OutOfMemoryError" or "not enough memory" in str(error)
+
+
+def use_utf8() -> None:
+    """What goes to a file or a pipe is UTF-8 whatever the locale; a terminal keeps its own, and
+    gets what it lacks as escapes. So no name and no text can end a run."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            encoding = {} if stream.isatty() else {"encoding": "utf-8"}
+            stream.reconfigure(errors="backslashreplace", **encoding)
+
+
+def report(command: str, name: str, reason: object) -> None:
+    """A line on stderr about one input; its name stands there once."""
+    name, reason = one_line(name), one_line(reason)
+    place = "" if name in reason else f"{name}: "
+    print(f"{command}{'' if ':' in command else ':'} {place}{reason}", file=sys.stderr)
+
+
+def one_line(text: object) -> str:
+    """A message on one line, without what would steer a terminal."""
+    return printable(" ".join(str(text).split()))
+
+
+def printable(text: str) -> str:
+    """Control characters, which a file's name may hold, as escapes; tab and newline stay."""
+    if text.isprintable():
+        return text
+    return "".join(
+        c if c in "\t\n" or not (c < " " or "\x7f" <= c < "\xa0") else f"\\x{ord(c):02x}"
+        for c in text
+    )
+
+
+def check_output(path: Path, *inputs: str | Path) -> None:
+    """UsageError where a file cannot be written or is one of the inputs, told before the work and
+    not after it."""
+    if path.is_dir():
+        raise UsageError(f"-o {path} is a folder, expected a file name")
+    if not path.parent.is_dir():
+        raise UsageError(f"-o {path}: there is no folder {path.parent}")
+    if path.exists() and any(os.path.exists(x) and path.samefile(x) for x in inputs):
+        raise UsageError(f"-o {path} is an input, which would be lost; name another file")
+
+
+def parser(module: str, description: str, example: str) -> argparse.ArgumentParser:
+    """The parser of `python -m MODULE`; `example` follows that name in its help."""
+    prog = f"python -m {module}"
+    return argparse.ArgumentParser(
+        prog=prog,
+        description=description,
+        epilog=f"example: {prog} {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments that every command with a model has; `load_model` reads them."""
+    parser.add_argument("--model", required=True, help=".nemo archive or converted folder")
+    parser.add_argument("--head", help="tdt, rnnt or ctc; default: the model's first")
+    parser.add_argument("--batch-size", type=int, default=16, help="clips a pass (%(default)s)")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 ... (%(default)s)")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="(%(default)s)")
+
+
+def add_decoding_arguments(parser: argparse.ArgumentParser) -> None:
+    """How to encode and decode, for commands that transcribe; `decoding_options` reads them."""
+    from .recordings.longform import MODES  # with torch
+
+    group = parser.add_argument_group("decoding")
+    group.add_argument("--beam", type=int, default=1, metavar="N", help="hypotheses (%(default)s)")
+    group.add_argument("--lm", type=Path, metavar="FILE", help="ARPA language model, also .gz")
+    group.add_argument("--lm-weight", type=float, default=0.3, help="of its scores (%(default)s)")
+    group.add_argument(
+        "--lm-bonus",
+        type=float,
+        help="nats added for each of its words (default: what an average word costs)",
+    )
+    group.add_argument(
+        "--boost",
+        type=Path,
+        metavar="FILE",
+        help="phrases to expect, one a line, each with a weight after a tab if it has its own",
+    )
+    group.add_argument(
+        "--boost-weight", type=float, default=1.5, help="nats for each token (%(default)s)"
+    )
+    group.add_argument(
+        "--languages",
+        metavar="NAMES",
+        help="only letters of these languages, or scripts: en,ru or latin,cyrillic",
+    )
+    group = parser.add_argument_group("long recordings")
+    group.add_argument(
+        "--long",
+        choices=MODES,
+        default="auto",
+        help="one pass, windows, or local attention; by memory (%(default)s)",
+    )
+    group.add_argument(
+        "--memory-gb", type=float, help="what a pass may take beside the weights (what is free)"
+    )
+    group.add_argument(
+        "--window-s",
+        type=float,
+        metavar="SECONDS",
+        help="longer recordings go in windows of this length: as long as the clips in training",
+    )
+
+
+def decoding_options(args, model) -> dict:
+    """Keyword arguments for `model.transcribe`. FileNotFoundError, or ValueError of a file that
+    cannot be used; UsageError of arguments that do not fit."""
+    from .decoding import read_arpa, read_phrases, token_bias
+
+    if args.beam < 1:
+        raise UsageError(f"--beam is {args.beam}, expected at least 1")
+    if args.window_s is not None and not 0 < args.window_s < math.inf:
+        raise UsageError(f"--window-s is {args.window_s}, expected seconds, more than 0")
+    names = ("beam", "long", "memory_gb", "window_s")
+    options = {name: getattr(args, name) for name in names}
+    if args.lm is not None:
+        options |= {"lm": read_arpa(args.lm), "lm_weight": args.lm_weight}
+        options["lm_bonus"] = args.lm_bonus
+    if args.boost is not None:
+        options["boost"] = read_phrases(args.boost, args.boost_weight)
+    if args.languages:
+        options["allow"] = tuple(name for name in args.languages.split(",") if name)
+        try:
+            token_bias(model.tokenizer, options["allow"])
+        except ValueError as error:
+            raise UsageError(f"--languages: {error}") from None
+    return options
+
+
+def load_model(args):
+    """The model of `add_model_arguments`. UsageError, or what fastconformer.load_model raises."""
+    import torch
+
+    import fastconformer
+
+    if args.batch_size < 1:
+        raise UsageError(f"--batch-size is {args.batch_size}, expected at least 1")
+    device, dtype = choose_device(args.device), getattr(torch, args.dtype)
+    model = fastconformer.load_model(args.model, device=device, dtype=dtype)
+    if args.head is not None and args.head not in model.heads:
+        raise UsageError(f"--head is {args.head}, this model has {', '.join(model.heads)}")
+    return model
+
+
+def choose_device(name: str):
+    """The torch.device that --device names; "gpu" is whichever this torch has, and a process of
+    torchrun takes its own. UsageError: no such kind. ValueError: this machine has none."""
+    import torch
+
+    if name == "gpu":
+        found = torch.accelerator.current_accelerator()
+        if found is None:
+            raise ValueError("--device is gpu, but this torch sees none; use --device cpu")
+        name = found.type
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in DEVICES:
+        raise UsageError(f"--device is {name!r}, expected one of {', '.join(DEVICES)}, cuda:N, gpu")
+    kind = device.type
+    there = getattr(torch.backends if kind == "mps" else torch, kind).is_available()
+    if not there:
+        raise ValueError(f"--device is {name}, but this torch sees no GPU; use --device cpu")
+    count = 1 if kind == "cpu" else getattr(torch, kind).device_count()
+    if (device.index or 0) >= count:
+        raise ValueError(f"--device is {name}, but there are {count} of its kind, from {kind}:0 on")
+    if kind != "cpu" and device.index is None and "LOCAL_RANK" in os.environ:
+        device = torch.device(kind, int(os.environ["LOCAL_RANK"]))
+    return device

@@ -1,0 +1,1 @@
+"""What lies in files: manifests, lists of recordings, transcripts."""

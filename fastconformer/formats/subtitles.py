@@ -1,0 +1,121 @@
+"""Transcripts as subtitles: cues, SubRip and WebVTT."""
+
+import html
+import textwrap
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from ..recordings.timestamps import Span
+from .transcripts import need_times
+
+if TYPE_CHECKING:
+    from ..model import Transcript
+
+# Subtitle limits that broadcasters share: two lines of 42 characters, seven seconds.
+LINE_CHARACTERS, CUE_LINES, CUE_SECONDS = 42, 2, 7.0
+READING_SPEED = 17.0  # characters a second that viewers read: a cue stays as long as it takes
+PAUSE_SECONDS = 1.5  # a silence this long ends a cue even inside a segment
+SHORTEST_CUE_SECONDS = 0.5  # a word of one frame would flash; held as far as the next cue allows
+LEAST_CUE_SECONDS = 0.002  # whatever the times: players drop a cue that ends where it starts
+
+
+def to_srt(transcript: "Transcript", **limits) -> str:
+    """SubRip subtitles; empty for an empty text. `limits`: see `cues`. ValueError: the transcript
+    has no times."""
+    blocks = [
+        f"{number}\n{_clock(cue.start, ',')} --> {_clock(cue.end, ',')}\n{cue.text}\n"
+        for number, cue in enumerate(cues(transcript, **limits), start=1)
+    ]
+    return "\n".join(blocks)
+
+
+def to_vtt(transcript: "Transcript", **limits) -> str:
+    """WebVTT subtitles. `limits`: see `cues`. ValueError: the transcript has no times."""
+    blocks = ["WEBVTT\n"]
+    blocks += [
+        f"{_clock(cue.start, '.')} --> {_clock(cue.end, '.')}\n"
+        f"{html.escape(cue.text, quote=False)}\n"
+        for cue in cues(transcript, **limits)
+    ]
+    return "\n".join(blocks)
+
+
+def cues(
+    transcript: "Transcript",
+    line_characters: int = LINE_CHARACTERS,
+    lines: int = CUE_LINES,
+    reading_speed: float = READING_SPEED,
+) -> list[Span]:
+    """Subtitles: spans whose text has at most so many lines of so many characters and lasts at
+    most seven seconds. They end with segments and at pauses, and are cut between words.
+
+    They stay for as long as they take to read, `reading_speed` characters a second, or until the
+    next cue. A single longer word stays whole. Cues are in order, do not overlap and are never of
+    length 0. ValueError: a limit below 1, or no times.
+    """
+    if line_characters < 1 or lines < 1 or not reading_speed >= 1:
+        raise ValueError(
+            f"subtitles of {lines} lines of {line_characters} characters, {reading_speed} read a "
+            "second: expected at least 1 of each"
+        )
+    need_times(transcript)
+    groups: list[list[Span]] = []
+    for word, starts_segment in _words_of_segments(transcript):
+        group = groups[-1] if groups else None
+        if (
+            group is None
+            or starts_segment
+            or word.start - group[-1].end >= PAUSE_SECONDS
+            or word.end - group[0].start > CUE_SECONDS
+            or len(_lines([*group, word], line_characters)) > lines
+        ):
+            groups.append([word])
+        else:
+            group.append(word)
+    spans = []
+    for k, group in enumerate(groups):
+        start = group[0].start
+        start = max(start, spans[-1].end if spans else 0.0)
+        reading_s = sum(len(word.text) + 1 for word in group) / reading_speed
+        end = max(group[-1].end, start + SHORTEST_CUE_SECONDS, start + reading_s)
+        if transcript.duration > start:
+            end = min(end, max(transcript.duration, start + LEAST_CUE_SECONDS))
+        if k + 1 < len(groups):
+            end = min(end, groups[k + 1][0].start)
+        end = min(max(end, start + LEAST_CUE_SECONDS), start + CUE_SECONDS)
+        spans.append(Span("\n".join(_lines(group, line_characters)), start, end))
+    return spans
+
+
+def _words_of_segments(transcript: "Transcript") -> Iterator[tuple[Span, bool]]:
+    """Each word, and whether a segment starts with it. Segments are words joined by spaces."""
+    remaining = [len(segment.text.split()) for segment in transcript.segments or ()]
+    starts = True
+    for word in transcript.words:
+        if not word.text.strip():
+            continue
+        yield word, starts
+        starts = False
+        if remaining:
+            remaining[0] -= len(word.text.split())
+            if remaining[0] <= 0:
+                remaining.pop(0)
+                starts = True
+
+
+def _lines(words: list[Span], characters: int) -> list[str]:
+    return textwrap.wrap(
+        " ".join(word.text for word in words),
+        characters,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+
+
+def _clock(seconds: float, decimal_mark: str) -> str:
+    milliseconds = round(max(seconds, 0.0) * 1000)
+    minutes, milliseconds = divmod(milliseconds, 60000)
+    return (
+        f"{minutes // 60:02d}:{minutes % 60:02d}:"
+        f"{milliseconds // 1000:02d}{decimal_mark}{milliseconds % 1000:03d}"
+    )
