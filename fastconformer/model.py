@@ -71,7 +71,12 @@ class Transcript:
 
 class ASRModel(nn.Module):
     """A FastConformer with its heads. Attribute names are NeMo's, so that the state dict is the
-    checkpoint's own. Built with random weights; `load_model` reads trained ones."""
+    checkpoint's own. Built with random weights; `load_model` reads trained ones.
+
+    aligner: a second model, with a CTC head, that some checkpoints hold for words' times.
+    """
+
+    aligner: "ASRModel | None"
 
     def __init__(
         self,
@@ -81,10 +86,8 @@ class ASRModel(nn.Module):
         stft_pad: str = "zeros",
     ):
         super().__init__()
-        if tokenizer.vocab_size != config.vocab_size:
-            raise ValueError(
-                f"the tokenizer has {tokenizer.vocab_size} pieces, the heads {config.vocab_size}"
-            )
+        for name in config.heads:
+            HEADS[name].check_vocabulary(config, tokenizer)
         self.config, self.tokenizer = config, tokenizer
         self.tokenizer_files = tokenizer_files or {}
         self.preprocessor = Preprocessor(config.preprocessor, stft_pad)
@@ -92,6 +95,7 @@ class ASRModel(nn.Module):
         for name in config.heads:
             for attribute, module in HEADS[name].networks(config).items():
                 setattr(self, attribute, module)
+        self.__dict__["aligner"] = None  # not a module of this one: its weights are its own
 
     @property
     def sample_rate(self) -> int:
@@ -165,6 +169,29 @@ class ASRModel(nn.Module):
         head = heads[0] if heads else self.head("rnnt or tdt")
         return head.lattice_logits(encoded, targets, target_lengths)
 
+    def aed_log_probs(self, encoded, encoded_lengths, decoder_ids) -> torch.Tensor:
+        """What the attention decoder says after each token: encoded (B, T', D), decoder_ids (B, U),
+        right-padded with anything -> (B, U, V8) float32. ValueError: no such head."""
+        return self.head("aed").decoder_log_probs(encoded, encoded_lengths, decoder_ids)
+
+    @property
+    def prompted_head(self) -> Head:
+        """The head that is told what to do. ValueError: none of this model's is."""
+        for head in map(self.head, self.heads):
+            if head.prompt is not None:
+                return head
+        raise ValueError(f"this model's heads ({', '.join(self.heads)}) take no prompt")
+
+    def prompt_ids(self, **slots) -> list[int]:
+        """The decoder's prompt as token ids; slots that are left out have the model's defaults.
+        ValueError: an unknown slot or value (the message lists what there is), or no such head."""
+        return self.prompted_head.prompt.ids(**slots)
+
+    def decoder_ids(self, line: dict) -> tuple[list[int], int]:
+        """A manifest line (text, and slots of the prompt) -> prompt + text + end, and how many ids
+        are the prompt's. ValueError: a key that it needs is missing, an unknown value, too long."""
+        return self.prompted_head.decoder_ids(line)
+
     def losses(
         self,
         encoded: torch.Tensor,
@@ -221,7 +248,9 @@ class ASRModel(nn.Module):
         such head."""
         chosen = self.head(head)
         _check_taken(arguments, chosen.decode_arguments)
-        return chosen.decode(encoded, lengths, options or DecodingOptions(), **arguments)
+        options = options or DecodingOptions()
+        options.check(chosen.refused_options, chosen.name)
+        return chosen.decode(encoded, lengths, options, **arguments)
 
     def retry_stuck(
         self,
@@ -623,10 +652,8 @@ def model_of(
     tokenizer = load_tokenizer(checkpoint.config, checkpoint.tokenizer_files)
     model = _skeleton(config, checkpoint.state_dict, stft_pad)
     _check_tensors(model, checkpoint.state_dict)
-    if tokenizer.vocab_size != config.vocab_size:
-        raise ValueError(
-            f"the tokenizer has {tokenizer.vocab_size} pieces, the heads {config.vocab_size}"
-        )
+    for name in config.heads:
+        HEADS[name].check_vocabulary(config, tokenizer)
     model.tokenizer, model.tokenizer_files = tokenizer, checkpoint.tokenizer_files
     # the tensors become the parameters: no second copy of the weights
     model.load_state_dict(checkpoint.state_dict, assign=True)

@@ -7,6 +7,7 @@ from .checks import require
 CTC_CLASSES = ("EncDecCTCModel", "EncDecCTCModelBPE")
 TRANSDUCER_CLASSES = ("EncDecRNNTModel", "EncDecRNNTBPEModel")
 HYBRID_CLASSES = ("EncDecHybridRNNTCTCModel", "EncDecHybridRNNTCTCBPEModel")
+AED_CLASSES = ("EncDecMultiTaskModel",)
 
 # The heads of NeMo's model classes, the default first. "transducer" is "tdt" where its joint gives
 # durations, else "rnnt".
@@ -14,6 +15,7 @@ HEADS_OF_CLASS = {
     **dict.fromkeys(CTC_CLASSES, ("ctc",)),
     **dict.fromkeys(TRANSDUCER_CLASSES, ("transducer",)),
     **dict.fromkeys(HYBRID_CLASSES, ("transducer", "ctc")),
+    **dict.fromkeys(AED_CLASSES, ("aed",)),
 }
 
 
@@ -54,8 +56,69 @@ class CTCConfig:
 
 
 @dataclass(frozen=True)
+class TransformerConfig:
+    """NeMo's TransformerDecoder and TransformerEncoder: a stack of layers."""
+
+    hidden_size: int
+    inner_size: int
+    num_layers: int
+    num_attention_heads: int = 1
+    hidden_act: str = "relu"
+    pre_ln: bool = False
+    pre_ln_final_layer_norm: bool = True
+    attn_score_dropout: float = 0.0
+    attn_layer_dropout: float = 0.0
+    ffn_dropout: float = 0.0
+
+    def __post_init__(self):
+        require(
+            self.hidden_act in ("relu", "gelu"),
+            f"transf_decoder: hidden_act is {self.hidden_act!r}, expected relu or gelu",
+        )
+        require(
+            self.hidden_size % self.num_attention_heads == 0,
+            f"transf_decoder: hidden_size {self.hidden_size} must be a multiple of "
+            f"num_attention_heads {self.num_attention_heads}",
+        )
+
+
+@dataclass(frozen=True)
+class AEDConfig:
+    """The attention decoder of NeMo's EncDecMultiTaskModel (Canary).
+
+    vocab_size: outputs, the tokenizer's pieces rounded up to a multiple of 8; encoder: layers
+    between FastConformer and decoder, None in all released models; prompt_defaults: {slot: value};
+    prompt_values: {slot: {value: special token}}, of our own; max_generation_delta: tokens that a
+    text may have more than frames, negative: as many as there are positions; one_more: NeMo's beam
+    search gives a token more than that.
+    """
+
+    vocab_size: int
+    decoder: TransformerConfig
+    encoder: TransformerConfig | None
+    prompt_format: str
+    prompt_defaults: dict
+    prompt_values: dict
+    max_sequence_length: int = 512
+    num_token_types: int = 2
+    learn_positional_encodings: bool = False
+    embedding_dropout: float = 0.0
+    head_dropout: float = 0.0
+    max_generation_delta: int = -1
+    one_more: bool = True
+
+    def __post_init__(self):
+        require(self.vocab_size % 8 == 0, f"head.num_classes is {self.vocab_size}, not of eights")
+        require(
+            0 < self.max_sequence_length <= 1 << 20,
+            f"transf_decoder: max_sequence_length is {self.max_sequence_length}",
+        )
+
+
+@dataclass(frozen=True)
 class LossConfig:
-    """How the heads are trained. `durations` empty: RNNT."""
+    """How the heads are trained. `durations` empty: RNNT. label_smoothing and mask_prompt: of an
+    attention decoder."""
 
     durations: tuple[int, ...] = ()
     sigma: float = 0.0
@@ -65,3 +128,5 @@ class LossConfig:
     rnnt_reduction: str = "mean_batch"
     ctc_reduction: str = "mean_batch"
     ctc_weight: float = 0.0
+    label_smoothing: float = 0.0
+    mask_prompt: bool = False

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from . import nemo
 from .encoder import EncoderConfig
-from .heads import CTCConfig, JointConfig, LossConfig, PredictionConfig
+from .heads import AEDConfig, CTCConfig, JointConfig, LossConfig, PredictionConfig
 from .preprocessor import PreprocessorConfig
 
 
@@ -30,6 +30,7 @@ class ModelConfig:
     decoder: PredictionConfig | None = None
     joint: JointConfig | None = None
     ctc: CTCConfig | None = None
+    aed: AEDConfig | None = None
 
     @property
     def sample_rate(self) -> int:

@@ -15,10 +15,12 @@ from .heads import (
     HEADS_OF_CLASS,
     HYBRID_CLASSES,
     TRANSDUCER_CLASSES,
+    AEDConfig,
     CTCConfig,
     JointConfig,
     LossConfig,
     PredictionConfig,
+    TransformerConfig,
 )
 from .preprocessor import PreprocessorConfig
 
@@ -33,7 +35,9 @@ def sections(cfg: dict) -> dict:
     """
     cfg = copy.deepcopy(cfg)
     class_name = _class_name(cfg)
-    for section in ("preprocessor", "encoder", "decoder"):
+    names = HEADS_OF_CLASS[class_name]
+    decoder = ("transf_decoder", "head") if "aed" in names else ("decoder",)
+    for section in ("preprocessor", "encoder", *decoder):
         require(isinstance(cfg.get(section), dict), f"the config has no section {section!r}")
     preprocessor = _preprocessor(cfg["preprocessor"])
     encoder = _encoder(cfg["encoder"])
@@ -42,7 +46,6 @@ def sections(cfg: dict) -> dict:
         f"encoder.feat_in is {encoder.feat_in} but the preprocessor gives "
         f"{preprocessor.n_features}",
     )
-    names = HEADS_OF_CLASS[class_name]
     parts = {}
     for name in names:
         parts |= HEAD_SECTIONS[name](cfg, encoder, names)
@@ -51,7 +54,7 @@ def sections(cfg: dict) -> dict:
         joint is None or ctc is None or ctc.vocab_size == joint.vocab_size,
         f"aux_ctc has {ctc and ctc.vocab_size} tokens, the joint {joint and joint.vocab_size}",
     )
-    loss = _loss(cfg, joint, ctc)
+    loss = _aed_loss(cfg) if "aed" in parts else _loss(cfg, joint, ctc)
     transducer = "tdt" if loss.durations else "rnnt"
     if "vocab_size" not in parts:  # all sections agree on it
         parts["vocab_size"] = next(iter(parts.values())).vocab_size
@@ -158,9 +161,65 @@ def _transducer(cfg: dict, encoder: EncoderConfig, heads: tuple) -> dict:
     return {"joint": joint, "decoder": _prediction_section(cfg["decoder"], joint.vocab_size)}
 
 
+def _aed(cfg: dict, encoder: EncoderConfig, heads: tuple) -> dict:
+    section, head = cfg["transf_decoder"], cfg["head"]
+    numbers = section.get("config_dict")
+    require(isinstance(numbers, dict), "transf_decoder.config_dict is missing")
+    for key in section:
+        known = ("_target_", "model_name", "pretrained", "encoder", "config_dict", "library")
+        require(
+            key in (*known, "pre_ln_final_layer_norm"),
+            f"transf_decoder.{key} is not a known option (its value is {section[key]!r})",
+        )
+    own = {f.name for f in fields(AEDConfig)}
+    layers = {key: value for key, value in numbers.items() if key not in own}
+    layers["pre_ln_final_layer_norm"] = section.get("pre_ln_final_layer_norm", True)
+    between = cfg.get("transf_encoder")
+    _head_section(head)
+    decoding = cfg.get("decoding") or {}
+    beam = str(decoding.get("strategy") or "beam").startswith("beam")
+    return {
+        "aed": AEDConfig(
+            vocab_size=_count("head", head.get("num_classes"), ()),
+            decoder=_parse(TransformerConfig, "transf_decoder.config_dict", layers),
+            encoder=_parse(TransformerConfig, "transf_encoder", between, off={"mask_future": (0,)})
+            if between and between.get("num_layers")
+            else None,
+            prompt_format=cfg.get("prompt_format") or "canary",
+            prompt_defaults=_prompt_defaults(cfg.get("prompt_defaults")),
+            prompt_values=cfg.get("prompt_values") or {},
+            head_dropout=head.get("dropout") or 0.0,
+            max_generation_delta=(decoding.get("beam" if beam else "greedy") or {}).get(
+                "max_generation_delta", -1
+            ),
+            one_more=beam,
+            **{key: numbers[key] for key in own & numbers.keys() - {"vocab_size"}},
+        )
+    }
+
+
+def _head_section(data: dict) -> None:
+    off = {"num_layers": (1,), "log_softmax": (True,)}
+    for key, value in data.items():
+        known = "_target_ hidden_size num_classes dropout activation use_transformer_init"
+        require(
+            key in known.split() or (key in off and value in off[key]),
+            f"head.{key} is {value!r}, which is not supported",
+        )
+
+
+def _prompt_defaults(turns: list | None) -> dict:
+    """NeMo's list of turns with slots -> the slots of the user's turn."""
+    slots = {}
+    for turn in turns or ():
+        if turn.get("role") == "user":
+            slots = {key: value for key, value in turn["slots"].items() if value is not None}
+    return slots
+
+
 # What reads the sections that a head owns: (NeMo's config, encoder, the class's heads) -> fields of
 # ModelConfig.
-HEAD_SECTIONS = {"ctc": _ctc, "transducer": _transducer}
+HEAD_SECTIONS = {"ctc": _ctc, "transducer": _transducer, "aed": _aed}
 
 
 def _parse(cls, section: str, data: dict, ignored: tuple = (), off: dict | None = None):
@@ -299,6 +358,20 @@ def _prediction_section(data: dict, vocab_size: int) -> PredictionConfig:
         pred_rnn_layers=net.get("pred_rnn_layers", 1),
         dropout=net.get("dropout") or 0.0,
         blank_as_pad=data.get("blank_as_pad", True),
+    )
+
+
+def _aed_loss(cfg: dict) -> LossConfig:
+    loss = cfg.get("loss") or {}
+    off = {"predict_last_k": (0,), "per_token_reduction": (True,), "eps": (1e-6,)}
+    for key, value in loss.items():
+        require(
+            key in ("_target_", "label_smoothing", "pad_id") or value in off.get(key, ()),
+            f"loss.{key} is {value!r}, which is not supported",
+        )
+    return LossConfig(
+        label_smoothing=float(loss.get("label_smoothing") or 0.0),
+        mask_prompt=bool(cfg.get("use_loss_mask_for_prompt")),
     )
 
 

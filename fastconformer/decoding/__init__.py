@@ -1,5 +1,6 @@
 """Decoding: functions from encoder frames to lists of hypotheses."""
 
+from .aed import aed_search
 from .allow import token_bias
 from .confidence import Confidence
 from .ctc import ctc_greedy
@@ -18,6 +19,7 @@ __all__ = [
     "GraphCache",
     "Hypothesis",
     "NGramModel",
+    "aed_search",
     "ctc_align",
     "ctc_beam",
     "ctc_greedy",

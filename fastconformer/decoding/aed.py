@@ -136,7 +136,7 @@ def _start(lengths, fusion, confidence, max_repeats, dtype) -> _Beam:
     if fusion:
         start.states = fusion.start().expand(n_clips, 1, -1)
     if confidence:
-        start.confidences = zeros[..., :0].expand(n_clips, 1, 0)
+        start.confidences = zeros.new_zeros(n_clips, 1, 0)
     if max_repeats is not None:
         start.recent = none.new_full((n_clips, 1, _LONGEST_PHRASE), -1)
         start.runs = torch.zeros_like(start.recent)
@@ -207,9 +207,9 @@ def _without_repeats(log_probs, recent, runs, max_repeats: int) -> torch.Tensor:
     phrase, `runs[p]` tokens have repeated it so far."""
     phrase = torch.arange(1, recent.shape[-1] + 1, device=recent.device)
     too_many = (runs + 1 >= phrase * (max_repeats + 1)) & (recent >= 0)
-    blocked = torch.zeros_like(log_probs, dtype=torch.bool)
-    blocked.scatter_(-1, recent.clamp(min=0), too_many)
-    return log_probs.masked_fill(blocked, -torch.inf)
+    blocked = torch.zeros_like(log_probs)
+    blocked.scatter_add_(-1, recent.clamp(min=0), too_many.to(log_probs.dtype))
+    return log_probs.masked_fill(blocked > 0, -torch.inf)
 
 
 def _done(beam: _Beam, lengths, limits, step, alpha, fusion) -> torch.Tensor:

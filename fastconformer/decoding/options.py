@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -29,6 +29,10 @@ class DecodingOptions:
     confidence: True (NeMo's defaults) or a Confidence: give tokens and words confidences.
     score_norm: transducer beams compare texts by score per token, as NeMo does.
     retry: decode again where a transducer has gone silent over speech.
+    length_penalty, max_generation_delta, max_repeats: of attention decoders. Hypotheses compete by
+        score / ((5 + n) / 6) ** length_penalty; most tokens, prompt included, beyond the clip's
+        frames (None: the config's, negative: as many as there are positions); most times that a
+        phrase may come again right after itself (None: any number), against loops.
     """
 
     beam: int = 1
@@ -41,8 +45,19 @@ class DecodingOptions:
     confidence: Confidence | bool | None = None
     score_norm: bool = True
     retry: bool = True
+    length_penalty: float = 0.0
+    max_generation_delta: int | None = None
+    max_repeats: int | None = None
 
     def __post_init__(self):
+        if not (isinstance(self.length_penalty, int | float) and 0 <= self.length_penalty < 100):
+            raise ValueError(f"length_penalty is {self.length_penalty!r}, expected 0 or more")
+        for name in ("max_generation_delta", "max_repeats"):
+            value = getattr(self, name)
+            if not (value is None or type(value) is int):
+                raise ValueError(f"{name} is {value!r}, expected a whole number")
+        if self.max_repeats is not None and self.max_repeats < 0:
+            raise ValueError(f"max_repeats is {self.max_repeats}, expected 0 or more")
         if not isinstance(self.beam, int) or self.beam < 1:
             raise ValueError(f"beam is {self.beam!r}, expected a whole number of at least 1")
         if isinstance(self.lm, str | os.PathLike):
@@ -57,6 +72,13 @@ class DecodingOptions:
             object.__setattr__(self, "allow", (self.allow,))
         if isinstance(self.confidence, bool):
             object.__setattr__(self, "confidence", Confidence() if self.confidence else None)
+
+    def check(self, refused: Sequence[str], head: str) -> None:
+        """ValueError where one of the fields `refused`, which mean nothing to this head, is set."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name in refused and value != field.default:
+                raise ValueError(f"{field.name} is {value!r}, which head {head} does not take")
 
     @property
     def is_greedy(self) -> bool:

@@ -9,6 +9,7 @@ Before there is a model (static, from the config):
     networks(config)                {attribute: module}, NeMo's names, random weights
     n_layers(config)                layers of them: fewer tensors than layers is a wrong config
     frame_bytes(config, itemsize)   memory that decoding takes for each encoder frame
+    check_vocabulary(config, tokenizer)  raises unless they fit each other
     fit(model, state_dict)          what only a checkpoint's tensors say of the modules
 
 Its weights:
@@ -33,6 +34,10 @@ Decoding:
     decode(encoded, lengths, options, **those of decode_arguments)  -> hypotheses
     decode_arguments                further arguments that it takes (prompts), of `ASRModel.decode`
     token_spans(hypothesis, tokenizer)  encoder frames of each token, for times
+    text(hypothesis), words(hypothesis, aggregate)  what a transcript says, and its words in frames
+    prompt, decoder_ids(line)       slots and their values, where it is told what to do
+    asked(slots, timestamps)        arguments of `decode` for what a caller of `transcribe` wants
+    refused_options                 fields of DecodingOptions that mean nothing to it
     has_frame_posteriors            `log_probs(encoded)` gives each frame's distribution: alignment,
                                     InterCTC, CR-CTC, distillation; `model.frame_head` is that head
     can_stall                       may fall silent over speech, and is tried again there
@@ -40,10 +45,11 @@ Decoding:
                                     gives in windows is decoded as one sequence
 """
 
+from .aed import AED
 from .ctc import CTC
 from .head import Head
 from .transducer import Transducer
 
-HEADS: dict[str, type[Head]] = {"ctc": CTC, "rnnt": Transducer, "tdt": Transducer}
+HEADS: dict[str, type[Head]] = {"ctc": CTC, "rnnt": Transducer, "tdt": Transducer, "aed": AED}
 
-__all__ = ["CTC", "HEADS", "Head", "Transducer"]
+__all__ = ["AED", "CTC", "HEADS", "Head", "Transducer"]

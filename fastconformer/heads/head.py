@@ -1,13 +1,13 @@
 """What a model asks its output heads, and the answers that most heads give."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import nn
 
 from ..config import ModelConfig
 from ..decoding import DecodingOptions, Hypothesis
-from ..recordings.timestamps import Span, spans_of_tokens
+from ..recordings.timestamps import Span, spans_of_tokens, word_spans
 from ..text.tokenizer import Tokenizer
 
 
@@ -25,6 +25,8 @@ class Head:
     bounds_tokens_per_frame = False
     loss_arguments: tuple[str, ...] = ()
     decode_arguments: tuple[str, ...] = ()
+    refused_options: tuple[str, ...] = ("length_penalty", "max_generation_delta", "max_repeats")
+    prompt = None
 
     def __init__(self, model, name: str):
         self.model, self.name = model, name
@@ -50,6 +52,14 @@ class Head:
     def fit(networks: nn.Module, state_dict: dict[str, torch.Tensor]) -> None:
         """Changes the model's modules, which have no memory yet, to what only the tensors of a
         checkpoint say about them."""
+
+    @staticmethod
+    def check_vocabulary(config: ModelConfig, tokenizer: Tokenizer) -> None:
+        """Raises ValueError unless the head has an output for each of the tokenizer's pieces."""
+        if tokenizer.vocab_size != config.vocab_size:
+            raise ValueError(
+                f"the tokenizer has {tokenizer.vocab_size} pieces, the heads {config.vocab_size}"
+            )
 
     # --- of its weights --------------------------------------------------------------------------
 
@@ -111,6 +121,14 @@ class Head:
         more names it in `decode_arguments`."""
         raise NotImplementedError
 
+    def asked(self, slots: Mapping, timestamps: bool) -> dict:
+        """What `decode` needs to be told for a transcription with these slots of a prompt (None:
+        not given), with or without times. ValueError: the head takes no prompt."""
+        for name, value in slots.items():
+            if value is not None:
+                raise ValueError(f"{name} is {value!r}, but this model's heads take no prompt")
+        return {}
+
     def log_probs(self, encoded: torch.Tensor) -> torch.Tensor:
         """(B, T', D) -> (B, T', V+1) float32, blank last: a head with `has_frame_posteriors`."""
         raise NotImplementedError
@@ -122,3 +140,14 @@ class Head:
         durations: Iterable[int] = hypothesis.durations or [1] * len(frames)
         ends = [frame + span for frame, span in zip(frames, durations, strict=True)]
         return spans_of_tokens(hypothesis, tokenizer, frames, ends)
+
+    def text(self, hypothesis: Hypothesis) -> str:
+        """What the hypothesis says, for a reader."""
+        return self.model.tokenizer.decode(hypothesis.tokens)
+
+    def words(self, hypothesis: Hypothesis, aggregate=min) -> list[Span]:
+        """Words with their encoder frames; aggregate: confidences of tokens -> the word's."""
+        tokenizer = self.model.tokenizer
+        pieces = tokenizer.ids_to_pieces(hypothesis.tokens)
+        spans = self.token_spans(hypothesis, tokenizer)
+        return word_spans(spans, pieces, tokenizer, aggregate)

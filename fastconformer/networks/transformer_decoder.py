@@ -330,6 +330,10 @@ class TiedOutput(nn.Module):
     def tie(self, embedding: Embedding) -> None:
         self.mlp["layer0"].weight = embedding.token_embedding.weight
 
+    def logits(self, states: torch.Tensor) -> torch.Tensor:
+        """(..., H) -> (..., V8)."""
+        return self.mlp["layer0"](self.dropout(states))
+
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         """(..., H) -> (..., V8) float32."""
-        return self.mlp["layer0"](self.dropout(states)).float().log_softmax(-1)
+        return self.logits(states).float().log_softmax(-1)

@@ -97,8 +97,10 @@ class Prompt:
                         f"prompt.values.{slot}.{value}: the slot has such a value already; choose "
                         "another word"
                     )
-        for slot, value in self.defaults.items():
-            self._token(self._slot(slot), value)
+        own = {self._slot(slot): value for slot, value in self.defaults.items()}
+        object.__setattr__(self, "defaults", own)
+        for slot, value in own.items():
+            self._token(slot, value)
 
     @property
     def slots(self) -> tuple[str, ...]:
@@ -109,7 +111,7 @@ class Prompt:
         """The prompt as token ids. A slot that is left out or None has the model's default.
         ValueError: an unknown slot or value; the message lists what there is."""
         given = {self._slot(name): value for name, value in slots.items() if value is not None}
-        full = DEFAULTS | dict(self.defaults) | given
+        full = DEFAULTS | self.defaults | given
         return self._encode({slot: self._token(slot, full[slot]) for slot in self.slots})
 
     def of_line(self, line: Mapping) -> list[int]:
@@ -192,12 +194,3 @@ def _bare(language: str) -> str:
 def _few(tokens) -> str:
     names = list(tokens)
     return ", ".join(names[:40]) + (f" and {len(names) - 40} more" if len(names) > 40 else "")
-
-
-def read_defaults(turns) -> dict[str, str]:
-    """NeMo's `prompt_defaults`, a list of turns with slots, as the slots of the user's turn."""
-    for turn in turns or ():
-        if isinstance(turn, Mapping) and turn.get("role") == "user":
-            slots = turn.get("slots") or {}
-            return {_OTHER_NAMES.get(k, k): v for k, v in slots.items() if v is not None}
-    return {}

@@ -6,7 +6,8 @@ import pytest
 from conftest import golden
 
 from fastconformer.checkpoint import read_checkpoint
-from fastconformer.text.prompt import Prompt, read_defaults
+from fastconformer.config import ModelConfig
+from fastconformer.text.prompt import Prompt
 from fastconformer.text.tokenizer import load_tokenizer
 
 CASES = ["canary_flash_agg", "canary_v2_unified", "canary_v1_agg"]
@@ -16,8 +17,8 @@ def parts(case):
     folder = golden(case)
     checkpoint = read_checkpoint(folder / "model.nemo")
     tokenizer = load_tokenizer(checkpoint.config, checkpoint.tokenizer_files)
-    defaults = read_defaults(checkpoint.config.get("prompt_defaults"))
-    prompt = Prompt(checkpoint.config["prompt_format"], tokenizer, defaults)
+    config = ModelConfig.from_nemo(checkpoint.config).aed
+    prompt = Prompt(config.prompt_format, tokenizer, config.prompt_defaults)
     return tokenizer, prompt, json.loads((folder / "expected.json").read_text())
 
 
