@@ -52,7 +52,8 @@ test-all: $(VENV)/.test-installed
 bench: $(VENV)/.test-installed
 	$(BIN)/python -m benchmarks.cpu_vs_nemo $(BENCH)
 
-# Compiles the CUDA kernels for each target and checks what they spill; skips without nvcc.
+# Compiles the Triton and the CUDA kernels for each target and checks what they spill; the latter
+# skip without nvcc.
 kernels: $(VENV)/.test-installed
 	$(BIN)/python -m pytest -m slow tests/rwkv_cuda/test_wkv7_cuda.py
 

@@ -21,10 +21,18 @@ def add_outer_product(out: Tensor, grad: Tensor, hidden: Tensor):
         out += torch.ops.mkldnn._linear_pointwise(transposed, hidden.t(), None, "none", [], "")
     elif out.dtype == grad.dtype:
         torch.addmm(out, grad.t(), hidden, out=out)
-    elif grad.device.type == "cuda" and "dtype_out" in torch.ops.aten.addmm.overloads():  # 2.8
+    elif grad.device.type == "cuda" and sums_into_float32(torch.__version__):
         torch.addmm(out, grad.t(), hidden, out_dtype=out.dtype, out=out)
+    elif grad.device.type == "cuda" and "dtype" in torch.ops.aten.mm.overloads():  # 2.8
+        out += torch.mm(grad.t(), hidden, out_dtype=out.dtype)
     else:
         out += grad.t() @ hidden
+
+
+def sums_into_float32(version: str) -> bool:
+    """Whether this torch's CUDA addmm adds a product of half types to float32. 2.8 and 2.9 have the
+    argument out_dtype but refuse a sum of another type (pytorch issue 154086, mended in 2.10)."""
+    return tuple(int(n) for n in version.split(".")[:2]) >= (2, 10)
 
 
 def _onednn(x: Tensor, n: int) -> bool:

@@ -102,12 +102,13 @@ def _gradient_kernel(
 
 @triton.jit
 def _row_of(cell, before_ptr, start, first, DENSE: tl.constexpr, inside):
-    """A cell's row in the tile, and whether it is there."""
+    """A cell's row in the tile, int32 (of both: Triton gives a function one type), and whether it
+    is there."""
     if DENSE:
         return (cell - first).to(tl.int32), inside
     row = tl.load(before_ptr + cell, mask=inside, other=0)
     after = tl.load(before_ptr + cell + 1, mask=inside, other=0)
-    return row - start, inside & (after > row)
+    return (row - start).to(tl.int32), inside & (after > row)
 
 
 @triton.jit(do_not_specialize=["seed_low", "seed_high", "threshold"])

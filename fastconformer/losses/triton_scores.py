@@ -38,7 +38,8 @@ def scores(job, tile, cells):
     n_main = job.n_classes - 1 if job.blank == job.n_classes - 1 else job.n_classes
     half = rows.dtype != torch.float32
     block_m, block_v, block_k = (128, 128, 64) if half else (64, 64, 32)
-    if not rows.is_cuda:  # the interpreter: small, to see the loops turn; no bfloat16 products
+    interpreted = not isinstance(_scores_kernel, triton.JITFunction)
+    if interpreted:  # small, to see the loops turn; no bfloat16 products
         block_m, block_v, block_k = 16, 16, 16
         rows, weight, bias = rows.float(), weight.float(), bias.float()
     precision = "tf32" if _allows_tf32() else "ieee"
@@ -47,7 +48,7 @@ def scores(job, tile, cells):
         n_main, job.n_classes, n_outputs, job.blank, job.sigma, *clips_of(job),
         precision, width % block_k == 0, clip_block(job), block_m, block_v,
         max(16, triton.next_power_of_2(n_outputs - n_main)), block_k,
-        num_warps=8 if half else 4, num_stages=3 if _has_much_shared_memory(rows.device) else 2,
+        num_warps=8 if half else 4, num_stages=2 if interpreted else _stages(),
     )  # fmt: skip
 
 
@@ -58,11 +59,11 @@ def _allows_tf32() -> bool:
     return settings.allow_tf32
 
 
-def _has_much_shared_memory(device) -> bool:
-    if device.type != "cuda":
-        return False
-    properties = torch.cuda.get_device_properties(device)
-    return getattr(properties, "shared_memory_per_block_optin", 0) > 200_000
+def _stages() -> int:
+    """Blocks that a loop has on their way: three where shared memory holds them."""
+    active = triton.runtime.driver.active
+    properties = active.utils.get_device_properties(active.get_current_device())
+    return 3 if properties["max_shared_mem"] > 200_000 else 2
 
 
 @triton.jit(do_not_specialize=["seed_low", "seed_high", "threshold"])

@@ -1,0 +1,261 @@
+"""Compiles every Triton kernel for GPUs that are not here, by the library's own launches.
+
+    python -m benchmarks.triton_kernels                          # all kernels, three generations
+    python -m benchmarks.triton_kernels --target 90 --few        # what the test suite compiles
+
+The launches get tensors without data (device "meta") and a driver that names the target, so that
+what is compiled is what a GPU would be given: argument types, alignment, blocks, warps. Nothing
+runs. Each row of the table is one kernel as compiled: registers a thread, bytes of its stack and of
+shared memory a block, tensor-core instructions in its machine code. It is an error if a kernel does
+not compile, or asks for more shared memory than the target has.
+
+The last line printed is the result as JSON; it is also written to `--out`.
+"""
+
+import argparse
+import contextlib
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from benchmarks import commit
+from fastconformer.checkpoint.files import atomic_file
+from fastconformer.losses import fused_triton
+from fastconformer.losses.fused_cells import Job, Tile, empty_cells
+
+# Shared memory that a block may ask for, bytes: A100; H100 and H200; RTX 50 (as RTX 30 and 40).
+SHARED_BYTES = {80: 166_912, 90: 232_448, 120: 101_376}
+DTYPES = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+    "fp64": torch.float64,
+}
+
+
+@contextlib.contextmanager
+def compiling(target: int) -> Iterator[list]:
+    """Inside, a launch of a Triton kernel compiles it for sm_<target> and appends (name, compiled
+    kernel) to the list that is given."""
+    names, found = {}, []
+    run = triton.JITFunction.run
+
+    def compile_only(kernel, *args, grid, warmup, **options):
+        compiled = run(kernel, *args, grid=grid, warmup=True, **options)
+        if compiled.hash not in names:
+            names[compiled.hash] = kernel.fn.__name__
+            found.append((kernel.fn.__name__, compiled))
+        return compiled
+
+    before = driver._active
+    driver.set_active(
+        SimpleNamespace(
+            # Kernels are kept by device: one for each target.
+            get_current_device=lambda: target,
+            get_current_stream=lambda device: 0,
+            get_current_target=lambda: GPUTarget("cuda", target, 32),
+            utils=SimpleNamespace(
+                get_device_properties=lambda device: {"max_shared_mem": SHARED_BYTES[target]}
+            ),
+        )
+    )
+    triton.JITFunction.run = compile_only
+    try:
+        yield found
+    finally:
+        triton.JITFunction.run = run
+        driver._active = before
+
+
+def launch_loss(
+    dtype: torch.dtype,
+    durations: tuple[int, ...] | None,
+    *,
+    dense: bool,
+    n_tokens: int = 1024,
+    width: int = 640,
+    shapes: tuple = ((375, 121), (200, 65), (1, 1)),
+    blank: int | None = None,
+    activation: str = "relu",
+    dropout: float = 0.0,
+) -> None:
+    """All launches of one training step's loss, on tensors without data."""
+    n_classes = n_tokens + 1
+    n_outputs = n_classes + len(durations or ())
+    n_frames, n_rows = (max(shape[i] for shape in shapes) for i in (0, 1))
+    n_cells = sum(t * u for t, u in shapes)
+    n_tile = min(n_cells, 10_000)
+    states = torch.float64 if dtype == torch.float64 else torch.float32
+
+    def empty(*shape, dtype=states):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    longs = [empty(len(shapes), dtype=torch.int64) for _ in range(3)]
+    job = Job(
+        empty(len(shapes) * n_frames, width), empty(len(shapes) * n_rows, width),
+        empty(n_outputs, width, dtype=dtype), empty(n_outputs, dtype=dtype),
+        empty(len(shapes), n_rows, dtype=torch.int64), *longs, shapes, n_frames, n_rows, n_cells,
+        n_classes - 1 if blank is None else blank, n_classes, durations, 0.0, activation, dropout,
+        12345 << 20,
+    )  # fmt: skip
+    cells = empty_cells(empty(1, width), n_cells, len(durations or ()), dtype)
+    index = empty(n_tile, dtype=torch.int64)
+    whole = Tile(index, 0, n_tile - 1)
+    some = (
+        whole if dense else Tile(index, 3, n_cells - 5, 10, empty(n_cells + 1, dtype=torch.int32))
+    )
+    if dtype != torch.float64:  # scores are plain PyTorch there
+        fused_triton.scores(job, whole, cells)
+    fused_triton.lattice(job, cells, True)
+    rows = fused_triton.hidden(job, some)
+    if activation != "relu":
+        rows = fused_triton.hidden(job, some, states)
+    logits = empty(n_tile, n_outputs, dtype=dtype)
+    fused_triton.gradient(job, some, cells, empty(len(shapes)), 0.0, 1.0, logits)
+    d_hidden = empty(n_tile, width, dtype=dtype)
+    fused_triton.scatter(job, some, rows, d_hidden, empty(*job.enc.shape), empty(*job.pred.shape))
+
+
+def launches(few: bool) -> Iterator[tuple[str, Callable[[], None]]]:
+    """(what it is, what launches it)."""
+    tdt = (0, 1, 2, 3, 4)
+    if few:
+        for name, durations, dense in (("bf16", tdt, True), ("fp32", None, False)):
+            yield (
+                label(name, durations, dense),
+                lambda d=DTYPES[name], n=durations, e=dense: launch_loss(d, n, dense=e),
+            )
+        return
+    for name, durations, dense in itertools.product(DTYPES, (tdt, None), (True, False)):
+        for what, options in {
+            "": {},
+            " V=8192": {"n_tokens": 8192},
+            " odd": {"n_tokens": 37, "width": 333, "shapes": ((7, 3), (5, 2)), "blank": 0},
+            " tanh dropout": {"activation": "tanh", "dropout": 0.2},
+            " sigmoid": {"activation": "sigmoid"},
+            " long text": {"shapes": ((1500, 1500), (900, 600))},
+            " 100 clips": {"shapes": ((100, 40),) * 100},
+        }.items():
+            yield (
+                label(name, durations, dense) + what,
+                (
+                    lambda d=DTYPES[name], n=durations, e=dense, o=options: launch_loss(
+                        d, n, dense=e, **o
+                    )
+                ),
+            )
+
+
+def label(dtype: str, durations, dense: bool) -> str:
+    return f"{dtype} {'tdt' if durations else 'rnnt'} {'dense' if dense else 'eps'}"
+
+
+def resources(compiled) -> dict:
+    """Registers, stack and shared memory, and tensor-core instructions by kind."""
+    folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage, code = (
+            subprocess.run(
+                [folder / "cuobjdump", option, file.name],
+                capture_output=True,
+                text=True,
+                check=True,
+            ).stdout
+            for option in ("-res-usage", "-sass")
+        )
+    numbers = {key: int(value) for key, value in re.findall(r"\b(REG|STACK):(\d+)", usage)}
+    kinds = re.findall(r"\b(HGMMA|HMMA|DMMA|IMMA|UTCHMMA)\b", code)
+    return {
+        "registers": numbers["REG"],
+        "stack": numbers["STACK"],
+        "shared": compiled.metadata.shared,
+        "warps": compiled.metadata.num_warps,
+        "tensor_core": {kind: kinds.count(kind) for kind in sorted(set(kinds))},
+        "spills": len(re.findall(r"\b(?:LDL|STL)\b", code)),
+    }
+
+
+def measure(targets: list[int], few: bool) -> tuple[list[dict], list[str]]:
+    """Rows of the table, and what went wrong."""
+    rows, errors = [], []
+    for target in targets:
+        for what, launch in launches(few):
+            with compiling(target) as found:
+                try:
+                    launch()
+                except triton.CompilationError as error:
+                    reason = " ".join(str(error.__cause__ or error).split())
+                    errors.append(f"sm_{target}, {what}: {reason}")
+            for name, compiled in found:
+                row = {"target": target, "for": what, "kernel": name, **resources(compiled)}
+                if any(row["kernel"] == r["kernel"] and row | {"for": r["for"]} == r for r in rows):
+                    continue  # the same numbers again
+                rows.append(row)
+                if row["shared"] > SHARED_BYTES[target]:
+                    errors.append(f"sm_{target}, {what}: {name} wants {row['shared']} shared bytes")
+    return rows, errors
+
+
+def table(rows: list[dict]) -> str:
+    lines = ["target kernel             regs stack shared warps local tensor-core    first for"]
+    for row in rows:
+        units = " ".join(f"{n} {kind}" for kind, n in row["tensor_core"].items()) or "-"
+        lines.append(
+            f"sm_{row['target']:<3} {row['kernel']:<18} {row['registers']:4} {row['stack']:5} "
+            f"{row['shared']:6} {row['warps']:5} {row['spills']:5} {units:<14} {row['for']}"
+        )
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.triton_kernels",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--target", type=int, action="append", choices=SHARED_BYTES, help="all by default"
+    )
+    parser.add_argument("--few", action="store_true", help="one case of each kind")
+    parser.add_argument("--out", type=Path, help="also write the JSON here")
+    args = parser.parse_args(argv)
+    if os.environ.get("TRITON_INTERPRET", "0") not in ("0", ""):
+        print("error: TRITON_INTERPRET is set; the interpreter compiles nothing", file=sys.stderr)
+        return 1
+    begun = time.monotonic()
+    rows, errors = measure(args.target or list(SHARED_BYTES), args.few)
+    print(table(rows))
+    for error in errors:
+        print(f"error: {error}", file=sys.stderr)
+    result = {
+        "benchmark": "triton_kernels",
+        "commit": commit(),
+        "triton": triton.__version__,
+        "seconds": round(time.monotonic() - begun, 1),
+        "kernels": rows,
+        "errors": errors,
+    }
+    if args.out:
+        with atomic_file(args.out) as temporary:
+            temporary.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result))
+    return 1 if errors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

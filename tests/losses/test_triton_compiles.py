@@ -1,0 +1,49 @@
+"""The Triton kernels compile for GPUs, by the library's own launches; no GPU is asked for."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+KERNELS = {
+    "_hidden_kernel",
+    "_scores_kernel",
+    "_lattice_kernel",
+    "_occupancy_kernel",
+    "_gradient_kernel",
+    "_enc_kernel",
+    "_pred_kernel",
+}
+
+
+def compiled(*arguments):
+    # A process of its own: this one may have asked for Triton's interpreter.
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "benchmarks.triton_kernels", *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])["kernels"]
+
+
+def test_kernels_of_the_loss_compile():
+    rows = compiled("--target", "90", "--few")
+    assert {row["kernel"] for row in rows} == KERNELS
+    for row in rows:
+        assert row["stack"] == 0 and row["spills"] == 0, row
+        if row["kernel"] == "_scores_kernel" and row["for"].startswith("bf16"):
+            assert row["tensor_core"].get("HGMMA"), row
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", [80, 90, 120])
+def test_every_kernel_compiles(target):
+    """Each dtype, RNNT and TDT, dense and sparse backward, odd and large sizes."""
+    assert {row["kernel"] for row in compiled("--target", str(target))} == KERNELS
