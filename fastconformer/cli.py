@@ -207,6 +207,9 @@ def load_model(args):
     if args.batch_size < 1:
         raise UsageError(f"--batch-size is {args.batch_size}, expected at least 1")
     device, dtype = choose_device(args.device), getattr(torch, args.dtype)
+    if device.index is not None and device.type != "cpu":
+        # The current device: what is made or launched there without a word lands beside the model.
+        getattr(torch, device.type).set_device(device)
     model = fastconformer.load_model(args.model, device=device, dtype=dtype)
     if args.head is not None and args.head not in model.heads:
         raise UsageError(f"--head is {args.head}, this model has {', '.join(model.heads)}")

@@ -442,7 +442,8 @@ def _to_host(flag: torch.Tensor):
     copy = torch.empty((), dtype=torch.bool, pin_memory=True)
     copy.copy_(flag, non_blocking=True)
     event = torch.cuda.Event()
-    event.record()
+    # The copy runs on the flag's device, which need not be the current one.
+    event.record(torch.cuda.current_stream(flag.device))
     return copy, event
 
 
