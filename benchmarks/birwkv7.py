@@ -177,7 +177,7 @@ def long_recording(arguments) -> dict:
     from converters.to_birwkv7 import to_birwkv7
     from fastconformer import load_model
     from fastconformer.audio.files import load_audio
-    from fastconformer.model import model_of
+    from fastconformer.load import model_of
     from fastconformer.recordings.memory import memory_estimate
 
     torch.set_num_threads(arguments.threads)
@@ -216,7 +216,7 @@ def transcription_memory(attention: str, dtype: str, minutes: float, arguments) 
 
     from converters.to_birwkv7 import to_birwkv7
     from fastconformer import load_model
-    from fastconformer.model import model_of
+    from fastconformer.load import model_of
     from fastconformer.recordings.memory import memory_estimate
 
     torch.set_num_threads(arguments.threads)

@@ -115,11 +115,12 @@ def main(argv=None) -> int:
     import fastconformer
     from fastconformer.audio.files import load_audio
     from fastconformer.recordings import longform
+    from fastconformer.surgery.local_attention import with_local_attention
 
     torch.set_num_threads(arguments.threads)
     model = fastconformer.load_model(arguments.model)
     if arguments.attention == "local":
-        model = longform.with_local_attention(model)
+        model = with_local_attention(model)
     samples = load_audio(arguments.audio, model.sample_rate, 0.0, arguments.seconds)
     samples = np.tile(samples, arguments.times)
     context_s = arguments.context

@@ -11,7 +11,7 @@ def check(checkpoint: "Checkpoint") -> str:
     Returns a line that describes the model."""
     # Imported here: --help and bad usage need no torch.
     from fastconformer.config import ModelConfig
-    from fastconformer.model import check_state_dict
+    from fastconformer.load import check_state_dict
     from fastconformer.text.tokenizer import load_tokenizer
 
     config = ModelConfig.from_nemo(checkpoint.config)

@@ -12,8 +12,10 @@ if "OMP_WAIT_POLICY" not in os.environ:
 
 if TYPE_CHECKING:
     from .config import ModelConfig
-    from .model import ASRModel, Transcript, load_model
+    from .load import load_model
+    from .model import ASRModel
     from .recordings.timestamps import Span
+    from .recordings.transcript import Transcript
 
 __all__ = ["ASRModel", "ModelConfig", "Span", "Transcript", "load_model"]
 
@@ -22,8 +24,8 @@ _HOMES = {
     "ASRModel": ".model",
     "ModelConfig": ".config",
     "Span": ".recordings.timestamps",
-    "Transcript": ".model",
-    "load_model": ".model",
+    "Transcript": ".recordings.transcript",
+    "load_model": ".load",
 }
 
 

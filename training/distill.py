@@ -40,7 +40,7 @@ from fastconformer.audio.files import load_audio
 from fastconformer.checkpoint.files import atomic_file
 from fastconformer.checkpoint.folder import write_folder
 from fastconformer.formats.manifest import Clip, read_manifest
-from fastconformer.model import model_of
+from fastconformer.load import model_of
 from fastconformer.text.metrics import word_errors
 from training.loop.console import Lines, Stopped, stop_signals
 from training.loop.run_folder import append_line, keep_lines_until

@@ -9,7 +9,6 @@ from .ctc_beam import ctc_beam
 from .hypothesis import Hypothesis
 from .ngram import NGramModel, read_arpa
 from .options import DecodingOptions, read_phrases
-from .stuck import loudness, silent_stretches, speaks, splice
 from .transducer import GraphCache, transducer_greedy
 from .transducer_beam import transducer_beam
 
@@ -23,12 +22,8 @@ __all__ = [
     "ctc_align",
     "ctc_beam",
     "ctc_greedy",
-    "loudness",
     "read_arpa",
     "read_phrases",
-    "silent_stretches",
-    "speaks",
-    "splice",
     "token_bias",
     "transducer_beam",
     "transducer_greedy",

@@ -23,6 +23,7 @@ Its weights:
 
 Training:
     family                          "ctc", "transducer" ...: what `loss.heads` of a recipe may say
+    check(encoded, lengths, targets, target_lengths)    ValueError before torch reads what is wrong
     loss(encoded, lengths, targets, target_lengths, **those of loss_arguments)  -> (B,) nats
     loss_arguments                  further arguments that its loss takes, of `ASRModel.losses`
     reduction, share                how clips' losses become one, and its weight beside other heads
@@ -45,6 +46,8 @@ Decoding:
                                     gives in windows is decoded as one sequence
 """
 
+from ..config import ModelConfig
+from ..text.tokenizer import Tokenizer
 from .aed import AED
 from .ctc import CTC
 from .head import Head
@@ -52,4 +55,10 @@ from .transducer import Transducer
 
 HEADS: dict[str, type[Head]] = {"ctc": CTC, "rnnt": Transducer, "tdt": Transducer, "aed": AED}
 
-__all__ = ["AED", "CTC", "HEADS", "Head", "Transducer"]
+__all__ = ["AED", "CTC", "HEADS", "Head", "Transducer", "check_vocabulary"]
+
+
+def check_vocabulary(config: ModelConfig, tokenizer: Tokenizer) -> None:
+    """Raises ValueError unless every head has an output for each of the tokenizer's pieces."""
+    for name in config.heads:
+        HEADS[name].check_vocabulary(config, tokenizer)

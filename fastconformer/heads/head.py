@@ -7,6 +7,7 @@ from torch import nn
 
 from ..config import ModelConfig
 from ..decoding import DecodingOptions, Hypothesis
+from ..losses.checks import check_batch, check_targets
 from ..recordings.timestamps import Span, spans_of_tokens, word_spans
 from ..text.tokenizer import Tokenizer
 
@@ -101,6 +102,15 @@ class Head:
         """Of the total loss, where other heads are trained beside it."""
         return 1.0
 
+    def check(self, encoded, encoded_lengths, targets, target_lengths) -> None:
+        """Raises ValueError unless these shapes, lengths and targets are what `loss` takes."""
+        batch, n_frames = encoded.shape[:2]
+        lengths = targets, encoded_lengths, target_lengths
+        given = f"encoded is {tuple(encoded.shape)}"
+        check_batch(given, batch, n_frames, targets.shape[-1] + 1, *lengths)
+        blank = self.model.blank_id
+        check_targets(targets, target_lengths, blank + 1, blank)
+
     def loss(
         self,
         encoded: torch.Tensor,
@@ -108,8 +118,8 @@ class Head:
         targets: torch.Tensor,
         target_lengths: torch.Tensor,
     ) -> torch.Tensor:
-        """Negative log-likelihood of each clip in nats, (B,); see `ASRModel.losses`, which has
-        checked the shapes. A head that takes more names it in `loss_arguments`."""
+        """Negative log-likelihood of each clip in nats, (B,), of a batch that passed `check`. A
+        head that takes more names it in `loss_arguments`."""
         raise NotImplementedError
 
     # --- in decoding -----------------------------------------------------------------------------

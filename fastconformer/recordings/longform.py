@@ -11,15 +11,12 @@ Source of the idea: buffered inference with partial hypotheses in NeMo
 (`examples/asr/asr_chunked_inference`), which carries the decoder's state in the same way.
 """
 
-import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch.nn import functional as F
 
-from ..config import ModelConfig
-from ..networks.linear import share_quantized
 from ..networks.subsampling import encoded_length
 from ..process_memory import free_bytes
 from .memory import memory_estimate
@@ -27,7 +24,6 @@ from .memory import memory_estimate
 MODES = ("auto", "full", "chunks", "local")
 WINDOW_S, CONTEXT_S = 120.0, 20.0  # kept, and seen on each side of it
 CUT_SEARCH = 0.2  # share of a window in which its end looks for silence
-LOCAL_CONTEXT_FRAMES = 128  # on each side; what NVIDIA recommends for long files with full models
 PIECES_GPU = 2 << 30  # scores and convolutions in flight, larger there than memory_estimate says
 FULL_ATTENTION_S = 24 * 60.0  # beyond it full attention is neither trained nor worth its time
 
@@ -97,26 +93,6 @@ def batches(
             count = max(1, min(batch_size, len(order), fitting))
         yield order[:count], chunked
         order = order[count:]
-
-
-def with_local_attention(model, context_frames: int = LOCAL_CONTEXT_FRAMES):
-    """A model that shares all tensors with this one, with local attention on both sides; itself
-    where its attention is not full. Source: NeMo's `change_attention_model`."""
-    from ..model import ASRModel, _skeleton  # it imports this module
-
-    encoder = model.config.encoder
-    if encoder.self_attention_model != "rel_pos" or encoder.att_contexts[0] != (-1, -1):
-        return model
-    nemo = copy.deepcopy(model.config.nemo)
-    nemo["encoder"]["self_attention_model"] = "rel_pos_local_attn"
-    nemo["encoder"]["att_context_style"] = "regular"
-    nemo["encoder"]["att_context_size"] = [context_frames, context_frames]
-    local: ASRModel = _skeleton(ModelConfig.from_nemo(nemo), model.state_dict())
-    share_quantized(model, local)
-    local.load_state_dict(model.state_dict(), assign=True)
-    local.preprocessor = model.preprocessor
-    local.tokenizer, local.tokenizer_files = model.tokenizer, model.tokenizer_files
-    return local.eval()
 
 
 def plan_windows(
@@ -199,11 +175,11 @@ def encode_in_windows(
         context_s = context_seconds(config, window_s)
     if config.encoder.self_attention_model == "rwkv7_attn":
         window, ahead = (round(s / config.frame_seconds) for s in (window_s, context_s))
-        features = features[None].to(model.encoder.pre_encode.out.weight.dtype)
+        features = features[None].to(model.dtype)
         lengths = torch.tensor([features.shape[2]], device=features.device)
         return model.encoder.encode_in_chunks(features, lengths, max(1, window), ahead)[0]
     if budget_bytes is not None:
-        dtype = model.encoder.pre_encode.out.weight.dtype
+        dtype = model.dtype
         largest = memory_estimate(config, window_s + 2 * context_s, dtype)
         batch_size = max(1, min(batch_size, budget_bytes // largest))
     windows = plan_windows(

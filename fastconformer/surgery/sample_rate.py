@@ -12,13 +12,12 @@ import math
 
 import torch
 
-from .. import ASRModel, ModelConfig
 from ..audio.features import Preprocessor
-from ..config import PreprocessorConfig
+from ..config import ModelConfig, PreprocessorConfig
 
 
-def with_sample_rate(model: ASRModel, rate_hz: int) -> None:
-    """Give a model a front end of a lower rate, in place.
+def with_sample_rate(model, rate_hz: int):
+    """A model with a front end of a lower rate over the same tensors; the given one at its own.
 
     What changes in its config is NeMo's own: `sample_rate`, `preprocessor.sample_rate`, `n_fft` and
     the window's and hop's samples in proportion; `highfreq` stays where it was, above half of the
@@ -33,7 +32,7 @@ def with_sample_rate(model: ASRModel, rate_hz: int) -> None:
     """
     old = model.config.preprocessor
     if rate_hz == old.sample_rate:
-        return
+        return model
     if rate_hz > old.sample_rate:
         raise ValueError(
             f"model.sample_rate is {rate_hz}, above the model's {old.sample_rate}; leave it "
@@ -61,17 +60,15 @@ def with_sample_rate(model: ASRModel, rate_hz: int) -> None:
     for holder in (config, *(config.get(f"{part}_ds") for part in ("train", "validation", "test"))):
         if isinstance(holder, dict) and holder.get("sample_rate") is not None:
             holder["sample_rate"] = rate_hz
-    filters = model.preprocessor.featurizer.fb
-    model.config = ModelConfig.from_nemo(config)
-    model.preprocessor = Preprocessor(
-        model.config.preprocessor, model.preprocessor.featurizer.stft_pad
-    )
-    new = model.config.preprocessor
+    config = ModelConfig.from_nemo(config)
+    filters, new = model.preprocessor.featurizer.fb, config.preprocessor
+    preprocessor = Preprocessor(new, model.preprocessor.featurizer.stft_pad)
     bins = new.fft_size // 2 + 1
     gain = _power_response(old, bins) / _power_response(new, bins)
     mapped = (filters[:, :, :bins].double() * gain).to(filters.dtype)
-    model.preprocessor.featurizer.fb.copy_(mapped)
-    model.preprocessor.train(model.training)
+    preprocessor.featurizer.fb.copy_(mapped)
+    state = preprocessor.state_dict().items()
+    return model.changed(config, {f"preprocessor.{name}": tensor for name, tensor in state})
 
 
 def _exact_guard(guard: float | str) -> float:

@@ -1,8 +1,8 @@
 """Moving a model to another vocabulary, piece by piece.
 
-`match_pieces` says which old token each new one is. `change_vocabulary` moves every row that
-belongs to a piece (prediction embedding, joint output, CTC output) to its new place; blank, start
-and duration rows keep theirs, and nothing else changes: encoder, prediction LSTM, joint
+`match_pieces` says which old token each new one is. `change_vocabulary` gives a model in which
+every row that belongs to a piece (of the layers that the heads name) is at its new place; blank,
+start and duration rows keep theirs, and nothing else changes: encoder, prediction LSTM, joint
 projections, the loss with its sigma, omega, durations and reductions. (NeMo's change_vocabulary
 resets a TDT loss to RNNT and the reduction to mean_batch, and makes all rows anew.)
 
@@ -14,15 +14,13 @@ Letters of shapes: B clips, T' encoder frames, U tokens, V old and W new tokens,
 import copy
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from training.data.store import Batch
-
-from .. import ASRModel, ModelConfig
-from ..config import CTC_CLASSES, HYBRID_CLASSES, TRANSDUCER_CLASSES
+from ..config import CTC_CLASSES, HYBRID_CLASSES, TRANSDUCER_CLASSES, ModelConfig
 from ..text.sentencepiece_model import BYTE, CONTROL, UNKNOWN, SentencePieceModel
 from ..text.tokenizer import AggregateTokenizer, CharTokenizer, Tokenizer
 
@@ -123,14 +121,14 @@ class Change:
 
 
 def change_vocabulary(
-    model: ASRModel,
+    model,
     tokenizer: Tokenizer,
     files: dict[str, bytes],
     transfer: str = "by_piece",
     new_rows: str = "mean",
     seed: int = 0,
-) -> Change:
-    """Gives the model another tokenizer, in place.
+) -> tuple:
+    """A model with another tokenizer over the same tensors, but for rows of tokens.
 
     Args:
         files: the tokenizer's, by name, as a checkpoint keeps them; empty for characters.
@@ -140,6 +138,8 @@ def change_vocabulary(
             as NeMo initialises them. Where all old tokens stay, the output biases of new ones are
             lowered so that they do not win.
         seed: of noise and random rows.
+    Returns:
+        (the new model, the Change).
     Raises:
         ValueError: unknown names of the rules, or a model with a tokenizer for each language.
     """
@@ -184,46 +184,35 @@ def change_vocabulary(
         weights = rows(weight[:n_old], fresh_weight)
         return torch.cat([weights, weight[n_old:]]), torch.cat([new_bias, bias[n_old:]])
 
-    n_new = tokenizer.vocab_size
-    with torch.no_grad():
-        if model.config.joint:
-            embed = model.decoder.prediction["embed"]
-            fresh = torch.randn(n_new, embed.embedding_dim, generator=generator)
-            weight = rows(embed.weight[: old.vocab_size], fresh.to(embed.weight))
-            weight = torch.cat([weight, embed.weight[old.vocab_size :]])  # padding, where it is
-            padding = None if embed.padding_idx is None else n_new
-            moves = embed.weight.requires_grad
-            model.decoder.prediction["embed"] = nn.Embedding.from_pretrained(
-                weight, freeze=not moves, padding_idx=padding
-            )
-            layer = model.joint.joint_net[-1]
-            bound = 1 / math.sqrt(layer.in_features)
-            fresh = torch.empty(n_new, layer.in_features + 1).uniform_(
-                -bound, bound, generator=generator
-            )
-            fresh = fresh.to(layer.weight)
-            weight, bias = outputs(layer.weight, layer.bias, fresh[:, :-1], fresh[:, -1])
-            _set_rows(layer, weight, bias)
-            layer.out_features = len(bias)
-        if "ctc" in model.heads:
-            layer = model.ctc_head.decoder_layers[0]
-            bound = math.sqrt(6 / (layer.in_channels + n_new + 1))  # NeMo's xavier_uniform
-            fresh = torch.empty(n_new, layer.in_channels, 1).uniform_(
-                -bound, bound, generator=generator
-            )
-            edge = 1 / math.sqrt(layer.in_channels)
-            fresh_bias = torch.empty(n_new).uniform_(-edge, edge, generator=generator)
-            fresh, fresh_bias = fresh.to(layer.weight), fresh_bias.to(layer.bias)
-            _set_rows(layer, *outputs(layer.weight, layer.bias, fresh, fresh_bias))
-            layer.out_channels = n_new + 1
-    model.config = ModelConfig.from_nemo(with_vocabulary(model.config.nemo, tokenizer))
-    model.tokenizer, model.tokenizer_files = tokenizer, files
-    return change
+    n_new, tensors = tokenizer.vocab_size, {}
+    for name in model.heads:
+        for path, layer in model.head(name).token_layers().items():
+            weight, bias = layer.weight.detach(), getattr(layer, "bias", None)
+            fresh = _fresh_rows(layer, n_new, generator)
+            if bias is None:  # an embedding; its padding stays last
+                moved = rows(weight[: old.vocab_size], fresh[0])
+                tensors[f"{path}.weight"] = torch.cat([moved, weight[old.vocab_size :]])
+            else:
+                moved = outputs(weight, bias.detach(), *fresh)
+                tensors[f"{path}.weight"], tensors[f"{path}.bias"] = moved
+    config = ModelConfig.from_nemo(with_vocabulary(model.config.nemo, tokenizer))
+    return model.changed(config, tensors, tokenizer, files), change
 
 
-def _set_rows(layer: nn.Module, weight: Tensor, bias: Tensor) -> None:
-    layer.weight = nn.Parameter(weight.contiguous(), layer.weight.requires_grad)
-    layer.bias = nn.Parameter(bias.contiguous(), layer.bias.requires_grad)
+def _fresh_rows(layer: nn.Module, n: int, generator: torch.Generator) -> tuple[Tensor, ...]:
+    """Weight and bias of n rows as NeMo initialises a layer of this kind."""
+    weight = layer.weight
+    if isinstance(layer, nn.Embedding):
+        return (torch.randn(n, layer.embedding_dim, generator=generator).to(weight),)
+    width = weight[0].numel()
+    edge = 1 / math.sqrt(width)
+    if isinstance(layer, nn.Linear):
+        rows = torch.empty(n, width + 1).uniform_(-edge, edge, generator=generator).to(weight)
+        return rows[:, :-1], rows[:, -1]
+    bound = math.sqrt(6 / (width + n + 1))  # xavier_uniform
+    rows = torch.empty(n, *weight.shape[1:]).uniform_(-bound, bound, generator=generator)
+    bias = torch.empty(n).uniform_(-edge, edge, generator=generator)
+    return rows.to(weight), bias.to(layer.bias)
 
 
 def with_vocabulary(config: dict, tokenizer: Tokenizer) -> dict:
@@ -261,12 +250,21 @@ def with_vocabulary(config: dict, tokenizer: Tokenizer) -> dict:
 # --- the proof before the first step ------------------------------------------------------------
 
 
+class Clips(Protocol):
+    """Clips of a batch as `check_transfer` reads them: audio (B, L), audio_lengths (B,), and
+    utterances, each with a name."""
+
+    audio: Tensor
+    audio_lengths: Tensor
+    utterances: Sequence
+
+
 @torch.no_grad()
 def check_transfer(
-    original: ASRModel,
-    model: ASRModel,
+    original,
+    model,
     change: Change,
-    batches: Iterable[Batch],
+    batches: Iterable[Clips],
     margin: float = MARGINS["mean"],
 ) -> str:
     """Raises ValueError unless, on these clips, every old token's logits are what they were and,
@@ -308,8 +306,7 @@ def check_transfer(
             f"the change of vocabulary alters the logits of old tokens by up to {largest:.2g}"
         )
     for head, by in lowered.items():
-        layer = model.ctc_head.decoder_layers[0] if head == "ctc" else model.joint.joint_net[-1]
-        layer.bias[change.new] -= by
+        model.head(head).output_layer().bias[change.new] -= by
     for batch, encoded, lengths, found in heard if change.keeps_all else ():
         for head, hypotheses in found.items():
             again = model.decode_greedy(encoded, lengths, head)
@@ -336,17 +333,13 @@ def check_transfer(
 
 def _logits(original, model, new_id, encoded, lengths, head, hypotheses):
     """(n, V+1+N) of the old model and (n, W+1+N) of the new one, in portions: of every frame, and
-    for a transducer of every prefix of what it heard, of tokens that both have."""
+    where a head reads tokens of every prefix of what it heard, of tokens that both have."""
+    before, after = original.head(head), model.head(head)
+    n_outputs = len(after.output_layer().bias)
     for clip, length, hypothesis in zip(encoded, lengths.tolist(), hypotheses, strict=True):
-        clip = clip[None, :length]
-        if head == "ctc":
-            yield original.ctc_head(clip)[0], model.ctc_head(clip)[0]
-            continue
         kept = [token for token in hypothesis.tokens if token in new_id]
         tokens = torch.tensor([kept, [new_id[token] for token in kept]], dtype=torch.int64)
         tokens = tokens.to(clip.device)
-        states = original.decoder(tokens[:1]), model.decoder(tokens[1:])
-        n_outputs = model.joint.joint_net[-1].out_features
-        for portion in clip.split(max(1, LATTICE // (n_outputs * (len(kept) + 1))), 1):
-            joints = (original.joint(portion, states[0]), model.joint(portion, states[1]))
-            yield tuple(logits.flatten(0, 2) for logits in joints)
+        size = max(1, LATTICE // (n_outputs * (len(kept) + 1)))
+        for portion in clip[None, :length].split(size, 1):
+            yield before.logits(portion, tokens[0]), after.logits(portion, tokens[1])

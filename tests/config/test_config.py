@@ -9,7 +9,8 @@ from conftest import golden, load_case
 
 from fastconformer.checkpoint.nemo_archive import read_nemo
 from fastconformer.config import ModelConfig
-from fastconformer.model import ASRModel, check_state_dict
+from fastconformer.load import check_state_dict
+from fastconformer.model import ASRModel
 from fastconformer.text.tokenizer import load_tokenizer
 
 

@@ -10,7 +10,7 @@ from conftest import SAMPLES, golden, load_case
 import fastconformer
 from fastconformer.audio.files import load_audio
 from fastconformer.decoding import DecodingOptions, Hypothesis, read_phrases, token_bias
-from fastconformer.decoding.stuck import loudness, silent_stretches, speaks
+from fastconformer.recordings.retry import loudness, silent_stretches, speaks
 from fastconformer.text.tokenizer import CharTokenizer
 from fastconformer.transcribe import main
 

@@ -22,6 +22,7 @@ from fastconformer.networks import attention
 from fastconformer.networks.subsampling import encoded_length, output_length
 from fastconformer.recordings import longform
 from fastconformer.recordings.memory import memory_estimate
+from fastconformer.surgery.local_attention import with_local_attention
 
 ROOT = Path(__file__).resolve().parents[2]
 BASE = ROOT / "models" / "base_tiny.nemo"
@@ -90,7 +91,7 @@ def test_attention_in_pieces_equals_attention_at_once(base, monkeypatch, context
 @pytest.mark.parametrize("window_s", [3.0, 3.04, 3.4, 5.0, 7.7, 30.0])
 def test_windows_equal_a_single_pass_of_local_attention(base, window_s):
     """With all that a frame depends on as context, borders anywhere change nothing."""
-    local = longform.with_local_attention(base, 8)
+    local = with_local_attention(base, 8)
     weights = [m.encoder.layers[0].self_attn.linear_q.weight.data_ptr() for m in (base, local)]
     assert weights[0] == weights[1]
     audio = torch.from_numpy(babble(20.0))[None]
@@ -109,7 +110,7 @@ def test_windows_equal_a_single_pass_of_local_attention(base, window_s):
 @pytest.mark.parametrize("reduction, position", [("striding", 0), ("pooling", 1), ("pooling", -1)])
 def test_windows_with_a_reduction_between_layers(base, reduction, position):
     """Half of the frames, twice as long; windows give what a single pass gives."""
-    nemo = copy.deepcopy(longform.with_local_attention(base, 8).config.nemo)
+    nemo = copy.deepcopy(with_local_attention(base, 8).config.nemo)
     nemo["encoder"] |= {"reduction": reduction, "reduction_position": position}
     nemo["encoder"]["reduction_factor"] = 2
     torch.manual_seed(0)
@@ -131,7 +132,7 @@ def test_windows_with_a_reduction_between_layers(base, reduction, position):
 def test_limited_attention_stays_as_it_was_trained(monkeypatch):
     """A streaming checkpoint has not been trained to see 128 frames ahead."""
     model = fastconformer.load_model(golden("stream_chunked_hybrid_rnnt") / "model.nemo")
-    assert longform.with_local_attention(model) is model
+    assert with_local_attention(model) is model
     samples = babble(3.0)
     [local], [full] = (model.transcribe(samples, long=mode) for mode in ("local", "full"))
     assert local.text == full.text
@@ -145,7 +146,7 @@ def test_limited_attention_stays_as_it_was_trained(monkeypatch):
 
 def test_a_border_anywhere_in_a_word_neither_loses_nor_doubles_it(base, monkeypatch):
     """A border on every encoder frame of a second, in the middle of what is said."""
-    local = longform.with_local_attention(base, 4)
+    local = with_local_attention(base, 4)
     clips = load_file(golden("hybrid_tdt_ctc_bpe") / "golden.safetensors")
     spoken = [clip[:n] for clip, n in zip(clips["audio"], clips["audio_len"], strict=True)]
     samples = np.tile(np.concatenate(spoken), 3)[: 9 * 16000]
@@ -208,7 +209,7 @@ def test_batches_hold_every_clip_once_within_the_budget(base):
 def test_full_attention_is_not_used_beyond_what_models_are_trained_for(base):
     assert longform.choose_mode(base.config, 60.0, 1 << 40, torch.float32) == "full"
     assert longform.choose_mode(base.config, 3600.0, 1 << 40, torch.float32) == "chunks"
-    local = longform.with_local_attention(base, 8).config
+    local = with_local_attention(base, 8).config
     assert longform.choose_mode(local, 3600.0, 1 << 40, torch.float32) == "full"
 
 

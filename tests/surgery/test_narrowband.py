@@ -18,8 +18,7 @@ from training.setup.start import build_model
 def pair(request):
     """(a golden model of 16 kHz, the same with a front end of 8 kHz)."""
     path = golden(request.param) / "model.nemo"
-    narrow = load_model(path)
-    with_sample_rate(narrow, 8000)
+    narrow = with_sample_rate(load_model(path), 8000)
     return load_model(path), narrow
 
 

@@ -8,7 +8,7 @@ import converters.to_birwkv7
 from converters.to_birwkv7 import default_head_size, to_birwkv7
 from fastconformer import load_model
 from fastconformer.checkpoint.read import read_checkpoint
-from fastconformer.model import model_of
+from fastconformer.load import model_of
 from training.recipe.sections import EncoderRecipe, LossRecipe, ModelRecipe
 from training.setup.start import build_model
 

@@ -60,7 +60,7 @@ def recorded(new_rows="mean"):
     case = load_case("vocab_expansion")
     merged = (case.folder / "tokenizers" / "merged" / "tokenizer.model").read_bytes()
     model = load_model(case.folder / "model_before.nemo")
-    change = change_vocabulary(model, *tokenizer_of(merged), new_rows=new_rows)
+    model, change = change_vocabulary(model, *tokenizer_of(merged), new_rows=new_rows)
     return case, model, change
 
 
@@ -153,7 +153,7 @@ def test_rows_follow_their_pieces(name, new_rows):
     others = {k: v.clone() for k, v in model.state_dict().items()}
     loss, heads = model.config.loss, model.heads
     tokenizer, files = CASES[name]()
-    change = change_vocabulary(model, tokenizer, files, new_rows=new_rows, seed=3)
+    model, change = change_vocabulary(model, tokenizer, files, new_rows=new_rows, seed=3)
     after, n_old, n_new = rows_of(model), old.vocab_size, tokenizer.vocab_size
     texts = [" " if p == "▁" else p for p in old.pieces] if name == "characters" else old.pieces
     shared = {p: texts.index(p) for p in tokenizer.pieces if p in texts}
@@ -202,9 +202,9 @@ def test_there_and_back_again():
     larger, _ = merge_tokenizers(
         files["tokenizer.model"], train_tokenizer(["привет всем", "все свои"], 20)
     )
-    change_vocabulary(model, *tokenizer_of(larger))
+    model, _ = change_vocabulary(model, *tokenizer_of(larger))
     assert model.config.vocab_size > old.vocab_size
-    change = change_vocabulary(model, old, files)
+    model, change = change_vocabulary(model, old, files)
     assert not change.new
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
 
@@ -263,7 +263,7 @@ def extended(case: str, new_rows: str = "mean"):
     b = train_tokenizer([*TEXT, "привет мир", "ça va très bien", "où est la clé"], 90)
     model, _ = merge_tokenizers(original.tokenizer_files["tokenizer.model"], b)
     changed = copy.deepcopy(original)
-    change = change_vocabulary(changed, *tokenizer_of(model), new_rows=new_rows, seed=5)
+    changed, change = change_vocabulary(changed, *tokenizer_of(model), new_rows=new_rows, seed=5)
     return original, changed, change
 
 

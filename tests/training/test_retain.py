@@ -64,7 +64,7 @@ def changed_model():
     b = train_tokenizer(["привет мир", "все свои", "где дом"], 30)
     merged, _ = merge_tokenizers(original.tokenizer_files["tokenizer.model"], b)
     model = copy.deepcopy(original)
-    change = change_vocabulary(
+    model, change = change_vocabulary(
         model, SentencePieceTokenizer(merged), sentencepiece_files(merged), seed=1
     )
     return original, model, change

@@ -14,7 +14,7 @@ from yaml import YAMLError
 from converters.to_birwkv7 import to_birwkv7
 from fastconformer import ASRModel, ModelConfig, load_model
 from fastconformer.checkpoint.yaml_config import check_yaml_depth
-from fastconformer.model import model_of
+from fastconformer.load import model_of
 from fastconformer.networks.conformer import ConformerEncoder
 from fastconformer.surgery.sample_rate import with_sample_rate
 from fastconformer.surgery.vocabulary import change_vocabulary, with_vocabulary
@@ -49,13 +49,15 @@ def build_model(
         model = load_model(recipe.init_from)
         if recipe.tokenizer is not None:
             tokenizer, files = read_tokenizer(recipe.tokenizer)
-            change_vocabulary(model, tokenizer, files, recipe.transfer, recipe.new_rows, seed)
+            model, _ = change_vocabulary(
+                model, tokenizer, files, recipe.transfer, recipe.new_rows, seed
+            )
     else:
         config, files = scratch_config(recipe.config, recipe.tokenizer)
         torch.manual_seed(seed)
         model = ASRModel(ModelConfig.from_nemo(config), load_tokenizer(config, files), files)
     if recipe.sample_rate is not None:
-        with_sample_rate(model, recipe.sample_rate)
+        model = with_sample_rate(model, recipe.sample_rate)
     model = with_attention(model, encoder, recipe.init_from is not None, seed)
     config = with_loss_options(model.config.nemo, model.heads, loss)
     if recipe.dropout is not None:

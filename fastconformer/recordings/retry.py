@@ -1,4 +1,4 @@
-"""Finds where a transducer has gone silent over speech.
+"""Finds where a head has gone silent over speech, and decodes there again.
 
 After some tokens a prediction network may hold a state from which nothing but blank follows, for
 seconds of speech. Such a stretch is told from a pause by the energy of the audio.
@@ -6,7 +6,8 @@ seconds of speech. Such a stretch is told from a pause by the energy of the audi
 
 import torch
 
-from .hypothesis import Hypothesis
+from ..decoding import DecodingOptions, Hypothesis
+from .samples import as_float
 
 SILENT_S = 4.0  # without a token: longer than speakers pause while speaking
 SPEECH_S = 1.5  # with the energy of speech in such a stretch, at least
@@ -14,6 +15,48 @@ _SPEECH_SHARE = 0.3
 _LOUDEST, _BELOW_LOUDEST_DB, _SILENCE_DB = 0.95, 25.0, -60.0
 _SPEECH_DEVIATION_DB = 4.0  # of loudness: syllables come and go, machines hum on
 _PARTS = 4  # of an encoder frame, 20 ms each
+
+
+def retry_stuck(
+    model,
+    hypothesis: Hypothesis,
+    encoded: torch.Tensor,
+    samples: torch.Tensor,
+    head: str,
+    options: DecodingOptions | None = None,
+) -> list[tuple[int, int, str]]:
+    """Where a transducer went silent over speech, decodes the stretch again from a fresh state
+    and puts what it finds into the hypothesis. In a hybrid the CTC head must hear tokens there
+    too, and is believed where the transducer still finds less than half as many.
+
+    Args:
+        encoded: (T', D) of the clip, samples: (L,) its audio.
+    Returns:
+        (first frame, end frame, text found) of each stretch that was mended.
+    """
+    config, frame_s = model.config, model.config.frame_seconds
+    stretches = silent_stretches(hypothesis, len(encoded), frame_s)
+    if not (model.head(head).can_stall and stretches):
+        return []
+    frame_samples = config.preprocessor.hop_samples * config.encoder.frame_factor
+    levels = loudness(as_float(samples.cpu()), frame_samples, len(encoded))
+    beside, mended = model.frame_head, []
+    for first, end in stretches:
+        if not speaks(levels, first, end, frame_s):
+            continue
+        part, length = encoded[None, first:end], torch.tensor([end - first])
+        length = length.to(encoded.device)
+        (found,) = model.decode(part, length, head, options)
+        if beside is not None:
+            (heard,) = model.decode(part, length, beside.name, options)
+            if not heard.tokens:
+                continue  # loud, but no speech to either head
+            if 2 * len(found.tokens) < len(heard.tokens):
+                found = heard
+        if found.tokens:
+            splice(hypothesis, found, first)
+            mended.append((first, end, model.tokenizer.decode(found.tokens)))
+    return mended
 
 
 def loudness(samples: torch.Tensor, frame_samples: int, n_frames: int) -> torch.Tensor:

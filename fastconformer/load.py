@@ -1,0 +1,103 @@
+"""From a path, or a checkpoint in memory, to a model: tensors are checked, placed and cast."""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from .checkpoint.contents import Checkpoint
+from .checkpoint.read import read_checkpoint
+from .config import ModelConfig
+from .heads import check_vocabulary
+from .model import ASRModel, skeleton
+from .networks.linear import quantize
+from .text.tokenizer import load_tokenizer
+
+
+def load_model(
+    path: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    stft_pad: str = "zeros",
+) -> ASRModel:
+    """Reads a `.nemo` archive or a converted folder; gives the model in eval mode.
+
+    Args:
+        dtype: precision of the encoder and the heads; features are always float32. torch.int8, on
+            a CPU and for inference: 8-bit weights and inputs in the encoder's matrix products.
+        stft_pad: "zeros" (NeMo 2.5 and newer) or "reflect" (features as before NeMo 2.5).
+    Raises:
+        FileNotFoundError: no such file or folder.
+        ValueError: a damaged archive, an unsupported option, tensors that do not fit.
+    """
+    checkpoint = read_checkpoint(path)
+    try:
+        return model_of(checkpoint, device, dtype, stft_pad)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def model_of(
+    checkpoint: Checkpoint,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    stft_pad: str = "zeros",
+) -> ASRModel:
+    """The model of a checkpoint in memory, whose tensors it takes; see `load_model`."""
+    config = ModelConfig.from_nemo(checkpoint.config)
+    tokenizer = load_tokenizer(checkpoint.config, checkpoint.tokenizer_files)
+    model = skeleton(config, checkpoint.state_dict, stft_pad)
+    _check_tensors(model, checkpoint.state_dict)
+    check_vocabulary(config, tokenizer)
+    model.tokenizer, model.tokenizer_files = tokenizer, checkpoint.tokenizer_files
+    # the tensors become the parameters: no second copy of the weights
+    model.load_state_dict(checkpoint.state_dict, assign=True)
+    model.tie()
+    model.requires_grad_(True)
+    if not (isinstance(dtype, torch.dtype) and (dtype.is_floating_point or dtype == torch.int8)):
+        raise ValueError(f"dtype is {dtype!r}, expected torch.float32, bfloat16 or int8")
+    if dtype == torch.int8 and torch.device(device).type != "cpu":
+        raise ValueError(f"dtype int8 is for CPUs, device is {device}; use bfloat16 there")
+    _cast(model, dtype)
+    return model.to(device).eval()
+
+
+def check_state_dict(config: ModelConfig, state_dict: dict[str, torch.Tensor]):
+    """Raises ValueError naming the tensors that are missing, unexpected or of another shape."""
+    _check_tensors(skeleton(config, state_dict), state_dict)
+
+
+def _check_tensors(model: nn.Module, state_dict: dict[str, torch.Tensor]):
+    expected = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    found = {name: tuple(t.shape) for name, t in state_dict.items()}
+    problems = [f"missing {name}" for name in expected if name not in found]
+    problems += [f"unexpected {name}" for name in found if name not in expected]
+    problems += [
+        f"{name} has shape {found[name]}, expected {shape}"
+        for name, shape in expected.items()
+        if name in found and found[name] != shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise ValueError(
+            "the checkpoint does not fit its config: " + "; ".join(problems[:5]) + more
+        )
+
+
+def _cast(model: ASRModel, dtype: torch.dtype):
+    """Parameters and statistics to `dtype`; the front end stays in float32. int8: the matrix
+    products of the encoder's layers, the prediction network and the joint's output, all else in
+    float32."""
+    if dtype == torch.int8:
+        _cast(model, torch.float32)
+        quantize(model.encoder.layers)
+        for name in model.heads:
+            for part in model.head(name).int8_parts():
+                quantize(part)
+        return
+    model.preprocessor.float()
+    for child in (
+        model.encoder,
+        *(m for name, m in model.named_children() if name != "preprocessor"),
+    ):
+        child.to(dtype)

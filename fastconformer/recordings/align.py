@@ -1,0 +1,69 @@
+"""When each word of a known text was said."""
+
+import torch
+
+from ..decoding import Confidence, DecodingOptions, ctc_align
+from .samples import collate, read_samples
+from .timestamps import Span, in_seconds
+from .transcribe import evaluating
+
+
+@torch.no_grad()
+def align(model, audio, text: str, confidence: Confidence | bool | None = None) -> list[Span]:
+    """When each word of a known text was said, by the CTC head.
+
+    Args:
+        audio: a path or mono samples, as for `transcribe`; text: words between spaces.
+        confidence: also give each word's confidence; True takes NeMo's defaults.
+    Returns:
+        One Span for each word of `text.split()`, times in seconds. A word of which the
+        tokenizer knows nothing has no extent.
+    Raises:
+        ValueError: no CTC head, no words, or more tokens than the clip has frames for.
+    """
+    head = model.frame_head or model.head("ctc")  # which says that there is none
+    words = text.split()
+    if not words:
+        raise ValueError("the text to align is empty")
+    clip = read_samples(audio, model.sample_rate)
+    samples, lengths, (shift,) = collate([clip], 1.0, model.sample_rate)
+    device = model.device
+    with evaluating(model):
+        encoded, lengths = model.encode(*model.featurize(samples.to(device), lengths.to(device)))
+        log_probs = head.log_probs(encoded)
+    options = DecodingOptions(confidence=confidence)
+    tokens, ends = _tokens_of_words(model.tokenizer, words)
+    (found,) = ctc_align(log_probs, lengths, [tokens], options.confidence)
+    if len(found.frames) < len(tokens):
+        raise ValueError(
+            f"the text has {len(tokens)} tokens, too many for the {int(lengths)} frames of a "
+            f"clip of {len(clip) / model.sample_rate:.2f} s"
+        )
+    spans, first, time, spaces = [], 0, 0, _space_ids(model.tokenizer)
+    for word, end in zip(words, ends):
+        while first < end and tokens[first] in spaces:
+            first += 1
+        start = found.frames[first] if first < end else time
+        time = found.frames[end - 1] + found.durations[end - 1] if first < end else time
+        sure = found.confidences[first:end] if found.confidences else None
+        span = Span(word, start, time)
+        if sure:
+            span.confidence = options.confidence.aggregate(sure)
+        spans.append(span)
+        first = end
+    return in_seconds(spans, model.config.frame_seconds, shift, len(clip) / model.sample_rate)
+
+
+def _tokens_of_words(tokenizer, words: list[str]) -> tuple[list[int], list[int]]:
+    """Tokens of words said one after the other, and the number of tokens after each word."""
+    tokens, ends = [], []
+    space = _space_ids(tokenizer) if tokenizer.kind == "char" else []
+    for word in words:
+        ids = tokenizer.encode(word)
+        tokens += (space if tokens and ids else []) + ids
+        ends.append(len(tokens))
+    return tokens, ends
+
+
+def _space_ids(tokenizer) -> list[int]:
+    return [i for i, piece in enumerate(tokenizer.pieces) if piece in (" ", "▁")]

@@ -1,0 +1,58 @@
+"""What users give as audio -> mono samples, and batches of them."""
+
+import os
+
+import numpy as np
+import torch
+
+from ..audio.files import load_audio
+
+
+def read_samples(item, sample_rate_hz: int) -> np.ndarray:
+    """A path, or mono samples (numpy or torch, float in [-1, 1] or int16) -> (L,) float32 or int16.
+
+    Raises:
+        ValueError, FileNotFoundError: unreadable, empty, not finite, or not one-dimensional.
+    """
+    if isinstance(item, (str, os.PathLike)):
+        return load_audio(item, sample_rate_hz)
+    if isinstance(item, torch.Tensor):
+        item = item.detach().cpu()
+        item = (item.float() if item.dtype == torch.bfloat16 else item).numpy()
+    samples = np.asarray(item)
+    if samples.ndim != 1 or samples.size == 0:
+        raise ValueError(
+            f"an audio array has shape {samples.shape}, expected (samples,), not empty"
+        )
+    if np.issubdtype(samples.dtype, np.int16):  # of either byte order
+        return samples.astype(np.int16, copy=False)  # to the device as they are: half the bytes
+    if not np.issubdtype(samples.dtype, np.floating):
+        raise ValueError(f"an audio array has type {samples.dtype}, expected float or int16")
+    with np.errstate(over="ignore"):  # what float32 cannot hold is infinite, and refused
+        samples = samples.astype(np.float32, copy=False)
+    if not np.isfinite(samples).all():
+        raise ValueError("an audio array holds NaN or infinite samples")
+    return samples
+
+
+def collate(clips: list[np.ndarray], min_duration_s: float, sample_rate_hz: int):
+    """Clips as `read_samples` gives them -> (audio (B, L) float32 or int16, lengths (B,), seconds
+    of silence put in front of each): shorter ones than `min_duration_s` get silence on both sides.
+    """
+    shortest = int(min_duration_s * sample_rate_hz)
+    lengths = [max(len(clip), shortest) for clip in clips]
+    all_int16 = all(clip.dtype == np.int16 for clip in clips)
+    audio = torch.zeros(len(clips), max(lengths), dtype=torch.int16 if all_int16 else torch.float32)
+    shifts = []
+    # Through numpy: torch takes no array that is read-only or runs backwards.
+    for row, clip, length in zip(audio.numpy(), clips, lengths):
+        left = (length - len(clip)) // 2
+        as_float = clip.dtype == np.int16 and not all_int16
+        row[left : left + len(clip)] = clip / np.float32(32768) if as_float else clip
+        shifts.append(left / sample_rate_hz)
+    return audio, torch.tensor(lengths), shifts
+
+
+def as_float(samples: torch.Tensor) -> torch.Tensor:
+    """int16 as float32 in [-1, 1]; floats as they are."""
+    return samples.float() / 32768.0 if samples.dtype == torch.int16 else samples

@@ -1,0 +1,142 @@
+"""Recordings of any length -> transcripts: batches or windows through the encoder, then a head."""
+
+import contextlib
+import math
+import os
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..decoding import DecodingOptions
+from ..surgery.local_attention import with_local_attention
+from . import longform
+from .retry import retry_stuck
+from .samples import as_float, collate, read_samples
+from .transcript import Transcript, transcript
+
+CPU_FRAMES = 1500  # feature frames of clips that a CPU encodes together
+
+
+@torch.no_grad()
+def transcribe(
+    model,
+    inputs,
+    head: str | None = None,
+    batch_size: int = 16,
+    timestamps: bool = False,
+    min_duration_s: float = 1.0,
+    long: str = "auto",
+    memory_gb: float | None = None,
+    window_s: float | None = None,
+    **decoding,
+) -> list[Transcript]:
+    """Text of each input, in their order. Threads may call it together.
+
+    Args:
+        inputs: paths, or mono sample arrays at `sample_rate` (numpy or torch, float in [-1, 1]
+            or int16); a single one is taken as a list of one.
+        head: one of `model.heads`; None: the model's default.
+        batch_size: most clips per pass; clips of similar length go together.
+        timestamps: also give words and segments with times.
+        min_duration_s: shorter clips get silence on both sides, as in NeMo 3.0; times stay the
+            input's.
+        long: how a clip goes through the encoder. "full": in one pass. "chunks": in windows
+            with context on both sides (BiRWKV7: all of the past, and context ahead), decoded
+            as one sequence. "auto": "full" where it fits the memory (see
+            longform.choose_mode), "chunks" where not. "local": in one pass of local attention
+            over 128 frames on both sides, with the same weights; as "auto" where attention is
+            not full.
+        memory_gb: what a pass may take beside the weights; None: most of what is free now.
+        window_s: of windows, the part that is kept; None: 120. Given, "auto" takes windows for
+            all that is longer: for full attention that was trained on clips no longer.
+        decoding: fields of DecodingOptions (beam, lm, lm_weight, boost, allow, confidence ...) and
+            what the head's `decode_arguments` names.
+    Raises:
+        ValueError, FileNotFoundError: unreadable audio, an empty clip, an unknown head, a
+            decoding option that does not fit.
+    """
+    chosen = model.head(head)
+    arguments = {n: decoding.pop(n) for n in chosen.decode_arguments if n in decoding}
+    head, options = chosen.name, DecodingOptions(**decoding)
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}, expected at least 1")
+    if not 0 <= min_duration_s < math.inf:
+        raise ValueError(f"min_duration_s is {min_duration_s}, expected seconds, 0 or more")
+    if window_s is not None and not 0 < window_s < math.inf:
+        raise ValueError(f"window_s is {window_s}, expected seconds, more than 0")
+    if long not in longform.MODES:
+        raise ValueError(f"long is {long!r}, expected one of {', '.join(longform.MODES)}")
+    if isinstance(inputs, (str, os.PathLike, np.ndarray, torch.Tensor)):
+        inputs = [inputs]
+    rate, device, dtype = model.sample_rate, model.device, model.dtype
+    clips = [read_samples(item, rate) for item in inputs]
+    transcripts: list[Transcript | None] = [None] * len(clips)
+    budget = longform.available_bytes(device) if memory_gb is None else int(memory_gb * 1e9)
+    with evaluating(model):
+        encoder_of = with_local_attention(model) if long == "local" else model
+        if long == "local" and encoder_of is model:
+            long = "auto"
+        for batch, chunked in longform.batches(
+            encoder_of.config,
+            [max(len(clip) / rate, min_duration_s) for clip in clips],
+            batch_size,
+            budget,
+            dtype,
+            long,
+            window_s,
+        ):
+            audio, lengths, shifts = collate([clips[i] for i in batch], min_duration_s, rate)
+            # without `pad_to`, as in NeMo's `transcribe`: norms over time would see it
+            features, lengths = model.preprocessor(
+                as_float(audio.to(device, non_blocking=True)), lengths.to(device), pad=False
+            )
+            if chunked and lengths[0]:  # a clip shorter than a frame has no window
+                encoded = longform.encode_in_windows(
+                    encoder_of, features[0, :, : lengths[0]], batch_size, window_s, None, budget
+                )
+                lengths = torch.tensor([encoded.shape[1]], device=device)
+            else:
+                encoded, lengths = _encode_batch(encoder_of, features, lengths)
+            found = model.decode(encoded, lengths, head, options, **arguments)
+            for row, (i, shift, hypothesis) in enumerate(zip(batch, shifts, found)):
+                retries = []
+                if options.retry:
+                    valid = encoded[row, : int(lengths[row])]
+                    retries = retry_stuck(model, hypothesis, valid, audio[row], head, options)
+                seconds = len(clips[i]) / rate
+                transcripts[i] = transcript(
+                    *(model, hypothesis, head, seconds, timestamps, shift),
+                    *(options.confidence, retries),
+                )
+    return transcripts
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module):
+    """The whole model in eval mode inside; after it each module is as it was."""
+    trained = [module for module in model.modules() if module.training]
+    for module in trained:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in trained:
+            module.training = True
+
+
+def _encode_batch(model, features: torch.Tensor, lengths: torch.Tensor):
+    """`encode`, on a CPU a few clips at a time, as many as its caches like: they gain nothing
+    from one another, and are padded less. Clips come longest first."""
+    by_clip = model.config.encoder.conv_norm_type in ("batch_norm", "layer_norm")
+    if features.device.type != "cpu" or not by_clip:
+        return model.encode(features, lengths)
+    parts, rows = [], list(range(len(lengths)))
+    while rows:
+        longest = max(1, int(lengths[rows[0]]))  # a clip shorter than a frame has none
+        group = rows[: max(1, CPU_FRAMES // longest)]
+        parts.append(model.encode(features[group][:, :, :longest], lengths[group]))
+        rows = rows[len(group) :]
+    encoded = [clip for part, _ in parts for clip in part]
+    encoded = nn.utils.rnn.pad_sequence(encoded, batch_first=True)
+    return encoded, torch.cat([part_lengths for _, part_lengths in parts])
