@@ -37,7 +37,7 @@ from .formats.transcripts import to_ctm, to_json, to_text
 from .jobs.archive import processes, run_job
 from .jobs.results import Progress
 from .jobs.rounds import transcribe_clips
-from .model import Transcript
+from .recordings.transcript import Transcript
 
 __all__ = ["Transcript", "cues", "main"]
 

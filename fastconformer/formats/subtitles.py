@@ -9,7 +9,7 @@ from ..recordings.timestamps import Span
 from .transcripts import need_times
 
 if TYPE_CHECKING:
-    from ..model import Transcript
+    from ..recordings.transcript import Transcript
 
 # Subtitle limits that broadcasters share: two lines of 42 characters, seven seconds.
 LINE_CHARACTERS, CUE_LINES, CUE_SECONDS = 42, 2, 7.0

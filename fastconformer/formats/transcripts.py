@@ -4,7 +4,7 @@ import math
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ..model import Transcript
+    from ..recordings.transcript import Transcript
 
 
 def to_text(transcript: "Transcript", name: str | None = None) -> str:

@@ -12,7 +12,8 @@ from ..audio.files import load_audio
 from ..formats.manifest import Clip
 
 if TYPE_CHECKING:
-    from ..model import ASRModel, Transcript
+    from ..model import ASRModel
+    from ..recordings.transcript import Transcript
 
 ROUND_SECONDS = 3600.0  # of audio that is read into memory and sorted at a time
 
