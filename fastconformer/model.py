@@ -241,6 +241,7 @@ class ASRModel(nn.Module):
             tokenizer, tokenizer_files = self.tokenizer, self.tokenizer_files
         check_vocabulary(config, tokenizer)
         model.tokenizer, model.tokenizer_files = tokenizer, tokenizer_files or {}
+        model.__dict__["aligner"] = self.aligner
         return model.train(self.training)
 
     def tie(self) -> None:
