@@ -30,45 +30,24 @@ The last line printed is the result as JSON; it is also written to `--out`.
 """
 
 import argparse
-import ctypes
-import gc
 import json
 import os
-import resource
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-from benchmarks import commit
+from benchmarks import REPOSITORY, RUNS, add_out, commit, machine, write_result
 from benchmarks.charts import line_charts
-from benchmarks.cpu_vs_nemo import machine
+from fastconformer import cli
+from fastconformer.process_memory import forget_peak, give_back, peak_bytes, resident_bytes
 
-RESULTS = Path(__file__).parent / "results"
 NAMES = {
     "rwkv7_attn": "BiRWKV7",
     "rel_pos": "full attention",
     "rel_pos_local_attn": "local attention (128 frames)",
 }
 LONGEST = {"rel_pos": 16000}  # frames; beyond, time grows with the square and tells nothing new
-
-
-def resident_bytes() -> int:
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
-def peak_bytes(reset: bool = False) -> int:
-    """Highest resident set since the last reset, or since the start where Linux lets none reset."""
-    if reset:
-        try:
-            Path("/proc/self/clear_refs").write_text("5")
-        except OSError:
-            return 0
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def measure(attention: str, frames: int, size: dict, repeats: int) -> dict:
@@ -103,10 +82,9 @@ def measure(attention: str, frames: int, size: dict, repeats: int) -> dict:
     best = {}
     with torch.no_grad():
         encoder(features[:, :, :4096], lengths.clamp(max=4096))  # warm-up
-        gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)
+        give_back()
         before = resident_bytes()
-        peak_bytes(reset=True)
+        forget_peak()
         for _ in range(repeats):
             cpu, wall = time.process_time(), time.monotonic()
             encoded, _ = encoder(features, lengths)
@@ -126,7 +104,7 @@ def in_a_process(arguments, attention: str, words: list[str]) -> dict:
         check=True,
         stdout=subprocess.PIPE,
         text=True,
-        cwd=Path(__file__).parent.parent,
+        cwd=REPOSITORY,
         env=os.environ | {"OMP_NUM_THREADS": str(arguments.threads)},
     )
     return json.loads(done.stdout.splitlines()[-1])
@@ -193,7 +171,7 @@ def long_recording(arguments) -> dict:
     for head in model.heads:
         model.transcribe([audio[: 10 * model.sample_rate]], head=head)  # what is compiled once
         before = resident_bytes()
-        peak_bytes(reset=True)
+        forget_peak()
         cpu, wall = time.process_time(), time.monotonic()
         (transcript,) = model.transcribe([audio], head=head, timestamps=True)
         wall = time.monotonic() - wall
@@ -230,10 +208,9 @@ def transcription_memory(attention: str, dtype: str, minutes: float, arguments) 
     samples = np.random.default_rng(0).standard_normal(round(minutes * 60 * model.sample_rate))
     samples = (0.05 * samples).astype(np.float32)
     model.transcribe([samples[: 5 * model.sample_rate]], timestamps=True)  # what is made once
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
+    give_back()
     before = resident_bytes()
-    peak_bytes(reset=True)
+    forget_peak()
     model.transcribe([samples], timestamps=True, long="full")
     seconds = len(samples) / model.sample_rate
     return {
@@ -277,7 +254,7 @@ def long_decoding(arguments) -> dict:
         encoded = minute.repeat(1, -(-frames // minute.shape[1]), 1)[:, :frames]
         for head in model.heads:
             before = resident_bytes()
-            peak_bytes(reset=True)
+            forget_peak()
             start = time.process_time()
             (hypothesis,) = model.decode_greedy(encoded, torch.tensor([frames]), head)
             decoded = time.process_time()
@@ -325,10 +302,10 @@ def plot_curves(result: dict) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.birwkv7",
-        description="Time and memory an encoder frame as recordings grow.",
-        epilog="example: python -m benchmarks.birwkv7 --frames 1000 10000 --layers 2",
+    parser = cli.parser(
+        "benchmarks.birwkv7",
+        "Time and memory an encoder frame as recordings grow.",
+        "--frames 1000 10000 --layers 2",
     )
     parser.add_argument("--frames", type=int, nargs="+", metavar="T", help="encoder frames")
     parser.add_argument("--attention", nargs="+", choices=NAMES, default=list(NAMES))
@@ -344,10 +321,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--curves", nargs="+", metavar="SET/NAME=FOLDER", help="of runs")
     parser.add_argument("--model", default="models/base_tiny.nemo", help="(%(default)s)")
     parser.add_argument("--plot", type=Path, metavar="FILE.svg")
-    parser.add_argument("--out", type=Path, metavar="FILE.json")
+    add_out(parser)
     parser.add_argument("--worker", choices=NAMES, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     arguments.frames = arguments.frames or [1000, 3000, 10000, 30000, 100000]
+    if arguments.audio and not arguments.audio.is_file():
+        parser.error(f"--audio {arguments.audio} is not a file")
+    if arguments.decode and not arguments.audio:
+        parser.error("--decode needs --audio, a recording whose frames it repeats")
+    return cli.run("birwkv7", lambda: run(arguments))
+
+
+def run(arguments) -> None:
     if arguments.worker:
         size = {name: getattr(arguments, name) for name in ("layers", "d_model", "threads")}
         if arguments.memory:
@@ -356,7 +341,7 @@ def main(argv: list[str] | None = None) -> int:
         else:
             found = measure(arguments.worker, arguments.frames[0], size, arguments.repeats)
         print(json.dumps(found))
-        return 0
+        return
     if arguments.curves:
         result, name = learning_curves(arguments.curves), "birwkv7_learning.json"
         if arguments.plot:
@@ -364,8 +349,6 @@ def main(argv: list[str] | None = None) -> int:
     elif arguments.memory:
         result, name = memory_by_length(arguments), "birwkv7_memory.json"
     elif arguments.audio:
-        if not arguments.audio.is_file():
-            parser.error(f"--audio {arguments.audio} is not a file")
         if arguments.decode:
             result, name = long_decoding(arguments), "birwkv7_decoding.json"
         else:
@@ -375,9 +358,8 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.plot:
             arguments.plot.write_text(plot(result))
     result |= {"commit": commit()}
-    (arguments.out or RESULTS / name).write_text(json.dumps(result, indent=1) + "\n")
+    write_result(arguments.out or RUNS / name, result)
     print(json.dumps(result))
-    return 0
 
 
 if __name__ == "__main__":

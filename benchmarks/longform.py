@@ -10,15 +10,13 @@ first minute, with one border put on every encoder frame of `--sweep` seconds of
 words are lost or doubled. The result goes to `--out` as JSON.
 """
 
-import argparse
 import difflib
-import json
 import sys
 import time
 from pathlib import Path
 
-from benchmarks import commit
-from benchmarks import cpu_vs_nemo as common
+from benchmarks import SPEECH, add_out, machine, versions, write_result
+from fastconformer import cli
 
 
 def compare(single, other) -> dict:
@@ -95,11 +93,13 @@ def two_windows(longform, n_frames: int, border: int, context: int, factor: int,
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.longform", description=__doc__.split("\n\n")[0]
+    parser = cli.parser(
+        "benchmarks.longform",
+        __doc__.split("\n\n")[0],
+        "--model models/base_tiny.nemo --attention local",
     )
     parser.add_argument("--model", required=True, help=".nemo archive or converted folder")
-    parser.add_argument("--audio", type=Path, default=common.SPEECH)
+    parser.add_argument("--audio", type=Path, default=SPEECH, help="(samples/talk.ogg)")
     parser.add_argument("--seconds", type=float, help="only so much of it")
     parser.add_argument("--times", type=int, default=1, help="the recording so many times over")
     parser.add_argument("--attention", choices=["own", "local"], default="own")
@@ -107,8 +107,12 @@ def main(argv=None) -> int:
     parser.add_argument("--context", type=float, metavar="SECONDS", help="(as transcribe)")
     parser.add_argument("--sweep", type=float, default=1.0, metavar="SECONDS")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=common.RESULTS / "longform.json")
+    add_out(parser, "longform")
     arguments = parser.parse_args(argv)
+    return cli.run("longform", lambda: run(arguments))
+
+
+def run(arguments) -> None:
     import numpy as np
     import torch
 
@@ -137,17 +141,15 @@ def main(argv=None) -> int:
     if arguments.sweep:
         rows += sweep_borders(model, samples[: 60 * model.sample_rate], arguments)
     result = {
-        "machine": common.machine(),
-        "versions": {"torch": torch.__version__, "commit": commit()},
+        "machine": machine(),
+        "versions": versions(),
         "model": Path(arguments.model).name,
         "attention": arguments.attention,
         "context_s": context_s or longform.context_seconds(model.config),
         "audio_s": round(len(samples) / model.sample_rate, 1),
         "rows": rows,
     }
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
-    return 0
+    write_result(arguments.out, result)
 
 
 if __name__ == "__main__":

@@ -27,21 +27,16 @@ written to `--out`.
 import argparse
 import json
 import os
-import platform
 import statistics
-import subprocess
 import sys
 import time
-from pathlib import Path
 
 import torch
 from torch.nn import functional as F
 
-from benchmarks import commit
-from benchmarks.cpu_vs_nemo import machine
+from benchmarks import add_out, machine, peer_versions, versions, write_result
+from benchmarks.workers import Worker, WorkerFailed, reply
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-OUT = REPOSITORY / "benchmarks" / "results" / "losses.json"
 WIDTH = 640
 PASSES = 3  # of a turn
 DURATIONS = (0, 1, 2, 3, 4)
@@ -54,7 +49,6 @@ SHAPES = (
 CPU_SIDES = ("fused", "fused-eps", "joint+loss", "fused-eps-bf16", "joint+loss-bf16", "pytorch")
 GPU_SIDES = ("fused", "fused-eps", "torchaudio", "transformers")
 GOALS_MS = {"(32, 375, 120, 1030)": 13, "(32, 375, 120, 8198)": 100}
-REPLY = "@reply "
 
 
 # ---- in the workers: torch and the peer that is measured
@@ -186,7 +180,7 @@ def work(name: str, shape, threads: int, device: str):
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-    print(REPLY + json.dumps({"ready": True}), flush=True)
+    reply(ready=True)
     for _ in sys.stdin:
         step()
         answer = {"seconds": [], "cpu_seconds": []}
@@ -199,83 +193,55 @@ def work(name: str, shape, threads: int, device: str):
             answer["cpu_seconds"].append(time.process_time() - start_cpu)
         if device == "cuda":
             answer["extra_mib"] = (torch.cuda.max_memory_allocated() - before) / 2**20
-        print(REPLY + json.dumps(answer), flush=True)
-
-
-def peak_mib() -> float:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) / 1024
-    raise OSError("no VmHWM in /proc/self/status; memory is measured on Linux")
+        reply(**answer)
 
 
 def memory(name: str, shape, threads: int):
-    """Prints how far one pass raises the peak resident set, in MiB."""
+    """Tells how far one pass raises the peak resident set, in MiB."""
+    from fastconformer import process_memory
+
     torch.set_num_threads(threads)
     durations = tuple(shape[4])
     leaves, batch = make(1, 3, 2, shape[3], durations, "cpu")
     side_of(name, leaves, batch, shape[3], durations)()
     leaves, batch = make(*shape[:4], durations, "cpu")
     step = side_of(name, leaves, batch, shape[3], durations)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from what is resident
-    before = peak_mib()
+    if not process_memory.forget_peak():
+        raise SystemExit("memory is measured on Linux")
+    before = process_memory.peak_bytes()
     start = time.perf_counter()
     step()
     seconds = time.perf_counter() - start
-    print(REPLY + json.dumps({"mib": peak_mib() - before, "seconds": seconds}))
+    reply(mib=(process_memory.peak_bytes() - before) / 2**20, seconds=seconds)
 
 
 # ---- in the parent
 
 
-class Worker:
-    """A side's process."""
-
-    def __init__(self, python, mode, name, shape, threads, device):
-        self.name = name
-        environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": str(threads)}
-        arguments = [mode, name, "--shape", json.dumps(shape), "--threads", str(threads)]
-        self.process = subprocess.Popen(
-            [python, "-m", "benchmarks.losses", *arguments, "--device", device],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            cwd=REPOSITORY, env=environment,
-        )  # fmt: skip
-
-    def answer(self) -> dict | None:
-        """The next reply; None when the process ended without."""
-        for line in self.process.stdout:
-            if line.startswith(REPLY):
-                return json.loads(line.removeprefix(REPLY))
-        return None
-
-    def turn(self) -> dict | None:
-        self.process.stdin.write("go\n")
-        self.process.stdin.flush()
-        return self.answer()
-
-    def close(self) -> str:
-        """Ends it; the last line of what it complained about."""
-        errors = self.process.communicate()[1].strip().splitlines()
-        return errors[-1] if errors else ""
+def start(python, mode, name, shape, threads, device) -> Worker:
+    words = [mode, name, "--shape", json.dumps(shape), "--threads", str(threads)]
+    return Worker(name, python, "benchmarks.losses", [*words, "--device", device], threads)
 
 
 def compare(sides: dict[str, str], shape, threads, device, repeats) -> dict:
     """{side: {median_s, ...}}, or {side: {not_run: reason}}; one warm worker each, in turns."""
     workers, rows = [], {}
     for name, python in sides.items():
-        worker = Worker(python, "--work", name, shape, threads, device)
-        if worker.answer():
+        worker = start(python, "--work", name, shape, threads, device)
+        try:
+            worker.answer()
             workers.append(worker)
-        else:
-            rows[name] = {"not_run": worker.close()}
+        except WorkerFailed as error:
+            rows[name] = {"not_run": str(error)}
+            worker.close()
     turns = {worker.name: [] for worker in workers}
     for turn in range(repeats):
         for worker in workers:
             if turn == 0 or worker.name != "nemo":
-                turns[worker.name].append(worker.turn())
+                turns[worker.name].append(worker.ask("go"))
     for worker in workers:
         worker.close()
-        answers = [answer for answer in turns[worker.name] if answer]
+        answers = turns[worker.name]
         seconds, cpu_seconds = (
             [x for answer in answers for x in answer[key]] for key in ("seconds", "cpu_seconds")
         )
@@ -294,11 +260,11 @@ def memory_table(batches, vocabs, n_frames, n_tokens, threads, joint_mib) -> lis
     """Extra memory of the fused loss over batch sizes and vocabularies, and of the joint tensor."""
 
     def measure(name, *shape):
-        worker = Worker(sys.executable, "--memory", name, (*shape, DURATIONS), threads, "cpu")
-        answer, error = worker.answer(), worker.close()
-        if answer is None:
-            raise RuntimeError(f"{name}: {error}")
-        return answer
+        worker = start(sys.executable, "--memory", name, (*shape, DURATIONS), threads, "cpu")
+        try:
+            return worker.answer()
+        finally:
+            worker.close()
 
     table = []
     for vocab in vocabs:
@@ -323,18 +289,12 @@ def memory_table(batches, vocabs, n_frames, n_tokens, threads, joint_mib) -> lis
     return table
 
 
-def run(arguments) -> dict:
+def measure(arguments) -> dict:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    result = {
-        "machine": machine() | {"threads": arguments.threads, "gpu": gpu},
-        "versions": versions | {"commit": commit()},
-    }
+    about = machine() | {"threads": arguments.threads, "gpu": gpu}
+    result = {"machine": about, "versions": versions()}
     if arguments.nemo_python:
-        result["versions"]["nemo"] = subprocess.run(
-            [arguments.nemo_python, "-c", "import nemo; print(nemo.__version__)"],
-            capture_output=True, text=True,
-        ).stdout.split()[-1]  # fmt: skip
+        result["versions"] |= peer_versions(arguments.nemo_python, "nemo")
     if "cpu" in arguments.parts:
         result["cpu"] = []
         for shape in [arguments.cpu_shape] if arguments.cpu_shape else CPU_SHAPES:
@@ -378,15 +338,18 @@ def run(arguments) -> dict:
     return result
 
 
-def main():
+def main(argv=None) -> int | None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmarks.losses",
+        description=__doc__.split("\n\n")[0],
+        epilog="example: python -m benchmarks.losses --parts cpu --cpu-shape '[1, 20, 5, 32, []]'",
     )
     parser.add_argument("--nemo-python", help="python of an environment with NeMo")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--repeats", type=int, default=3, help="turns of each side")
-    parser.add_argument("--sides", nargs="+", default=CPU_SIDES, help="on a CPU, beside NeMo")
-    parser.add_argument("--parts", nargs="+", default=["cpu", "memory", "gpu"])
+    parser.add_argument("--sides", nargs="+", choices=CPU_SIDES, default=CPU_SIDES, help="on a CPU")
+    parts = ["cpu", "memory", "gpu"]
+    parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
     parser.add_argument("--cpu-shape", type=json.loads, help="[B, T, U, V, durations], as JSON")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--vocabs", type=int, nargs="+", default=[1024, 8192])
@@ -395,21 +358,26 @@ def main():
     parser.add_argument(
         "--joint-mib", type=float, default=8000, help="memory the joint tensor's path may take"
     )
-    parser.add_argument("--out", type=Path, default=OUT)
+    add_out(parser, "losses")
     parser.add_argument("--work", help=argparse.SUPPRESS)
     parser.add_argument("--memory", help=argparse.SUPPRESS)
     parser.add_argument("--shape", type=json.loads, help=argparse.SUPPRESS)
     parser.add_argument("--device", default="cpu", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     if arguments.work:
         return work(arguments.work, arguments.shape, arguments.threads, arguments.device)
     if arguments.memory:
         return memory(arguments.memory, arguments.shape, arguments.threads)
-    result = run(arguments)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    from fastconformer import cli  # not in a peer's environment
+
+    return cli.run("losses", lambda: run(arguments))
+
+
+def run(arguments) -> None:
+    result = measure(arguments)
+    write_result(arguments.out, result)
     print(json.dumps(result))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

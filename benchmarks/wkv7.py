@@ -32,12 +32,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from benchmarks import commit
-from benchmarks.cpu_vs_nemo import machine
-from fastconformer.checkpoint.files import atomic_file
+from benchmarks import RUNS, add_out, machine, versions, write_result
+from fastconformer import cli, process_memory
 from rwkv_cuda import build, wkv7, wkv7_bidirectional
 
-RESULTS = Path(__file__).parent / "results"
 GPU_SHAPES = ((1, 360_000, 16, 64), (64, 6_000, 16, 64), (8, 4_096, 64, 64))
 
 
@@ -106,24 +104,17 @@ def grow(frames: int, heads: int, width: int, repeats: int) -> dict:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
     with torch.no_grad():
         wkv7(*make_inputs((1, 600, heads, width)))  # what is allocated once
-        before = _status_kib("VmRSS")
+        before = process_memory.resident_bytes()
         inputs = make_inputs((1, frames, heads, width))
         seconds = least_seconds(lambda: wkv7(*inputs), repeats)
-    memory = _status_kib("VmHWM") - before
+    memory = process_memory.peak_bytes() - before
     return {
         "frames": frames,
         "wall_us_a_frame": round(seconds["wall"] / frames * 1e6, 2),
         "cpu_us_a_frame": round(seconds["cpu"] / frames * 1e6, 2),
-        "kib_a_frame": round(memory / frames, 2),
+        "kib_a_frame": round(memory / 1024 / frames, 2),
         "tensors_kib_a_frame": round(7 * heads * width * 4 / 1024, 2),
     }
-
-
-def _status_kib(key: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(key + ":"):
-            return int(line.split()[1])
-    return 0
 
 
 def on_cpu(options) -> dict:
@@ -237,11 +228,7 @@ def parse_shape(text: str) -> tuple[int, ...]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.wkv7",
-        description=__doc__.split("\n\n")[0],
-        epilog="example: python -m benchmarks.wkv7 --threads 2 --heads 4",
-    )
+    parser = cli.parser("benchmarks.wkv7", __doc__.split("\n\n")[0], "--threads 2 --heads 4")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--frames", type=int, default=2000, help="CPU: T beside the loop")
@@ -250,20 +237,20 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--growth", type=int, nargs="*", default=[1_000, 10_000, 100_000])
     parser.add_argument("--shape", type=parse_shape, nargs="+", metavar="B,T,H,N", help="GPU")
     parser.add_argument("--repeats", type=int, default=6)
-    parser.add_argument("--out", type=Path, help="default: benchmarks/results/wkv7_DEVICE.json")
+    add_out(parser)
     options = parser.parse_args(arguments)
+    return cli.run("wkv7", lambda: run(options))
+
+
+def run(options) -> None:
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device is cuda, but this torch sees no GPU")
     torch.set_num_threads(options.threads)
     os.environ["OMP_NUM_THREADS"] = str(options.threads)
-    result = {
-        "machine": machine(),
-        "versions": {"torch": torch.__version__, "commit": commit()},
-        "threads": options.threads,
-    } | (on_gpu(options) if options.device == "cuda" else on_cpu(options))
-    out = options.out or RESULTS / f"wkv7_{options.device}.json"
-    with atomic_file(out) as temporary:
-        temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    result = {"machine": machine(), "versions": versions(), "threads": options.threads}
+    result |= on_gpu(options) if options.device == "cuda" else on_cpu(options)
+    write_result(options.out or RUNS / f"wkv7_{options.device}.json", result)
     print(json.dumps(result))
-    return 0
 
 
 if __name__ == "__main__":
