@@ -41,6 +41,7 @@ TRAIN = [
     "tensorboard>=2.16",
     "rich>=13",
 ]
+EXPORT = ["onnx>=1.16", "onnxruntime>=1.18"]
 QUICKSTART = [*TRAIN, "espeakng-loader>=0.2.4"]
 
 setup(
@@ -67,9 +68,11 @@ setup(
     extras_require={
         "train": TRAIN,
         "quickstart": QUICKSTART,
+        "export": EXPORT,
         # Triton's interpreter runs the GPU kernels' tests where there is no GPU.
         "test": [
             *QUICKSTART,
+            *EXPORT,
             "pytest>=8",
             "hypothesis>=6.100",
             "ruff>=0.9",

@@ -52,3 +52,37 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def filled_folder(folder: Path) -> Iterator[Path]:
+    """Gives an empty folder; when the block ends well, its files lie in `folder`. A new one appears
+    whole or not at all; in one that is there, file after file is replaced, others stay.
+
+    ValueError: folder is a file.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file; give the name of a folder")
+    # Inside an existing folder, which may be a file system of its own; beside a new one.
+    parent = folder if folder.is_dir() else folder.parent
+    with work_folder(parent, folder.name) as work:
+        new = work / "new"
+        new.mkdir()
+        yield new
+        names = sorted(file.name for file in new.iterdir())
+        for name in names:
+            os.chmod(new / name, 0o666 & ~_umask())  # some writers make files for one user only
+            sync(new / name)
+        if parent == folder:
+            for name in names:
+                os.replace(new / name, folder / name)
+        else:
+            sync(new)
+            os.rename(new, folder)
+        sync(parent)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -64,7 +64,7 @@ def linear(
         fast = x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
         if fast and not weight.is_inference():
             return torch.ops.mkldnn._linear_pointwise(x, _packed(weight), bias, after, [], "")
-    weight = weight.flatten(1)
+    weight = weight if weight.dim() == 2 else weight.flatten(1)  # no operation in a trace
     return AFTER[after](F.linear(x, weight, bias))
 
 

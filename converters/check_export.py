@@ -1,0 +1,137 @@
+"""Runs the client that an exported folder is for, beside our own transcription: which texts differ.
+
+Needs the client itself: onnx-asr, sherpa-onnx or transformers.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from converters import run
+
+AUDIO = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".m4a")
+
+
+@dataclass(frozen=True)
+class Export:
+    """`texts` takes clips (float32, 16 kHz) to what the client says of each."""
+
+    client: str
+    head: str
+    texts: Callable[[list], list[str]]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m converters.check_export",
+        description=f"{__doc__} White space apart, every text should be the same, except with "
+        "sherpa-onnx, which computes other features.",
+        epilog="example: python -m converters.check_export parakeet-onnx --model parakeet.nemo "
+        "--audio clips",
+    )
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="what st2onnx or st2hf wrote")
+    parser.add_argument("--model", required=True, help="the model that was exported")
+    parser.add_argument("--audio", type=Path, required=True, metavar="DIR", help="clips to try")
+    parser.add_argument("--int8", action="store_true", help="the folder's files of 8 bits")
+    args = parser.parse_args(argv)
+    return run("check_export", lambda: check(args.folder, args.model, args.audio, args.int8))
+
+
+def check(folder: Path, model: str, audio: Path, int8: bool = False) -> None:
+    """Prints each text that differs, and how many agree."""
+    from fastconformer import load_model
+    from fastconformer.audio.files import load_audio
+    from fastconformer.text.metrics import error_rate
+
+    export = read_export(folder, int8)
+    paths = sorted(p for p in audio.rglob("*") if p.suffix.lower() in AUDIO)
+    if not paths:
+        raise ValueError(f"{audio} holds no audio ({', '.join(AUDIO)})")
+    loaded = load_model(model)
+    if export.head not in loaded.heads:
+        raise ValueError(
+            f"{folder} is of head {export.head!r}, {model} has {', '.join(loaded.heads)}"
+        )
+    clips = [load_audio(path, loaded.sample_rate) for path in paths]
+    # clients put no silence around short clips, and do not try again where a head went silent
+    found = loaded.transcribe(clips, head=export.head, min_duration_s=0.0, retry=False)
+    ours = [transcript.text for transcript in found]
+    theirs = export.texts(clips)
+    differing = 0
+    for path, our, their in zip(paths, ours, theirs, strict=True):
+        if our.split() != their.split():
+            differing += 1
+            print(f"{path}\n  ours    {our}\n  {export.client:7s} {their}")
+    print(
+        f"{len(paths) - differing} of {len(paths)} texts agree, head {export.head}, "
+        f"{export.client}; word distance "
+        f"{error_rate(ours, theirs)}"
+    )
+
+
+def read_export(folder: Path, int8: bool = False) -> Export:
+    """The client and the head that a folder was written for. ValueError: it is none."""
+    if (folder / "tokens.txt").is_file():
+        return _sherpa_onnx(folder, int8)
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder} is no folder of st2onnx or st2hf: {error}") from None
+    kind = str(config.get("model_type", ""))
+    if kind.startswith("nemo-conformer-"):
+        return _onnx_asr(folder, kind.removeprefix("nemo-conformer-"), int8)
+    if kind.startswith("parakeet"):
+        return _transformers(folder, config)
+    raise ValueError(f"{folder}/config.json: model_type is {kind!r}, of no client known here")
+
+
+def _onnx_asr(folder: Path, head: str, int8: bool) -> Export:
+    import onnx_asr
+
+    quantization = "int8" if int8 else None
+    client = onnx_asr.load_model(f"nemo-conformer-{head}", folder, quantization=quantization)
+    return Export("onnx-asr", head, lambda clips: [client.recognize(clip) for clip in clips])
+
+
+def _sherpa_onnx(folder: Path, int8: bool) -> Export:
+    import onnx
+    import sherpa_onnx
+
+    def file(name: str) -> Path:
+        return folder / f"{name}{'.int8' if int8 else ''}.onnx"
+
+    name = "model" if file("model").is_file() else "encoder"
+    if not file(name).is_file():
+        raise ValueError(f"{folder} holds no {file(name).name}")
+    properties = onnx.load(file(name), load_external_data=False).metadata_props
+    metadata = {item.key: item.value for item in properties}
+    common = {"tokens": str(folder / "tokens.txt"), "feature_dim": int(metadata["feat_dim"])}
+    if name == "model":
+        head = "ctc"
+        client = sherpa_onnx.OfflineRecognizer.from_nemo_ctc(model=str(file(name)), **common)
+    else:
+        head = "tdt" if "tdt" in metadata["url"] else "rnnt"
+        parts = {part: str(file(part)) for part in ("encoder", "decoder", "joiner")}
+        client = sherpa_onnx.OfflineRecognizer.from_transducer(
+            **parts, **common, model_type="nemo_transducer"
+        )
+
+    def text(clip) -> str:
+        stream = client.create_stream()
+        stream.accept_waveform(16000, clip)
+        client.decode_stream(stream)
+        return stream.result.text
+
+    return Export("sherpa-onnx", head, lambda clips: [text(clip) for clip in clips])
+
+
+def _transformers(folder: Path, config: dict) -> Export:
+    raise NotImplementedError
+
+
+if __name__ == "__main__":
+    sys.exit(main())

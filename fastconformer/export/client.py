@@ -1,0 +1,49 @@
+"""What the layouts of all ONNX clients share: the vocabulary's lines, and what none can run."""
+
+from ..config import ModelConfig, PreprocessorConfig
+from ..model import ASRModel
+
+BLANK = "<blk>"  # the name that clients look for
+
+
+def vocabulary_lines(model: ASRModel, spoken_unknown: bool = False) -> str:
+    """`piece id`, a line each, the blank last. With `spoken_unknown` the unknown piece is what it
+    stands for in a text (" ⁇ "), as clients write pieces out as they are.
+
+    ValueError: a piece that such a line cannot hold.
+    """
+    lines, tokenizer = [], model.tokenizer
+    for index, piece in enumerate(tokenizer.pieces):
+        if spoken_unknown and index == tokenizer.unk_id:
+            piece = tokenizer.join([piece])
+        piece = piece.replace(" ", "▁")  # of character vocabularies; clients turn it back
+        if piece == BLANK:
+            raise ValueError(
+                f"token {index} is {BLANK!r}, the name that clients have for the blank"
+            )
+        if not piece or piece.split() != [piece]:
+            raise ValueError(f"token {index} is {piece!r}; a line of the vocabulary cannot hold it")
+        lines.append(f"{piece} {index}\n")
+    return "".join(lines) + f"{BLANK} {model.blank_id}\n"
+
+
+def check_durations(config: ModelConfig) -> None:
+    """ValueError: TDT durations that clients, which take the class's index for it, get wrong."""
+    durations = config.loss.durations
+    if durations != tuple(range(len(durations))):
+        raise ValueError(
+            f"the durations are {list(durations)}; clients take the index of a duration for the "
+            "duration itself, so only 0, 1, 2 ... can be exported"
+        )
+
+
+def check_front_end(client: str, preprocessor: PreprocessorConfig, wanted: dict) -> None:
+    """ValueError naming the first number in which the client's own features differ: `wanted` maps
+    names of the preprocessor's config to the values that the client's are computed with."""
+    for name, values in wanted.items():
+        value = getattr(preprocessor, name)
+        if value not in values:
+            raise ValueError(
+                f"preprocessor: {name} is {value!r}; {client} computes its features with "
+                f"{' or '.join(map(repr, values))}"
+            )

@@ -1,0 +1,77 @@
+"""The folders that sherpa-onnx loads: files, metadata, vocabulary, and what it cannot run.
+
+Source: sherpa-onnx 2.0.1. It reads what it needs from the files' metadata, and ends the process
+where a key is missing or wrong, so nothing here is left out. Its features are Kaldi's, whatever
+the model was trained with: its texts can differ from ours with any export, NeMo's own included.
+"""
+
+from pathlib import Path
+
+from ..checkpoint.files import filled_folder
+from ..config import ModelConfig
+from ..model import ASRModel
+from .client import check_durations, check_front_end, vocabulary_lines
+from .graphs import ctc_graph, decoder_graph, encoder_graph, joiner_graph
+from .onnx_files import require_packages, write_graph
+
+_TRANSDUCER = {"encoder": encoder_graph, "decoder": decoder_graph, "joiner": joiner_graph}
+GRAPHS = {"ctc": {"model": ctc_graph}, "rnnt": _TRANSDUCER, "tdt": _TRANSDUCER}
+# the model's kind as sherpa-onnx tells it from others; "tdt" in the url makes it a TDT
+KINDS = {"ctc": "EncDecCTCModelBPE", "rnnt": "EncDecRNNTBPEModel", "tdt": "EncDecRNNTBPEModel"}
+
+FRONT_END = {"sample_rate": (16000,), "window_samples": (400,), "hop_samples": (160,)}
+NORMALIZATIONS = {"per_feature": "per_feature", "NA": "", None: ""}
+
+
+def export(model: ASRModel, head: str, folder: Path, int8: bool = False) -> None:
+    """Writes the folder for one head.
+
+    ValueError: sherpa-onnx cannot run it, with the reason; nothing is written then.
+    """
+    require_packages()
+    if head not in GRAPHS:
+        raise ValueError(f"sherpa-onnx has no place for head {head!r}; for {', '.join(GRAPHS)}")
+    config = model.config
+    check_front_end("sherpa-onnx", config.preprocessor, FRONT_END)
+    check_durations(config)
+    vocabulary = vocabulary_lines(model)
+    metadata = _metadata(config, head)
+    graphs = {name: graph(model) for name, graph in GRAPHS[head].items()}
+    suffix = ".int8" if int8 else ""
+    with filled_folder(folder) as new:
+        for name, graph in graphs.items():
+            write_graph(new / f"{name}{suffix}.onnx", graph, metadata, int8)
+        (new / "tokens.txt").write_text(vocabulary, encoding="utf-8", newline="\n")
+        (new / "bpe.vocab").write_text(_scores(model), encoding="utf-8", newline="\n")
+
+
+def _metadata(config: ModelConfig, head: str) -> dict[str, str | int]:
+    normalize = config.preprocessor.normalize
+    if not isinstance(normalize, str | None) or normalize not in NORMALIZATIONS:
+        raise ValueError(
+            f"preprocessor.normalize is {normalize!r}; sherpa-onnx knows per_feature and NA (none)"
+        )
+    metadata = {
+        "vocab_size": config.vocab_size,
+        "subsampling_factor": config.encoder.frame_factor,
+        "normalize_type": NORMALIZATIONS[normalize],
+        "model_type": KINDS[head],
+        "feat_dim": config.preprocessor.features,
+        "is_giga_am": 0,
+        "version": 1,
+        "model_author": "NeMo",
+        "url": f"https://huggingface.co/nvidia {head}",
+        "comment": f"exported by fastconformer, head {head}",
+    }
+    if config.decoder:
+        metadata["pred_rnn_layers"] = config.decoder.pred_rnn_layers
+        metadata["pred_hidden"] = config.decoder.pred_hidden
+    return metadata
+
+
+def _scores(model: ASRModel) -> str:
+    """ "piece<TAB>score", for hotwords; a character vocabulary's scores are all 0."""
+    processor = getattr(model.tokenizer, "processor", None)
+    score = processor.get_score if processor else lambda index: 0.0
+    pieces = enumerate(model.tokenizer.pieces)
+    return "".join(f"{piece}\t{score(index):g}\n" for index, piece in pieces)

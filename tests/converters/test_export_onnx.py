@@ -1,0 +1,219 @@
+"""ONNX folders in onnxruntime, beside NeMo's own tensors and our texts; what is refused."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import golden, load_case
+
+import converters.st2onnx
+from fastconformer import load_model
+from fastconformer.export import onnx_asr, sherpa_onnx
+
+onnx = pytest.importorskip("onnx")
+onnxruntime = pytest.importorskip("onnxruntime")
+
+CASES = ["ctc_bpe", "rnnt_bpe", "tdt_bpe", "hybrid_tdt_ctc_bpe", "local_attn_g0", "local_attn_g1"]
+
+
+def session(path):
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    return onnxruntime.InferenceSession(path, options)
+
+
+@pytest.fixture(scope="module", params=CASES)
+def exported(request, tmp_path_factory):
+    """A case and the folders of all its heads, by head."""
+    case = load_case(golden(request.param))
+    archive, folders = case.folder / "model.nemo", {}
+    model = load_model(archive)
+    for head in model.heads:
+        folders[head] = tmp_path_factory.mktemp(request.param) / head
+        words = [archive, "-o", folders[head], "--for", "onnx-asr", "--head", head]
+        assert converters.st2onnx.main(list(map(str, words))) == 0
+    return SimpleNamespace(case=case, model=model, folders=folders, tensors=case.tensors)
+
+
+def greedy(folder, encoded, n_durations, max_symbols):
+    """Tokens and frames, as a client finds them in encoded (D, T'): the blank starts, a duration is
+    its index."""
+    step = session(folder / "decoder_joint-model.onnx")
+    shapes = {x.name: x.shape for x in step.get_inputs()}
+    layers, _, hidden = shapes["input_states_1"]
+    state = [np.zeros((layers, 1, hidden), np.float32)] * 2
+    blank = len((folder / "vocab.txt").read_text(encoding="utf-8").splitlines()) - 1
+    tokens, frames, t, here = [], [], 0, 0
+    while t < encoded.shape[1]:
+        inputs = {
+            "encoder_outputs": encoded[None, :, t : t + 1],
+            "targets": np.array([[tokens[-1] if tokens else blank]], np.int32),
+            "target_length": np.array([1], np.int32),
+            "input_states_1": state[0],
+            "input_states_2": state[1],
+        }
+        names = ["outputs", "output_states_1", "output_states_2"]
+        logits, *after = step.run(names, inputs)
+        logits = logits.squeeze()
+        assert logits.shape == (blank + 1 + n_durations,)
+        token = int(logits[: blank + 1].argmax())
+        jump = int(logits[blank + 1 :].argmax()) if n_durations else 0
+        if token != blank:
+            tokens.append(token)
+            frames.append(t)
+            state, here = after, here + 1
+        if jump:
+            t, here = t + jump, 0
+        elif token == blank or here == max_symbols:
+            t, here = t + 1, 0
+    return tokens, frames
+
+
+def test_graphs_equal_nemo(exported):
+    """Encoder, log-probabilities and greedy tokens, from NeMo's features, clips padded together."""
+    tensors, case = exported.tensors, exported.case
+    features, lengths = tensors["features"], tensors["features_len"]
+    inputs = {"audio_signal": features.numpy(), "length": lengths.numpy().astype(np.int64)}
+    for head, folder in exported.folders.items():
+        config = json.loads((folder / "config.json").read_text())
+        assert config["model_type"] == f"nemo-conformer-{head}"
+        hypotheses = exported.model.decode(tensors["encoded"], tensors["encoded_len"], head)
+        if (folder / "model.onnx").exists():
+            (log_probs,) = session(folder / "model.onnx").run(["logprobs"], inputs)
+            n_frames = (inputs["length"] - 1) // config["subsampling_factor"] + 1
+            assert n_frames.tolist() == tensors["encoded_len"].tolist()
+            for row, n in enumerate(n_frames):
+                there = tensors["ctc_log_probs"][row, :n].numpy()
+                assert np.abs(log_probs[row, :n] - there).max() < 2e-4
+            continue
+        names = ["outputs", "encoded_lengths"]
+        encoded, n_frames = session(folder / "encoder-model.onnx").run(names, inputs)
+        assert n_frames.tolist() == tensors["encoded_len"].tolist()
+        tolerance = case.expected["suggested_tolerance"]["encoded"]
+        for row, (n, hypothesis) in enumerate(zip(n_frames, hypotheses, strict=True)):
+            there = tensors["encoded"][row, :n].numpy()
+            assert np.abs(encoded[row, :, :n].T - there).max() < tolerance
+            n_durations = len(exported.model.config.loss.durations)
+            limit = config["max_tokens_per_step"]
+            tokens, frames = greedy(folder, encoded[row, :, :n], n_durations, limit)
+            assert tokens == hypothesis.tokens and frames == hypothesis.frames
+
+
+def encoder_of(exported):
+    """A session that gives (B, T', D or V+1), and the same by the model."""
+    folder = next(iter(exported.folders.values()))
+    is_ctc = (folder / "model.onnx").exists()
+    run = session(folder / ("model.onnx" if is_ctc else "encoder-model.onnx"))
+
+    def theirs(features, lengths):
+        out = run.run(None, {"audio_signal": features.numpy(), "length": lengths.numpy()})[0]
+        return out if is_ctc else out.transpose(0, 2, 1)
+
+    @torch.no_grad()
+    def ours(features, lengths):
+        encoded, n = exported.model.encode(features, lengths)
+        return (exported.model.ctc_log_probs(encoded) if is_ctc else encoded).numpy(), n
+
+    return theirs, ours
+
+
+@pytest.mark.parametrize("lengths", [(1, 1), (8, 3), (17, 9), (2003, 1999)])
+def test_any_length(exported, lengths):
+    """Graphs were traced with 97 frames: fewer and many more, the shorter clip padded."""
+    theirs, ours = encoder_of(exported)
+    torch.manual_seed(0)
+    features = torch.randn(2, exported.model.config.encoder.feat_in, max(lengths))
+    expected, n_frames = ours(features, torch.tensor(lengths))
+    found = theirs(features, torch.tensor(lengths))
+    for row, n in enumerate(n_frames.tolist()):
+        assert np.abs(found[row, :n] - expected[row, :n]).max() < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case, minutes", [("hybrid_tdt_ctc_bpe", 10), ("local_attn_g0", 30)])
+def test_long_audio_gives_our_text(case, minutes, tmp_path):
+    """NeMo's own export fails at 400 s, where its table of positions ends."""
+    model = load_model(golden(case) / "model.nemo")
+    onnx_asr.export(model, "ctc", tmp_path / "x")
+    torch.manual_seed(1)
+    clip = torch.randn(1, minutes * 60 * 16000) * 0.05
+    lengths = torch.tensor([clip.shape[1]])
+    with torch.no_grad():
+        features, lengths = model.featurize(clip, lengths)
+        encoded, n = model.encode(features, lengths)
+        expected = model.decode(encoded, n, "ctc")[0].tokens
+    inputs = {"audio_signal": features.numpy(), "length": lengths.numpy()}
+    (found,) = session(tmp_path / "x" / "model.onnx").run(None, inputs)
+    best = torch.from_numpy(found[0, : int(n)]).argmax(-1).unique_consecutive()
+    assert [t for t in best.tolist() if t != model.blank_id] == expected
+    assert len(expected) > minutes
+
+
+def test_int8_is_of_matrix_products_only(tmp_path):
+    model = load_model(golden("hybrid_tdt_ctc_bpe") / "model.nemo")
+    onnx_asr.export(model, "tdt", tmp_path / "x")
+    onnx_asr.export(model, "tdt", tmp_path / "x", int8=True)
+    names = {file.name for file in (tmp_path / "x").iterdir()}
+    parts = ("encoder-model", "decoder_joint-model")
+    files = {f"{part}{kind}.onnx" for part in parts for kind in ("", ".int8")}
+    assert names == {*files, "config.json", "vocab.txt"}
+    graphs = {}
+    for kind in ("", ".int8"):
+        graph = onnx.load(tmp_path / "x" / f"encoder-model{kind}.onnx").graph
+        graphs[kind] = [node.op_type for node in graph.node]
+    assert graphs[".int8"].count("Conv") == graphs[""].count("Conv") > 0
+    # of each layer: 2 x 2 feed-forward, 5 attention, 2 pointwise; and the subsampling's
+    n_products = 11 * model.config.encoder.n_layers + 1
+    assert graphs[".int8"].count("MatMulInteger") == n_products
+    # a scale for each of a weight's outputs
+    document = onnx.load(tmp_path / "x" / "encoder-model.int8.onnx")
+    scales = [t.dims for t in document.graph.initializer if t.name.endswith("_scale")]
+    assert all(len(dims) == 1 and dims[0] >= 32 for dims in scales) and scales
+
+
+def test_weights_beyond_a_files_limit_lie_beside_it(tmp_path, monkeypatch):
+    model = load_model(golden("ctc_bpe") / "model.nemo")
+    onnx_asr.export(model, "ctc", tmp_path / "one")
+    monkeypatch.setattr("fastconformer.export.onnx_files.MAX_FILE_BYTES", 100_000)
+    onnx_asr.export(model, "ctc", tmp_path / "two")
+    assert (tmp_path / "two" / "model.onnx.data").stat().st_size > 100_000
+    assert (tmp_path / "two" / "model.onnx").stat().st_size < 500_000
+    inputs = {"audio_signal": np.ones((1, 80, 50), np.float32), "length": np.array([50])}
+    one, two = (session(tmp_path / n / "model.onnx").run(None, inputs)[0] for n in ("one", "two"))
+    assert np.array_equal(one, two)
+
+
+def test_sherpa_onnx_folder(tmp_path):
+    """Every key that it reads: it ends the process where one is missing."""
+    model = load_model(golden("hybrid_tdt_ctc_bpe") / "model.nemo")
+    for head in model.heads:
+        sherpa_onnx.export(model, head, tmp_path / head)
+    tokens = (tmp_path / "tdt" / "tokens.txt").read_text(encoding="utf-8").splitlines()
+    assert len(tokens) == model.config.vocab_size + 1 and tokens[-1] == "<blk> 1024"
+    assert len((tmp_path / "tdt" / "bpe.vocab").read_text(encoding="utf-8").splitlines()) == 1024
+    encoder = onnx.load(tmp_path / "tdt" / "encoder.onnx")
+    metadata = {item.key: item.value for item in encoder.metadata_props}
+    wanted = {"vocab_size": "1024", "subsampling_factor": "8", "normalize_type": "per_feature"}
+    wanted |= {"pred_rnn_layers": "1", "pred_hidden": "40", "feat_dim": "80", "is_giga_am": "0"}
+    assert wanted.items() <= metadata.items() and "tdt" in metadata["url"]
+    assert {"model_type", "version", "model_author", "comment"} <= metadata.keys()
+    joiner = session(tmp_path / "tdt" / "joiner.onnx")
+    assert joiner.get_outputs()[0].shape[-1] == 1024 + 1 + 5
+    decoder = session(tmp_path / "tdt" / "decoder.onnx")
+    assert [x.type for x in decoder.get_inputs()][:2] == ["tensor(int32)"] * 2
+    ctc = onnx.load(tmp_path / "ctc" / "model.onnx")
+    assert "tdt" not in {item.key: item.value for item in ctc.metadata_props}["url"]
+
+
+@pytest.mark.parametrize("client", ["onnx-asr", "sherpa-onnx"])
+def test_refused_before_a_byte_is_written(client, tmp_path, capsys):
+    refusals = {"onnx-asr": [("stream_ctc", "normalize is 'NA'")], "sherpa-onnx": []}
+    refusals[client] += [("birwkv7_encoder", "rwkv7_attn")]
+    for case, reason in refusals[client]:
+        words = [golden(case) / "model.nemo", "-o", tmp_path / "x", "--for", client]
+        assert converters.st2onnx.main(list(map(str, words))) == 1
+        message = capsys.readouterr().err
+        assert reason in message and message.count("\n") == 1
+        assert list(tmp_path.iterdir()) == []
