@@ -3,14 +3,14 @@
 Needs the client itself: onnx-asr, sherpa-onnx or transformers.
 """
 
-import argparse
+import importlib
 import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from converters import run
+from fastconformer import cli
 
 AUDIO = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".m4a")
 
@@ -26,26 +26,25 @@ class Export:
 
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m converters.check_export",
-        description=f"{__doc__} White space apart, every text should be the same, except with "
-        "sherpa-onnx, which computes other features.",
-        epilog="example: python -m converters.check_export parakeet-onnx --model parakeet.nemo "
-        "--audio clips",
+    parser = cli.parser(
+        "converters.check_export",
+        f"{__doc__} White space\napart every text should be the same, but with sherpa-onnx, which "
+        "computes other features.",
+        "parakeet-onnx --model parakeet.nemo --audio clips",
     )
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="what st2onnx or st2hf wrote")
     parser.add_argument("--model", required=True, help="the model that was exported")
     parser.add_argument("--audio", type=Path, required=True, metavar="DIR", help="clips to try")
     parser.add_argument("--int8", action="store_true", help="the folder's files of 8 bits")
     args = parser.parse_args(argv)
-    return run("check_export", lambda: check(args.folder, args.model, args.audio, args.int8))
+    return cli.run("check_export", lambda: check(args.folder, args.model, args.audio, args.int8))
 
 
 def check(folder: Path, model: str, audio: Path, int8: bool = False) -> None:
     """Prints each text that differs, and how many agree."""
     from fastconformer import load_model
     from fastconformer.audio.files import load_audio
-    from fastconformer.text.metrics import error_rate
+    from fastconformer.text.metrics import word_errors
 
     export = read_export(folder, int8)
     paths = sorted(p for p in audio.rglob("*") if p.suffix.lower() in AUDIO)
@@ -65,11 +64,10 @@ def check(folder: Path, model: str, audio: Path, int8: bool = False) -> None:
     for path, our, their in zip(paths, ours, theirs, strict=True):
         if our.split() != their.split():
             differing += 1
-            print(f"{path}\n  ours    {our}\n  {export.client:7s} {their}")
+            print(f"{path}\n  ours    {our}\n  {export.client} {their}")
     print(
-        f"{len(paths) - differing} of {len(paths)} texts agree, head {export.head}, "
-        f"{export.client}; word distance "
-        f"{error_rate(ours, theirs)}"
+        f"{export.client}, head {export.head}: {len(paths) - differing} of {len(paths)} texts are "
+        f"ours; {word_errors(ours, theirs).rate:.2%} of our words are others"
     )
 
 
@@ -89,17 +87,22 @@ def read_export(folder: Path, int8: bool = False) -> Export:
     raise ValueError(f"{folder}/config.json: model_type is {kind!r}, of no client known here")
 
 
-def _onnx_asr(folder: Path, head: str, int8: bool) -> Export:
-    import onnx_asr
+def _client(module: str, package: str):
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise ValueError(f"this needs the client itself: pip install {package}") from None
 
+
+def _onnx_asr(folder: Path, head: str, int8: bool) -> Export:
+    onnx_asr = _client("onnx_asr", "onnx-asr[cpu]")
     quantization = "int8" if int8 else None
     client = onnx_asr.load_model(f"nemo-conformer-{head}", folder, quantization=quantization)
     return Export("onnx-asr", head, lambda clips: [client.recognize(clip) for clip in clips])
 
 
 def _sherpa_onnx(folder: Path, int8: bool) -> Export:
-    import onnx
-    import sherpa_onnx
+    onnx, sherpa_onnx = _client("onnx", "onnx"), _client("sherpa_onnx", "sherpa-onnx")
 
     def file(name: str) -> Path:
         return folder / f"{name}{'.int8' if int8 else ''}.onnx"

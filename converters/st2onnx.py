@@ -1,19 +1,17 @@
 """A model to a folder of ONNX files that onnx-asr or sherpa-onnx loads."""
 
-import argparse
 import sys
 from pathlib import Path
 
-from converters import run
+from fastconformer import cli
 
 
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m converters.st2onnx",
-        description=f"{__doc__} What the client cannot run is refused before anything is written.",
-        epilog="example: python -m converters.st2onnx parakeet.nemo -o parakeet-onnx "
-        "--for onnx-asr --head tdt",
+    parser = cli.parser(
+        "converters.st2onnx",
+        f"{__doc__} What the client cannot run is refused\nbefore anything is written.",
+        "parakeet.nemo -o parakeet-onnx --for onnx-asr --head tdt",
     )
     parser.add_argument("model", metavar="MODEL", help="whatever load_model takes")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER")
@@ -26,7 +24,7 @@ def main(argv: list[str] | None = None) -> int:
         "beside those of 32 bits if the folder has them",
     )
     args = parser.parse_args(argv)
-    return run(
+    return cli.run(
         "st2onnx", lambda: convert(args.model, args.output, args.client, args.head, args.int8)
     )
 

@@ -47,7 +47,7 @@ class EncoderCTC(nn.Module):
     def __init__(self, model: ASRModel):
         super().__init__()
         self.encoder = traceable(model.encoder)
-        layer = model.ctc_head.decoder_layers[0]
+        layer = model.frame_head.module.decoder_layers[0]
         self.weight, self.bias = nn.Parameter(layer.weight.detach()[..., 0]), layer.bias
 
     def forward(self, audio_signal: torch.Tensor, length: torch.Tensor):

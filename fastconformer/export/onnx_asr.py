@@ -14,7 +14,7 @@ from .graphs import ctc_graph, decoder_joint_graph, encoder_graph
 from .onnx_files import require_packages, write_graph
 
 _TRANSDUCER = {"encoder-model": encoder_graph, "decoder_joint-model": decoder_joint_graph}
-GRAPHS = {"ctc": {"model": ctc_graph}, "rnnt": _TRANSDUCER, "tdt": _TRANSDUCER}
+GRAPHS = {"ctc": {"model": ctc_graph}, "transducer": _TRANSDUCER}  # by the head's family
 
 FRONT_END = {
     "sample_rate": (16000,),
@@ -44,12 +44,13 @@ def export(model: ASRModel, head: str, folder: Path, int8: bool = False) -> None
     """
     require_packages()
     config = model.config
-    if head not in GRAPHS:
-        raise ValueError(f"onnx-asr has no models with head {head!r}; it has {', '.join(GRAPHS)}")
+    family = model.head(head).family
+    if family not in GRAPHS:
+        raise ValueError(f"onnx-asr takes heads of {' and '.join(GRAPHS)}, {head} is none")
     check_front_end("onnx-asr", config.preprocessor, FRONT_END)
     check_durations(config)
     vocabulary = vocabulary_lines(model, spoken_unknown=True)
-    graphs = {name: graph(model) for name, graph in GRAPHS[head].items()}
+    graphs = {name: graph(model) for name, graph in GRAPHS[family].items()}
     # it works out a CTC model's frames by itself; a transducer's encoder tells their number
     encoder = config.encoder
     rounds_up = not encoder.causal_downsampling and (

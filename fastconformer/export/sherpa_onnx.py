@@ -15,9 +15,9 @@ from .graphs import ctc_graph, decoder_graph, encoder_graph, joiner_graph
 from .onnx_files import require_packages, write_graph
 
 _TRANSDUCER = {"encoder": encoder_graph, "decoder": decoder_graph, "joiner": joiner_graph}
-GRAPHS = {"ctc": {"model": ctc_graph}, "rnnt": _TRANSDUCER, "tdt": _TRANSDUCER}
-# the model's kind as sherpa-onnx tells it from others; "tdt" in the url makes it a TDT
-KINDS = {"ctc": "EncDecCTCModelBPE", "rnnt": "EncDecRNNTBPEModel", "tdt": "EncDecRNNTBPEModel"}
+# By the head's family: the graphs, and the class that sherpa-onnx tells the kind by.
+GRAPHS = {"ctc": {"model": ctc_graph}, "transducer": _TRANSDUCER}
+CLASSES = {"ctc": "EncDecCTCModelBPE", "transducer": "EncDecRNNTBPEModel"}
 
 FRONT_END = {"sample_rate": (16000,), "window_samples": (400,), "hop_samples": (160,)}
 NORMALIZATIONS = {"per_feature": "per_feature", "NA": "", None: ""}
@@ -29,14 +29,15 @@ def export(model: ASRModel, head: str, folder: Path, int8: bool = False) -> None
     ValueError: sherpa-onnx cannot run it, with the reason; nothing is written then.
     """
     require_packages()
-    if head not in GRAPHS:
-        raise ValueError(f"sherpa-onnx has no place for head {head!r}; for {', '.join(GRAPHS)}")
+    family = model.head(head).family
+    if family not in GRAPHS:
+        raise ValueError(f"sherpa-onnx takes heads of {' and '.join(GRAPHS)}, {head} is none")
     config = model.config
     check_front_end("sherpa-onnx", config.preprocessor, FRONT_END)
     check_durations(config)
     vocabulary = vocabulary_lines(model)
-    metadata = _metadata(config, head)
-    graphs = {name: graph(model) for name, graph in GRAPHS[head].items()}
+    metadata = _metadata(config, head, CLASSES[family])
+    graphs = {name: graph(model) for name, graph in GRAPHS[family].items()}
     suffix = ".int8" if int8 else ""
     with filled_folder(folder) as new:
         for name, graph in graphs.items():
@@ -45,7 +46,7 @@ def export(model: ASRModel, head: str, folder: Path, int8: bool = False) -> None
         (new / "bpe.vocab").write_text(_scores(model), encoding="utf-8", newline="\n")
 
 
-def _metadata(config: ModelConfig, head: str) -> dict[str, str | int]:
+def _metadata(config: ModelConfig, head: str, class_name: str) -> dict[str, str | int]:
     normalize = config.preprocessor.normalize
     if not isinstance(normalize, str | None) or normalize not in NORMALIZATIONS:
         raise ValueError(
@@ -55,12 +56,12 @@ def _metadata(config: ModelConfig, head: str) -> dict[str, str | int]:
         "vocab_size": config.vocab_size,
         "subsampling_factor": config.encoder.frame_factor,
         "normalize_type": NORMALIZATIONS[normalize],
-        "model_type": KINDS[head],
+        "model_type": class_name,
         "feat_dim": config.preprocessor.features,
         "is_giga_am": 0,
         "version": 1,
         "model_author": "NeMo",
-        "url": f"https://huggingface.co/nvidia {head}",
+        "url": f"https://huggingface.co/nvidia {head}",  # "tdt" in it makes a transducer a TDT
         "comment": f"exported by fastconformer, head {head}",
     }
     if config.decoder:
