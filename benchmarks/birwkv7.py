@@ -152,11 +152,11 @@ def long_recording(arguments) -> dict:
     import numpy as np
     import torch
 
-    from converters.to_birwkv7 import to_birwkv7
     from fastconformer import load_model
     from fastconformer.audio.files import load_audio
     from fastconformer.load import model_of
     from fastconformer.recordings.memory import memory_estimate
+    from fastconformer.surgery.birwkv7 import to_birwkv7
 
     torch.set_num_threads(arguments.threads)
     model = load_model(arguments.model)
@@ -192,10 +192,10 @@ def transcription_memory(attention: str, dtype: str, minutes: float, arguments) 
     import numpy as np
     import torch
 
-    from converters.to_birwkv7 import to_birwkv7
     from fastconformer import load_model
     from fastconformer.load import model_of
     from fastconformer.recordings.memory import memory_estimate
+    from fastconformer.surgery.birwkv7 import to_birwkv7
 
     torch.set_num_threads(arguments.threads)
     model = load_model(arguments.model)

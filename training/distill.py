@@ -34,13 +34,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from converters.to_birwkv7 import to_birwkv7
 from fastconformer import ASRModel, cli, load_model
 from fastconformer.audio.files import load_audio
 from fastconformer.checkpoint.files import atomic_file
 from fastconformer.checkpoint.folder import write_folder
 from fastconformer.formats.manifest import Clip, read_manifest
 from fastconformer.load import model_of
+from fastconformer.surgery.birwkv7 import to_birwkv7
 from fastconformer.text.metrics import word_errors
 from training.loop.console import Lines, Stopped, stop_signals
 from training.loop.run_folder import append_line, keep_lines_until

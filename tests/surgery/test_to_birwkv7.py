@@ -5,10 +5,10 @@ import torch
 from conftest import golden
 
 import converters.to_birwkv7
-from converters.to_birwkv7 import default_head_size, to_birwkv7
 from fastconformer import load_model
 from fastconformer.checkpoint.read import read_checkpoint
 from fastconformer.load import model_of
+from fastconformer.surgery.birwkv7 import default_head_size, to_birwkv7
 from training.recipe.sections import EncoderRecipe, LossRecipe, ModelRecipe
 from training.setup.start import build_model
 

@@ -141,8 +141,8 @@ def test_what_cannot_be_done(recipe, tmp_path, capsys):
 
 
 def test_every_block_gets_its_own_loss():
-    from converters.to_birwkv7 import to_birwkv7
     from fastconformer.load import model_of
+    from fastconformer.surgery.birwkv7 import to_birwkv7
 
     teacher = load_model(golden("hybrid_tdt_ctc_bpe") / "model.nemo")
     student = model_of(to_birwkv7(teacher.to_checkpoint()))

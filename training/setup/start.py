@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 from yaml import YAMLError
 
-from converters.to_birwkv7 import to_birwkv7
 from fastconformer import ASRModel, ModelConfig, load_model
 from fastconformer.checkpoint.yaml_config import check_yaml_depth
 from fastconformer.load import model_of
 from fastconformer.networks.conformer import ConformerEncoder
+from fastconformer.surgery.birwkv7 import to_birwkv7
 from fastconformer.surgery.sample_rate import with_sample_rate
 from fastconformer.surgery.vocabulary import change_vocabulary, with_vocabulary
 from fastconformer.text.tokenizer import (
