@@ -11,18 +11,21 @@ def check(checkpoint: "Checkpoint") -> str:
     Returns a line that describes the model."""
     # Imported here: --help and bad usage need no torch.
     from fastconformer.config import ModelConfig
+    from fastconformer.heads import check_vocabulary
     from fastconformer.load import check_state_dict
     from fastconformer.text.tokenizer import load_tokenizer
 
     config = ModelConfig.from_nemo(checkpoint.config)
     check_state_dict(config, checkpoint.state_dict)
-    tokenizer = load_tokenizer(checkpoint.config, checkpoint.tokenizer_files)
-    if tokenizer.vocab_size != config.vocab_size:
-        raise ValueError(
-            f"the tokenizer has {tokenizer.vocab_size} pieces, the heads {config.vocab_size}"
-        )
+    check_vocabulary(config, load_tokenizer(checkpoint.config, checkpoint.tokenizer_files))
+    beside = ""
+    if checkpoint.aligner:
+        try:
+            beside = f"\nwith a model for times: {check(checkpoint.aligner)}"
+        except ValueError as error:
+            raise ValueError(f"the CTC model for times: {error}") from None
     n_values = sum(tensor.numel() for tensor in checkpoint.state_dict.values())
     return (
         f"{config.class_name}, heads {' '.join(config.heads)}, {n_values / 1e6:.2f} M parameters "
-        f"and statistics, {config.vocab_size} tokens, {config.sample_rate} Hz"
+        f"and statistics, {config.vocab_size} tokens, {config.sample_rate} Hz{beside}"
     )

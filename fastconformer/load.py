@@ -53,6 +53,8 @@ def model_of(
     # the tensors become the parameters: no second copy of the weights
     model.load_state_dict(checkpoint.state_dict, assign=True)
     model.tie()
+    if checkpoint.aligner:
+        model.__dict__["aligner"] = _aligner_of(checkpoint.aligner, device, dtype, stft_pad)
     model.requires_grad_(True)
     if not (isinstance(dtype, torch.dtype) and (dtype.is_floating_point or dtype == torch.int8)):
         raise ValueError(f"dtype is {dtype!r}, expected torch.float32, bfloat16 or int8")
@@ -60,6 +62,16 @@ def model_of(
         raise ValueError(f"dtype int8 is for CPUs, device is {device}; use bfloat16 there")
     _cast(model, dtype)
     return model.to(device).eval()
+
+
+def _aligner_of(checkpoint: Checkpoint, *options) -> ASRModel:
+    try:
+        aligner = model_of(checkpoint, *options)
+        if aligner.frame_head is None:
+            raise ValueError(f"it has {', '.join(aligner.heads)}, expected a CTC head")
+    except ValueError as error:
+        raise ValueError(f"the CTC model for times: {error}") from None
+    return aligner
 
 
 def check_state_dict(config: ModelConfig, state_dict: dict[str, torch.Tensor]):

@@ -255,7 +255,9 @@ class ASRModel(nn.Module):
         the weights are int8."""
         if any(isinstance(getattr(m, "weight", None), Int8Weight) for m in self.modules()):
             raise ValueError("an int8 model cannot be saved; load it with another dtype for that")
-        return Checkpoint(self.config.nemo, self.state_dict(), self.tokenizer_files)
+        aligner = self.aligner and self.aligner.to_checkpoint()
+        files = self.tokenizer_files
+        return Checkpoint(self.config.nemo, self.state_dict(), files, aligner=aligner)
 
     def save(self, folder: str | Path):
         """Writes config.json, model.safetensors and the tokenizer's files to `folder`."""

@@ -7,6 +7,7 @@ import torch
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+ALIGNER = "timestamps_asr_model"  # NeMo's name for the second model, ours for its folder
 
 
 @dataclass
@@ -19,12 +20,14 @@ class Checkpoint:
     tokenizer_files: content of every file that the config names, by clean name
         ("tokenizer.model", "vocab.txt", "tokenizer.vocab", ...).
     dropped: members of the archive that the config does not name and that were not read.
+    aligner: a second model that the checkpoint holds, with a CTC head for words' times.
     """
 
     config: dict
     state_dict: dict[str, torch.Tensor]
     tokenizer_files: dict[str, bytes]
     dropped: tuple[str, ...] = ()
+    aligner: "Checkpoint | None" = None
 
 
 def artifacts(config: dict) -> dict[str, str]:
@@ -73,7 +76,7 @@ def check_files(checkpoint: Checkpoint) -> None:
 
 def check_plain_name(name: str, what: str) -> None:
     plain = name and name not in (".", "..") and not set(name) & set("/\\\0:")
-    if not plain or name.lower() in (CONFIG_FILE, WEIGHTS_FILE):
+    if not plain or name.lower() in (CONFIG_FILE, WEIGHTS_FILE, ALIGNER):
         raise ValueError(f"{what}: {name!r} is not a plain file name inside the folder")
 
 

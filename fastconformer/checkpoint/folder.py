@@ -3,7 +3,8 @@
 It holds `config.json` ({"format_version": 1, "nemo_config": {...}}), `model.safetensors`, and the
 tokenizer files under the names that the config gives them: `tokenizer.model_path:
 nemo:tokenizer.model` is the file `tokenizer.model` of the folder. The config is NeMo's
-`model_config.yaml` and the tensors carry NeMo's names, so no key map exists.
+`model_config.yaml` and the tensors carry NeMo's names, so no key map exists. A second model for
+words' times is a converted folder in the folder, `timestamps_asr_model`; config.json says so.
 
 JSON has no word for infinity; `config.json` spells it `Infinity`, as Python's json module does
 (NeMo's decoding section has `unk_weight: -.inf`).
@@ -18,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from .contents import (
+    ALIGNER,
     CONFIG_FILE,
     WEIGHTS_FILE,
     Checkpoint,
@@ -46,6 +48,11 @@ def write_folder(folder: str | os.PathLike, checkpoint: Checkpoint) -> None:
     _check_json(checkpoint.config)
     document = {"format_version": FORMAT_VERSION, "nemo_config": checkpoint.config}
 
+    if checkpoint.aligner:
+        document[ALIGNER] = True  # else a folder of an earlier model would be taken for this one's
+        if folder.is_dir():
+            write_folder(folder / ALIGNER, checkpoint.aligner)
+
     # Inside an existing folder, which may be a file system of its own; beside a new one.
     parent = folder if folder.is_dir() else folder.parent
     with work_folder(parent, folder.name) as work:
@@ -64,6 +71,8 @@ def write_folder(folder: str | os.PathLike, checkpoint: Checkpoint) -> None:
             for name in names:
                 os.replace(new / name, folder / name)
         else:
+            if checkpoint.aligner:
+                write_folder(new / ALIGNER, checkpoint.aligner)
             sync(new)
             os.rename(new, folder)
         sync(parent)
@@ -100,7 +109,12 @@ def read_folder(folder: Path) -> Checkpoint:
         state_dict = load_file(weights_path, device="cpu")
     except SafetensorError as error:
         raise ValueError(f"{weights_path} is damaged or truncated: {error}") from None
-    return Checkpoint(config, state_dict, files)
+    aligner = None
+    if document.get(ALIGNER):
+        if not (folder / ALIGNER).is_dir():
+            raise ValueError(f"{folder} holds no {ALIGNER}/, which its config names")
+        aligner = read_folder(folder / ALIGNER)
+    return Checkpoint(config, state_dict, files, aligner=aligner)
 
 
 def _check_json(value, key: str = "") -> None:

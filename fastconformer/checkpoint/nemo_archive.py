@@ -26,6 +26,7 @@ from pathlib import Path, PurePosixPath
 import torch
 
 from .contents import (
+    ALIGNER,
     CONFIG_FILE,
     WEIGHTS_FILE,
     Checkpoint,
@@ -38,6 +39,7 @@ from .files import sync, work_folder
 from .yaml_config import CONFIG_MEMBER, dump_config, load_config
 
 WEIGHTS_MEMBER = "model_weights.ckpt"
+ALIGNER_MEMBERS = f"{ALIGNER}_config.yaml", f"{ALIGNER}_weights.ckpt"
 MAX_CONFIG_BYTES = 64 << 20
 
 logger = logging.getLogger(__name__)
@@ -74,19 +76,34 @@ def read_nemo(path: str | os.PathLike) -> Checkpoint:
 
 def _read_members(tar: tarfile.TarFile, folder: Path) -> Checkpoint:
     members = _safe_members(tar)
-    for name in (CONFIG_MEMBER, WEIGHTS_MEMBER):
+    checkpoint, read = _read_model(tar, members, folder, CONFIG_MEMBER, WEIGHTS_MEMBER)
+    if any(name in members for name in ALIGNER_MEMBERS):
+        try:
+            checkpoint.aligner, more = _read_model(tar, members, folder, *ALIGNER_MEMBERS)
+        except ValueError as error:
+            raise ValueError(f"the CTC model for times: {error}") from error
+        read |= more
+    checkpoint.dropped = tuple(name for name in members if name not in read)
+    return checkpoint
+
+
+def _read_model(
+    tar: tarfile.TarFile, members: dict, folder: Path, config_member: str, weights_member: str
+) -> tuple[Checkpoint, set[str]]:
+    """One model of the archive, and the members that were read for it."""
+    for name in (config_member, weights_member):
         if name not in members:
             raise ValueError(_missing(name, members))
-    if members[CONFIG_MEMBER].size > MAX_CONFIG_BYTES:
-        raise ValueError(f"{CONFIG_MEMBER} is larger than {MAX_CONFIG_BYTES >> 20} MiB")
+    if members[config_member].size > MAX_CONFIG_BYTES:
+        raise ValueError(f"{config_member} is larger than {MAX_CONFIG_BYTES >> 20} MiB")
     config_path = folder / "config"
-    _extract(tar, members[CONFIG_MEMBER], config_path)
+    _extract(tar, members[config_member], config_path)
     config = load_config(config_path.read_bytes())
 
     wanted = {}
     for key, name in artifacts(config).items():
         wanted[key] = str(PurePosixPath(name))
-        if wanted[key] not in members.keys() - {CONFIG_MEMBER, WEIGHTS_MEMBER}:
+        if wanted[key] not in members.keys() - {config_member, weights_member}:
             raise ValueError(f"{key} names {name}, which the archive does not hold")
     tokenizer = config.get("tokenizer")
     if isinstance(tokenizer, dict) and not any(key.startswith("tokenizer.") for key in wanted):
@@ -95,18 +112,18 @@ def _read_members(tar: tarfile.TarFile, folder: Path) -> Checkpoint:
         )
 
     clean = _clean_names(wanted.values())
-    needed = {WEIGHTS_MEMBER, *clean}
+    needed = {weights_member, *clean}
     # In the archive's order: a compressed one is read once, not once a member.
     for index, name in enumerate(name for name in members if name in needed):
-        target = folder / ("weights" if name == WEIGHTS_MEMBER else f"file{index}")
+        target = folder / (weights_member if name == weights_member else f"file{index}")
         _extract(tar, members[name], target)
-        if name != WEIGHTS_MEMBER:
+        if name != weights_member:
             clean[name] = (clean[name], target.read_bytes())
             target.unlink()
     files = dict(clean.values())
     config = rename_artifacts(config, lambda key, _: clean[wanted[key]][0])
-    dropped = tuple(name for name in members if name not in needed | {CONFIG_MEMBER})
-    return Checkpoint(config, _load_weights(folder / "weights"), files, dropped)
+    weights = _load_weights(folder / weights_member)
+    return Checkpoint(config, weights, files), needed | {config_member}
 
 
 def _safe_members(tar: tarfile.TarFile) -> dict[str, tarfile.TarInfo]:
@@ -170,29 +187,27 @@ def _load_weights(path: Path) -> dict[str, torch.Tensor]:
         names = re.search(r"GLOBAL (\S+)", str(error))
         reason = f"it asks for {names[1]}" if names else "it holds more than that"
         raise ValueError(
-            f"refusing {WEIGHTS_MEMBER}: only plain tensors are unpickled, and {reason}"
+            f"refusing {path.name}: only plain tensors are unpickled, and {reason}"
         ) from error
     except (MemoryError, OSError):
         raise
     except Exception as error:  # torch raises anything on damaged bytes
         reason = str(error).strip().partition("\n")[0]
-        raise ValueError(f"{WEIGHTS_MEMBER} is damaged: {reason}") from error
+        raise ValueError(f"{path.name} is damaged: {reason}") from error
     if not isinstance(state, dict) or not state:
-        raise ValueError(
-            f"{WEIGHTS_MEMBER} holds a {type(state).__name__}, expected tensors by name"
-        )
+        raise ValueError(f"{path.name} holds a {type(state).__name__}, expected tensors by name")
     for name, tensor in state.items():
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
             raise ValueError(
-                f"{WEIGHTS_MEMBER}: {name!r} is a {type(tensor).__name__}, expected a tensor"
+                f"{path.name}: {name!r} is a {type(tensor).__name__}, expected a tensor"
             )
         if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
-            raise ValueError(f"{WEIGHTS_MEMBER}: tensor {name} is not dense")
+            raise ValueError(f"{path.name}: tensor {name} is not dense")
         # A stride of zero lets a few bytes claim any size.
         if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-            raise ValueError(f"{WEIGHTS_MEMBER}: tensor {name} is larger than its data")
+            raise ValueError(f"{path.name}: tensor {name} is larger than its data")
     if not mappable:
-        logger.warning("%s is in an old format: it was copied into memory", WEIGHTS_MEMBER)
+        logger.warning("%s is in an old format: it was copied into memory", path.name)
     return {name: tensor.detach() for name, tensor in state.items()}
 
 
@@ -214,24 +229,38 @@ def write_nemo(path: str | os.PathLike, checkpoint: Checkpoint) -> None:
     path = Path(path)
     if path.is_dir():
         raise ValueError(f"{path} is a folder; give the name of a .nemo file")
-    check_files(checkpoint)
-    files = checkpoint.tokenizer_files
-    members = {name: f"{hashlib.md5(files[name]).hexdigest()}_{name}" for name in files}
-    text = dump_config(rename_artifacts(checkpoint.config, lambda _, name: members[name]))
-
+    models = [(checkpoint, CONFIG_MEMBER, WEIGHTS_MEMBER)]
+    if checkpoint.aligner:
+        models.append((checkpoint.aligner, *ALIGNER_MEMBERS))
+    for model, _, _ in models:
+        check_files(model)
+    written = set()  # files of the same name and content are one member
     with work_folder(path.parent, path.name) as work:
-        # torch.save puts the file's stem inside the file, so the name is part of the bytes.
-        weights, archive = work / WEIGHTS_MEMBER, work / "archive"
-        torch.save(dense_tensors(checkpoint.state_dict), weights)
+        archive = work / "archive"
         with tarfile.open(archive, "w:") as tar:
-            _add(tar, CONFIG_MEMBER, io.BytesIO(text), len(text))
-            for name, content in files.items():
-                _add(tar, members[name], io.BytesIO(content), len(content))
-            with weights.open("rb") as file:
-                _add(tar, WEIGHTS_MEMBER, file, weights.stat().st_size)
+            for model, config_member, weights_member in models:
+                text, files = _config_and_files(model)
+                _add(tar, config_member, io.BytesIO(text), len(text))
+                for name in (name for name in files if name not in written):
+                    _add(tar, name, io.BytesIO(files[name]), len(files[name]))
+                written |= files.keys()
+                # torch.save puts the file's stem inside the file: the name is part of the bytes
+                weights = work / weights_member
+                torch.save(dense_tensors(model.state_dict), weights)
+                with weights.open("rb") as file:
+                    _add(tar, weights_member, file, weights.stat().st_size)
+                weights.unlink()
         sync(archive)
         os.replace(archive, path)
         sync(path.parent)
+
+
+def _config_and_files(checkpoint: Checkpoint) -> tuple[bytes, dict[str, bytes]]:
+    """The config as YAML, and the files that it names, as members of an archive."""
+    files = checkpoint.tokenizer_files
+    members = {name: f"{hashlib.md5(files[name]).hexdigest()}_{name}" for name in files}
+    config = rename_artifacts(checkpoint.config, lambda _, name: members[name])
+    return dump_config(config), {members[name]: content for name, content in files.items()}
 
 
 def _add(tar: tarfile.TarFile, name: str, file, size: int) -> None:

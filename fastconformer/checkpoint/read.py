@@ -20,6 +20,8 @@ def read_checkpoint(path: str | os.PathLike) -> Checkpoint:
     checkpoint = read_folder(path) if path.is_dir() else read_nemo(path)
     try:
         check_finite(checkpoint.state_dict)
+        if checkpoint.aligner:
+            check_finite(checkpoint.aligner.state_dict)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     return checkpoint

@@ -37,6 +37,8 @@ def compute(path: str) -> dict:
         features, feature_lengths = model.preprocessor(input_signal=audio, length=lengths)
         encoded, encoded_lengths = model.encoder(audio_signal=features, length=feature_lengths)
         found |= {"features": features, "encoded": encoded, "encoded_lengths": encoded_lengths}
+        if hasattr(model, "transf_decoder"):
+            return found | compute_multitask(model, audio, lengths)
         transducer = hasattr(model, "joint")
         head = getattr(model, "ctc_decoder", None if transducer else model.decoder)
         if head is not None:
@@ -53,6 +55,32 @@ def compute(path: str) -> dict:
     hypotheses = model.transcribe(clips, batch_size=2, verbose=False)
     hypotheses = hypotheses[0] if isinstance(hypotheses, tuple) else hypotheses
     found["texts"] = [getattr(h, "text", h) for h in hypotheses]
+    return found
+
+
+def compute_multitask(model, audio, lengths) -> dict:
+    """Of Canary: what the decoder says, texts, prompts, and the model for times."""
+    ids = torch.tensor([[4, 5, 6, 7, 8, 9, 10], [4, 6, 7, 8, 9, 10, 11]])
+    log_probs, _, states, _ = model.forward(
+        input_signal=audio,
+        input_signal_length=lengths,
+        transcript=ids,
+        transcript_length=torch.tensor([7, 5]),
+    )
+    found = {"log_probs": log_probs, "states": states, "pieces": model.tokenizer.vocab}
+    clips = [row[:length].numpy() for row, length in zip(audio, lengths.tolist(), strict=True)]
+    asked = {"source_lang": "en", "target_lang": "en", "pnc": "yes"}
+    if model.cfg.prompt_format == "canary":
+        asked["task"] = "asr"
+    texts = model.transcribe(clips, batch_size=2, verbose=False, **asked)
+    found["texts"] = [hypothesis.text for hypothesis in texts]
+    aligner = model.timestamps_asr_model
+    found["has aligner"] = aligner is not None
+    if aligner is not None:
+        features = aligner.preprocessor(input_signal=audio, length=lengths)
+        encoded, _ = aligner.encoder(audio_signal=features[0], length=features[1])
+        found["aligner log_probs"] = aligner.decoder(encoder_output=encoded)
+        found |= {f"aligner {name}": t.clone() for name, t in aligner.state_dict().items()}
     return found
 
 

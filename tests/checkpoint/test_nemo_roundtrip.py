@@ -29,6 +29,9 @@ CASES = [
     "striding4_ctc_char",
     "hybrid_tdt_char",
     "reduction_striding",
+    "canary_flash_agg",
+    "canary_v2_unified",
+    "canary_v1_agg",
 ]
 
 
