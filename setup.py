@@ -43,6 +43,7 @@ TRAIN = [
 ]
 EXPORT = ["onnx>=1.16", "onnxruntime>=1.18"]
 QUICKSTART = [*TRAIN, "espeakng-loader>=0.2.4"]
+SERVE = ["starlette>=0.45", "uvicorn>=0.30", "python-multipart>=0.0.18", "websockets>=13"]
 
 setup(
     name="fastconformer",
@@ -54,7 +55,7 @@ setup(
         include=["fastconformer*", "rwkv_cuda*", "training*", "converters*", "benchmarks*"]
     ),
     entry_points={"console_scripts": ["fastconformer = fastconformer.__main__:main"]},
-    package_data={"rwkv_cuda": ["csrc/*"]},
+    package_data={"rwkv_cuda": ["csrc/*"], "fastconformer.serving": ["page/*"]},
     cmdclass={"build_py": BuildWithKernels},
     install_requires=[
         "torch>=2.6,<3",  # 2.6: nn.utils.get_total_norm, which training.finetune calls
@@ -69,10 +70,13 @@ setup(
         "train": TRAIN,
         "quickstart": QUICKSTART,
         "export": EXPORT,
+        "serve": SERVE,
         # Triton's interpreter runs the GPU kernels' tests where there is no GPU.
         "test": [
             *QUICKSTART,
             *EXPORT,
+            *SERVE,
+            "httpx>=0.27",
             "pytest>=8",
             "hypothesis>=6.100",
             "ruff>=0.9",

@@ -9,6 +9,7 @@ COMMANDS = {
     "use": {
         "transcribe": ("fastconformer.transcribe", "recordings to text, subtitles, JSON"),
         "evaluate": ("fastconformer.evaluate", "error rates on a manifest, against an older run"),
+        "serve": ("fastconformer.serve", "OpenAI's transcription API over HTTP, and a page"),
     },
     "train": {
         "finetune": ("training.finetune", "fine-tune a model, or train one, as a recipe says"),

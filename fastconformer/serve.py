@@ -1,0 +1,104 @@
+"""A server for one model, with OpenAI's transcription API: `python -m fastconformer.serve`.
+
+python -m fastconformer.serve --model model.nemo --port 8000
+curl -F file=@talk.wav http://127.0.0.1:8000/v1/audio/transcriptions
+"""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+from . import cli
+
+
+def parse_arguments(argv=None):
+    parser = cli.parser(
+        "fastconformer.serve",
+        "Serve a model over HTTP: OpenAI's transcription API, and a page at /.",
+        "--model model.nemo --port 8000",
+    )
+    cli.add_model_arguments(parser)
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
+    parser.add_argument("--port", type=int, default=8000, help="(%(default)s)")
+    parser.add_argument("--name", help="the model's name for clients (its file's)")
+    parser.add_argument(
+        "--api-key",
+        metavar="K",
+        help="what clients must send; also the variable FASTCONFORMER_API_KEY",
+    )
+    parser.add_argument("--api-key-file", type=Path, metavar="FILE", help="keys, one a line")
+    parser.add_argument(
+        "--max-upload-mb", type=float, default=25.0, help="of one file (%(default)s)"
+    )
+    parser.add_argument(
+        "--max-duration-s", type=float, default=4 * 3600.0, help="of its audio (%(default)s)"
+    )
+    parser.add_argument(
+        "--max-queue",
+        type=int,
+        default=64,
+        metavar="N",
+        help="requests that may wait (%(default)s)",
+    )
+    parser.add_argument(
+        "--timeout-s", type=float, default=600.0, help="for one request (%(default)s)"
+    )
+    return parser.parse_args(argv)
+
+
+def api_keys(args) -> list[str]:
+    """Keys of the flag, the environment and the file. ValueError: a file without one."""
+    keys = [key for key in (args.api_key, os.environ.get("FASTCONFORMER_API_KEY")) if key]
+    if args.api_key_file is not None:
+        lines = args.api_key_file.read_text(encoding="utf-8").splitlines()
+        found = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+        if not found:
+            raise ValueError(f"{args.api_key_file} holds no key")
+        keys += found
+    return keys
+
+
+def main(argv=None) -> int:
+    args = parse_arguments(argv)
+    return cli.run("serve", lambda: serve(args))
+
+
+def serve(args) -> int:
+    for name in ("max_upload_mb", "max_duration_s", "max_queue", "timeout_s"):
+        if not getattr(args, name) > 0:
+            flag = name.replace("_", "-")
+            raise cli.UsageError(f"--{flag} is {getattr(args, name)}, expected more than 0")
+    keys = api_keys(args)
+    try:
+        import uvicorn
+
+        from .serving.app import Limits, Service, make_app
+    except ImportError as error:
+        raise cli.Failed(f"{error.name} is missing: pip install 'fastconformer[serve]'") from None
+    from .serving.batcher import Batcher
+
+    model = cli.load_model(args)
+    limits = Limits(int(args.max_upload_mb * 2**20), args.max_duration_s, args.timeout_s)
+    name = args.name or Path(args.model).name.removesuffix(".nemo")
+    batcher = Batcher(model, args.batch_size, args.max_queue)
+    app = make_app(Service(batcher, name, args.head, keys, limits))
+    if args.host not in ("127.0.0.1", "::1", "localhost") and not keys:
+        print(f"serve: {args.host} is open to others and no --api-key is set", file=sys.stderr)
+    print(f"serve: {name} at http://{args.host}:{args.port}", file=sys.stderr, flush=True)
+    # uvicorn drains on SIGTERM, then raises it again: a server that has finished ends with 0
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    uvicorn.run(
+        app,
+        host=args.host,
+        port=args.port,
+        log_level="warning",
+        timeout_graceful_shutdown=int(args.timeout_s),
+        h11_max_incomplete_event_size=1 << 16,
+        server_header=False,
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

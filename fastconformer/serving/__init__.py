@@ -1,0 +1,1 @@
+"""A server on top of one model: requests in, transcripts out."""
