@@ -4,6 +4,7 @@ python -m fastconformer.serve --model model.nemo --port 8000
 curl -F file=@talk.wav http://127.0.0.1:8000/v1/audio/transcriptions
 """
 
+import importlib.util
 import os
 import signal
 import sys
@@ -70,12 +71,12 @@ def serve(args) -> int:
             flag = name.replace("_", "-")
             raise cli.UsageError(f"--{flag} is {getattr(args, name)}, expected more than 0")
     keys = api_keys(args)
-    try:
-        import uvicorn
+    for package in ("starlette", "uvicorn", "python_multipart"):
+        if importlib.util.find_spec(package) is None:
+            raise cli.Failed(f"{package} is missing: pip install 'fastconformer[serve]'")
+    import uvicorn
 
-        from .serving.app import Limits, Service, make_app
-    except ImportError as error:
-        raise cli.Failed(f"{error.name} is missing: pip install 'fastconformer[serve]'") from None
+    from .serving.app import Limits, Service, make_app
     from .serving.batcher import Batcher
 
     model = cli.load_model(args)

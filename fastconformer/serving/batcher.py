@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ..model import Transcript
+from ..recordings.transcript import Transcript
 
 
 class Full(Exception):

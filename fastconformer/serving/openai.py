@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass
 
 from ..formats.subtitles import to_srt, to_vtt
-from ..model import Transcript
+from ..recordings.transcript import Transcript
 
 FORMATS = ("json", "text", "srt", "verbose_json", "vtt")
 MEDIA_TYPES = {"text": "text/plain", "srt": "application/x-subrip", "vtt": "text/vtt"}
