@@ -7,13 +7,14 @@ from safetensors.torch import load_file
 
 from fastconformer import ASRModel
 from training.data.store import Batch
-from training.loop.ranks import ONE, StepStatistics, deal_of
+from training.loop.batch_norm import StepStatistics
+from training.loop.ranks import ONE, batch_share
 from training.loop.step import gradients, update
 from training.objective.objective import objective_of
 from training.optim.optim import build_optimizer, schedule_of, set_learning_rates
 from training.recipe.recipe import Recipe, recipe_from_dict
 from training.setup.freeze import Freezing, train_mode
-from training.setup.start import build_model, prepare
+from training.setup.start import build_model, ready_to_train
 
 
 def recipe_of(**sections) -> Recipe:
@@ -43,8 +44,12 @@ class Run:
         self.recipe = recipe
         seed = recipe.trainer.seed
         self.model: ASRModel = build_model(recipe.model, recipe.loss, seed, recipe.encoder)
-        self.objective = objective_of(recipe, self.model)
-        self.freezing: Freezing = prepare(self.model, recipe, self.objective)
+        self.objective = objective_of(
+            self.model, recipe.loss, recipe.spec_augment, recipe.trainer.precision == "bf16"
+        )
+        self.freezing: Freezing = ready_to_train(
+            self.model, self.objective, recipe.freeze, recipe.lora, recipe.trainer
+        )
         self.optimizer = build_optimizer(self.model, recipe.optim, recipe.trainer.seed)
         self.step, self.batches, self.losses = 0, batches(), []
 
@@ -52,10 +57,10 @@ class Run:
         train_mode(self.model, self.freezing, self.step)
         self.optimizer.zero_grad()
         batch = self.batches[self.step % len(self.batches)]
-        seed, deal = self.recipe.trainer.seed, deal_of(ONE, 1, False)
+        seed, share = self.recipe.trainer.seed, batch_share(ONE, 1, False)
         statistics = StepStatistics(self.model)
         return gradients(
-            self.model, [batch], self.objective, seed, self.step, deal, statistics
+            self.model, [batch], self.objective, seed, self.step, share, statistics
         ).losses
 
     def steps(self, count: int) -> "Run":

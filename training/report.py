@@ -27,9 +27,9 @@ from fastconformer import cli, load_model
 from fastconformer.audio.files import load_audio
 from fastconformer.checkpoint.files import atomic_file
 from fastconformer.text.metrics import align
-from training.data.store import Utterance, read_manifest
+from training.data.json_lines import read_lines
+from training.data.utterances import Utterance, read_utterances
 from training.loop.keep import metrics_of
-from training.loop.run_folder import read_lines
 from training.recipe.recipe import Recipe, load_recipe
 
 COLOURS = {"insertion": "#c50", "deletion": "#a00", "substitution": "#06c"}
@@ -156,7 +156,7 @@ def worst_utterances(model, recipe: Recipe, n_clips: int, n_worst: int) -> tuple
     found, said, heard = [], 0, 0
     for manifest in recipe.data.validation.values():
         utterances, clips = [], []
-        for u in read_manifest(manifest, recipe.data.lang)[0][:n_clips]:
+        for u in read_utterances(manifest, recipe.data.lang)[0][:n_clips]:
             with contextlib.suppress(OSError, ValueError):  # the run has told of these
                 seconds = (u.offset_s or 0.0, u.duration_s)
                 clips.append(load_audio(u.audio_path, model.sample_rate, *seconds))

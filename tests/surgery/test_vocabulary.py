@@ -27,7 +27,8 @@ from fastconformer.surgery.vocabulary import (
     spellings,
 )
 from fastconformer.text.tokenizer import CharTokenizer, SentencePieceTokenizer, sentencepiece_files
-from training.data.store import Batch, Utterance
+from training.data.store import Batch
+from training.data.utterances import Utterance
 from training.recipe.sections import LossRecipe, ModelRecipe
 from training.setup.start import build_model, read_tokenizer
 

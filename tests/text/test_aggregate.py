@@ -13,7 +13,8 @@ from fastconformer.config import ModelConfig
 from fastconformer.model import ASRModel
 from fastconformer.surgery.vocabulary import change_vocabulary
 from fastconformer.text.tokenizer import SentencePieceTokenizer, load_tokenizer, sentencepiece_files
-from training.data.store import Limits, check_for_training, read_manifest
+from training.data.limits import Limits, check_for_training
+from training.data.utterances import read_utterances
 
 LANGUAGES = {"en": "rnnt_bpe", "xx": "hybrid_tdt_ctc_bpe"}
 
@@ -89,7 +90,9 @@ def test_training_text_needs_its_language(archive, parts, tmp_path):
     lines = [line | {"lang": "en"}, line | {"lang": "xx"}, line]
     (tmp_path / "a.wav").touch()
     (tmp_path / "m.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    kept, dropped = check_for_training(read_manifest(tmp_path / "m.jsonl")[0], tokenizer, Limits())
+    kept, dropped = check_for_training(
+        read_utterances(tmp_path / "m.jsonl")[0], tokenizer, Limits()
+    )
     n = parts["en"].vocab_size
     assert list(kept[0].tokens) == parts["en"].encode("it is raining")
     assert [i - n for i in kept[1].tokens] == parts["xx"].encode("it is raining")

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from training.data.batching import (
     WINDOW_DRAWS,
+    BatchRules,
     Source,
     effective_s,
     epoch_batches,
@@ -35,7 +36,8 @@ def first_draws(sources, durations, count, temperature=1.0, **options):
     """Clips in the order of the batches that training gets them in."""
     clips, epoch = [], 0
     while len(clips) < count:
-        plan = plan_epoch(sources, durations, 7, epoch, None, 60.0, temperature=temperature)
+        rules = BatchRules(7, None, 60.0, temperature=temperature)
+        plan = plan_epoch(sources, durations, rules, epoch)
         clips += [plan.clips[n] for batch in plan.batches for n in batch]
         epoch += 1
     return np.array(clips[:count])
@@ -128,14 +130,15 @@ def test_windows_are_small_and_padding_too():
 
 def test_speed_changes_durations_before_they_are_bucketed():
     seconds = np.full(3000, 10.0)
-    plan = plan_epoch(sources_of([3000]), seconds, 0, 0, None, 120.0, speeds=(0.5, 1.0, 2.0))
+    rules = BatchRules(0, None, 120.0, speeds=(0.5, 1.0, 2.0))
+    plan = plan_epoch(sources_of([3000]), seconds, rules, 0)
     counts = Counter(plan.speeds.tolist())
     assert counts.keys() == {0.5, 1.0, 2.0} and min(counts.values()) > 900
     for number, batch in enumerate(plan.batches):
         played = seconds[plan.clips[batch]] / plan.speeds[batch]
         assert len(batch) == 1 or played.max() * len(batch) <= 120.0
         assert [d.speed for d in plan.draws(number)] == plan.speeds[batch].tolist()
-    other = plan_epoch(sources_of([3000]), seconds, 0, 1, None, 120.0, speeds=(0.5, 1.0, 2.0))
+    other = plan_epoch(sources_of([3000]), seconds, rules, 1)
     assert not np.array_equal(plan.speeds, other.speeds)
 
 

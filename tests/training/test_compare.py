@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +10,9 @@ import soundfile
 import yaml
 from conftest import golden
 
-from training import compare
+from training import compare, finetune
+from training.pages.comparison import meaning, peak_lr
+from training.recipe.recipe import load_recipe
 
 
 @pytest.fixture
@@ -75,9 +78,9 @@ def test_frozen_layers_and_rates_are_told_beside_another_recipe(recipe, capsys):
 
 def test_rate_beside_the_checkpoints_own(recipe):
     optim = {"name": "adamw", "lr": 2.0, "sched": {"name": "NoamAnnealing", "warmup_steps": 100}}
-    assert compare.peak_lr(optim, 64) == pytest.approx(2.0 / 8 / 10)
-    assert compare.peak_lr({"lr": 0.01, "sched": {"name": "CosineAnnealing"}}, 64) == 0.01
-    assert compare.peak_lr({}, 64) is None
+    assert peak_lr(optim, 64) == pytest.approx(2.0 / 8 / 10)
+    assert peak_lr({"lr": 0.01, "sched": {"name": "CosineAnnealing"}}, 64) == 0.01
+    assert peak_lr({}, 64) is None
 
 
 def test_every_recipe_key_has_a_meaning():
@@ -87,7 +90,7 @@ def test_every_recipe_key_has_a_meaning():
 
     for section in dataclasses.fields(Recipe):
         if section.name != "distill":  # of another command
-            assert compare.meaning(section.name + ".x") or section.name in ("model", "data")
+            assert meaning(section.name + ".x") or section.name in ("model", "data")
 
 
 def test_text_that_the_tokenizer_cannot_write_fails(recipe, tmp_path, capsys):
@@ -115,4 +118,35 @@ def test_unreadable_audio_fails(recipe, tmp_path, capsys):
 
 
 def test_guard_without_its_set_fails(recipe, capsys):
-    assert compare.main([recipe(guard={"set": "general"})]) in (1, 2)
+    assert compare.main([recipe(guard={"set": "general"})]) == 2
+
+
+def test_what_is_compared_is_what_runs(recipe):
+    """The same parts of the loss, with distillation, and the same freezing as `finetune` has."""
+    keep = {"distill_ctc": 1, "distill_encoder": 1}
+    path = recipe(retain=keep, trainer={"max_steps": 1})
+    planned = compare.prepared_stages(load_recipe(path), "this recipe")["this recipe"]
+    assert planned.objective.parts == (
+        *("tdt", "ctc", "distill_ctc", "distill_encoder", "active_share"),
+    )
+    assert finetune.main([path]) == 0
+    (line,) = (Path(load_recipe(path).output) / "log.jsonl").read_text().splitlines()
+    assert set(planned.objective.parts) <= json.loads(line).keys()
+
+
+def test_stages_are_prepared_one_by_one(recipe, capsys):
+    stages = [
+        {"freeze": {"modules": ["encoder"]}, "trainer": {"max_steps": 500}},
+        {"trainer": {"max_steps": 1000}},
+    ]
+    path = recipe()
+    tree = yaml.safe_load(Path(path).read_text()) | {"stages": stages}
+    Path(path).write_text(yaml.safe_dump(tree))
+    assert compare.main([path]) == 0
+    told = capsys.readouterr().out
+    (steps,) = [line.split()[1:] for line in told.splitlines() if line.startswith("steps ")]
+    assert steps == ["500", "1000"]
+    (moving,) = [line for line in told.splitlines() if line.startswith("parameters that move")]
+    first, second = (float(number) for number in re.findall(r"([\d.]+) M of", moving))
+    assert 0 < first < second
+    assert told.count("preflight of this recipe, stage") == 2 and told.count("ok    batch: ") == 2

@@ -9,13 +9,9 @@ from hypothesis import strategies as st
 
 from fastconformer.text.tokenizer import CharTokenizer
 from training.data.batching import epoch_batches
-from training.data.store import (
-    AudioStore,
-    Limits,
-    batches_ahead,
-    check_for_training,
-    read_manifest,
-)
+from training.data.limits import Limits, check_for_training
+from training.data.store import AudioStore, batches_ahead
+from training.data.utterances import read_utterances
 
 RATE = 16000
 TOKENIZER = CharTokenizer(list("abcdefghijklmnopqrstuvwxyz '"))
@@ -43,7 +39,7 @@ def write_manifest(folder, lines):
 
 
 def usable(folder, lines, encoder_frames=None, **limits):
-    found, bad = read_manifest(write_manifest(folder, lines))
+    found, bad = read_utterances(write_manifest(folder, lines))
     limits = Limits(**{"min_duration_s": 0.1, "max_duration_s": 20.0} | limits)
     kept, unusable = check_for_training(found, TOKENIZER, limits, encoder_frames)
     return kept, bad + unusable
@@ -99,7 +95,7 @@ def test_a_bad_line_is_left_out_with_its_reason(folder, line, reason, detail):
 def test_a_line_that_is_not_utf8(folder):
     path = folder / "manifest.jsonl"
     path.write_bytes(json.dumps(entry()).encode() + b"\n\xff\xfe{\n")
-    found, bad = read_manifest(path)
+    found, bad = read_utterances(path)
     assert len(found) == 1 and [(d.line, d.reason) for d in bad] == [(2, "not_json")]
 
 
@@ -116,7 +112,7 @@ def test_ctc_needs_a_frame_for_each_token_and_between_equal_ones(folder):
 
 def test_a_missing_manifest_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"gone\.jsonl"):
-        read_manifest(tmp_path / "gone.jsonl")
+        read_utterances(tmp_path / "gone.jsonl")
 
 
 @settings(max_examples=60, deadline=None)
@@ -216,7 +212,7 @@ def test_only_lines_of_one_language(tmp_path):
     lines[0]["lang"], lines[1]["lang"] = "en", "fr"
     manifest = tmp_path / "manifest.jsonl"
     manifest.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    kept, dropped = read_manifest(manifest, "en")
+    kept, dropped = read_utterances(manifest, "en")
     assert [u.text for u in kept] == ["one", "any"]
     assert [(d.line, d.reason) for d in dropped] == [(2, "other_language")]
-    assert len(read_manifest(manifest)[0]) == 3
+    assert len(read_utterances(manifest)[0]) == 3

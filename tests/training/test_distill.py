@@ -5,15 +5,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import soundfile
 import torch
 from conftest import golden, load_case
 
 from fastconformer import load_model
-from training.distill import batch_indices, block_losses, main, model_losses, relative_error
-from training.recipe.recipe import load_recipe
+from training.distill import main
+from training.loop.run_folder import alone_in
+from training.objective.distillation import block_losses, model_losses, relative_error
 
 ROOT = Path(__file__).parents[2]
 
@@ -66,16 +66,17 @@ def test_goes_on_where_it_was_stopped(recipe, tmp_path):
     assert main([str(recipe), *small, f"distill.output={tmp_path}/whole"]) == 0
     broken = [str(recipe), *small, f"distill.output={tmp_path}/broken"]
     code = (
-        "import sys, training.distill as d\n"
-        "import os\n"
-        "keep = d._Run.backward\n"
+        "import os, sys\n"
+        "from training.distill import main\n"
+        "from training.loop.distill import StageLoop\n"
+        "keep = StageLoop.backward\n"
         "calls = []\n"
         "def dying(*args):\n"
         "    calls.append(1)\n"
         "    if len(calls) == int(sys.argv[1]): os._exit(9)\n"
         "    return keep(*args)\n"
-        "d._Run.backward = dying\n"
-        "sys.exit(d.main(sys.argv[2:]))\n"
+        "StageLoop.backward = dying\n"
+        "sys.exit(main(sys.argv[2:]))\n"
     )
     for dies_at in (4, 4):  # in each stage once
         done = subprocess.run([sys.executable, "-c", code, str(dies_at), *broken], cwd=ROOT)
@@ -107,20 +108,36 @@ def test_a_model_beside_itself_loses_nothing():
     assert losses["encoder"].item() < 1e-9 and abs(losses["ctc"].item()) < 1e-6
 
 
-def test_batches_hold_every_clip_once_an_epoch(recipe):
-    options = load_recipe(recipe, ["data.batch_size=4", "data.batch_duration_s=20"])
-    durations = np.random.default_rng(0).uniform(0.5, 12, 37).tolist()
-    stream = batch_indices(durations, options, 0)
-    seen, batches = [], []
-    while len(seen) < len(durations):
-        batches.append(next(stream))
-        seen += batches[-1]
-        assert len(batches[-1]) <= 4
-        assert max(durations[i] for i in batches[-1]) * len(batches[-1]) <= 20
-    assert sorted(seen) == list(range(len(durations)))
-    later = batch_indices(durations, options, len(batches) - 2)
-    assert [next(later) for _ in range(2)] == batches[-2:]
-    assert next(later) == next(stream)  # of the next epoch
+def test_data_keys_mean_what_they_mean_in_fine_tuning(recipe, tmp_path, capsys):
+    """Caps, names that stand for many, filters; what has no effect is told."""
+    (tmp_path / "audio0.jsonl").write_text((tmp_path / "audio.jsonl").read_text())
+    few = [f"data.train=[{{manifest: '{tmp_path}/audio{{0..0}}.jsonl', max_clips: 2}}]"]
+    few += ["distill.block_steps=1", "distill.model_steps=0", "optim.layer_decay=0.9"]
+    assert main([str(recipe), *few]) == 0
+    told = capsys.readouterr().out
+    assert "2 clips, " in told
+    assert "without effect on distillation: optim.layer_decay" in told
+
+
+def test_two_do_not_work_in_one_folder(recipe, tmp_path, capsys):
+    folder = tmp_path / "run_distilled"
+    folder.mkdir()
+    code = (
+        "import sys, time\n"
+        "from pathlib import Path\n"
+        "from training.loop.run_folder import alone_in\n"
+        "with alone_in(Path(sys.argv[1])):\n"
+        "    print('locked', flush=True)\n"
+        "    time.sleep(60)\n"
+    )
+    command = [sys.executable, "-c", code, str(folder)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"locked\n"
+        assert main([str(recipe)]) == 1
+        other.kill()
+    assert "another run is at work there" in capsys.readouterr().err
+    with alone_in(folder):
+        pass
 
 
 def test_what_cannot_be_done(recipe, tmp_path, capsys):
@@ -128,7 +145,7 @@ def test_what_cannot_be_done(recipe, tmp_path, capsys):
     assert main([str(recipe), f"model.init_from={birwkv7}"]) == 1
     assert "has BiRWKV7 already" in capsys.readouterr().err
     assert main([str(recipe), "data.min_duration_s=30"]) == 1
-    assert "no usable clip" in capsys.readouterr().err
+    assert "no usable training clip" in capsys.readouterr().err
     assert main([str(recipe), "distill.blocksteps=1"]) == 2
     done = subprocess.run(
         [sys.executable, "-m", "training.distill", "--help"],

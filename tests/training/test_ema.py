@@ -8,8 +8,8 @@ from conftest import make_corpus
 from safetensors.torch import load_file
 from train_case import Run, changed, recipe_of
 
-from training.average import average_checkpoints
 from training.finetune import main
+from training.optim.average import average_checkpoints
 from training.optim.ema import EMA, plain_state_dict, plain_weights
 
 

@@ -15,16 +15,16 @@ from hypothesis import strategies as st
 from fastconformer import load_model, process_memory
 from training.data.batching import effective_s, epoch_batches
 from training.data.sources import load_data
-from training.find_batch import (
-    as_it_was,
+from training.data.stream import batch_rules
+from training.find_batch import main, write_batch_duration
+from training.recipe.recipe import load_recipe, recipe_from_dict
+from training.setup.batch_search import (
     find_batch_duration,
     largest_limit,
-    main,
     synthetic_batch,
     worst_shapes,
-    write_batch_duration,
 )
-from training.recipe.recipe import load_recipe, recipe_from_dict
+from training.setup.device import as_it_was
 
 RATE = 16000
 
@@ -148,7 +148,7 @@ def test_the_model_is_afterwards_as_it_was(case, tmp_path):
     _, tree = case
     recipe = recipe_from_dict(tree)
     model = load_model(tree["model"]["init_from"])
-    train, _ = load_data(recipe, model, ("ctc",), None)
+    train, _ = load_data(recipe.data, recipe.augment, 1234, model, ("ctc",))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     torch.manual_seed(5)
     state = torch.get_rng_state()
@@ -166,7 +166,8 @@ def test_the_model_is_afterwards_as_it_was(case, tmp_path):
         if batch.audio.numel() > 60 * RATE:  # as the allocator says it
             raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: ...")
 
-    found = find_batch_duration(recipe, train, model, step, memory_gb=100)
+    rules = batch_rules(recipe.data, (), 1234)
+    found = find_batch_duration(train, model, step, rules, memory_gb=100)
     assert 60 <= found < 64 and len(calls) > 5  # seven clips of 8 s fit, eight do not
     assert not model.training and torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
@@ -176,7 +177,7 @@ def test_the_model_is_afterwards_as_it_was(case, tmp_path):
         raise RuntimeError("something else")
 
     with pytest.raises(RuntimeError, match="something else"):
-        find_batch_duration(recipe, train, model, broken, memory_gb=100)
+        find_batch_duration(train, model, broken, rules, memory_gb=100)
     with pytest.raises(ZeroDivisionError), as_it_was(model):
         model.encoder.layers[0].norm_out.weight.data.zero_()
         raise ZeroDivisionError

@@ -275,7 +275,7 @@ def test_a_saved_batch_gives_the_same_loss_again(corpus):
     model = build_model(used.model, used.loss, used.trainer.seed)  # the weights have not moved
     train_mode(model)
     seed_step(*facts["seeds"])
-    loss, _ = batch_loss(model, batch, objective_of(used, model))
+    loss, _ = batch_loss(model, batch, objective_of(model, used.loss, used.spec_augment))
     assert float(loss.detach()) == pytest.approx(record["loss"], rel=1e-6)
 
 

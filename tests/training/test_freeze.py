@@ -13,16 +13,8 @@ from train_case import Run, changed, recipe_of
 from fastconformer import load_model
 from training.finetune import main
 from training.recipe.sections import FreezeRecipe
-from training.setup.freeze import (
-    GradientWatch,
-    depth_of,
-    format_table,
-    freeze,
-    matching,
-    parameter_table,
-    train_mode,
-    unreached,
-)
+from training.setup.freeze import depth_of, freeze, matching, train_mode, unreached
+from training.setup.trainable import GradientWatch, format_table, parameter_table
 
 MODULES = {  # a recipe's name -> prefix of the parameters
     "subsampling": "encoder.pre_encode.",

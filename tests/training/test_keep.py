@@ -12,10 +12,10 @@ from fastconformer import load_model
 from fastconformer.checkpoint.contents import Checkpoint
 from fastconformer.checkpoint.folder import write_folder
 from fastconformer.checkpoint.read import read_checkpoint
-from training.average import average_checkpoints
 from training.average import main as average
 from training.finetune import main
 from training.loop.keep import Kept, check_metric, guard_holds, metrics_of
+from training.optim.average import average_checkpoints
 from training.recipe.recipe import load_recipe, stage_recipes
 from training.recipe.sections import GuardRecipe, KeepRecipe
 

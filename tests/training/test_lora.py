@@ -7,8 +7,8 @@ from safetensors.torch import load_file
 from train_case import Run, changed, recipe_of
 
 from fastconformer import load_model
-from training.average import average_checkpoints
 from training.finetune import main
+from training.optim.average import average_checkpoints
 from training.optim.ema import plain_state_dict, plain_weights
 from training.setup.freeze import train_mode
 from training.setup.lora import LoRALinear

@@ -12,8 +12,10 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from fastconformer.networks.subsampling import ConvSubsampling
-from training.data.store import Batch, Utterance
-from training.loop.ranks import Deal, StepStatistics
+from training.data.store import Batch
+from training.data.utterances import Utterance
+from training.loop.batch_norm import StepStatistics
+from training.loop.ranks import BatchShare
 from training.loop.step import gradients
 from training.objective.cr_ctc import consistency, time_warp
 from training.objective.objective import Objective, batch_loss, make_views, objective_of, views_loss
@@ -42,7 +44,9 @@ def model_with(**loss):
 
 def objective_with(model, **sections):
     tree = {"output": "x", "model": {"init_from": "x"}, "data": {"train": "x"}}
-    return objective_of(recipe_from_dict(tree | {"trainer": {"max_steps": 1}} | sections), model)
+    recipe = recipe_from_dict(tree | {"trainer": {"max_steps": 1}} | sections)
+    bf16 = recipe.trainer.precision == "bf16"
+    return objective_of(model, recipe.loss, recipe.spec_augment, bf16)
 
 
 def by_layer(model, batch):
@@ -201,16 +205,16 @@ def test_one_warp_is_shared_by_both_views(batch):
 # --- a batch in pieces --------------------------------------------------------------------------
 
 
-def gradient(model, batch, objective, deal=None, trouble=None):
+def gradient(model, batch, objective, share=None, trouble=None):
     train_mode(model)
     model.zero_grad()
     for module in model.modules():  # what a piece sees of the batch differs only in BatchNorm
         if isinstance(module, torch.nn.BatchNorm1d):
             module.eval()
-    deal = deal or Deal()
+    share = share or BatchShare()
     with after_each(ConvSubsampling, trouble or (lambda *_: None)):
-        batches = [batch] * len(deal.mine)
-        result = gradients(model, batches, objective, 1, 0, deal, StepStatistics(model))
+        batches = [batch] * len(share.mine)
+        result = gradients(model, batches, objective, 1, 0, share, StepStatistics(model))
     return result, {
         name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None
     }
@@ -251,7 +255,7 @@ def test_a_clip_that_does_not_fit_alone_is_an_error(batch):
 def test_accumulation_is_the_mean_of_its_batches(batch):
     model = model_with()
     once, single = gradient(model, batch, Objective(("ctc",)))
-    twice, double = gradient(model, batch, Objective(("ctc",)), Deal(n_batches=2))
+    twice, double = gradient(model, batch, Objective(("ctc",)), BatchShare(n_batches=2))
     assert twice.losses == pytest.approx(once.losses)
     for name, value in single.items():
         torch.testing.assert_close(double[name], value, msg=name)
@@ -268,8 +272,8 @@ def test_batchnorm_statistics_of_pieces_are_the_batchs(batch):
         model.load_state_dict(start)
         train_mode(model)
         with after_each(ConvSubsampling, trouble or (lambda *_: None)):
-            deal = Deal(n_batches=2)
-            gradients(model, [batch] * 2, objective, 1, 0, deal, StepStatistics(model))
+            share = BatchShare(n_batches=2)
+            gradients(model, [batch] * 2, objective, 1, 0, share, StepStatistics(model))
         found.append((norm.running_mean.clone(), int(norm.num_batches_tracked)))
     torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-4, atol=1e-5)
     assert (

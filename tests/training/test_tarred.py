@@ -9,8 +9,9 @@ import pytest
 import soundfile
 
 from training.data.sources import read_source
-from training.data.store import AudioStore, read_manifest
+from training.data.store import AudioStore
 from training.data.tarred import expand_braces, shard_number, tar_shards
+from training.data.utterances import read_utterances
 from training.recipe.data_sections import SourceRecipe
 
 RATE = 16000
@@ -120,7 +121,7 @@ def test_a_segment_that_was_cut_when_it_was_tarred_is_taken_whole(sets):
     folder, _, clips = sets
     line = {"audio_filepath": "clip03.wav", "duration": 0.6, "offset": 12.0, "text": "x"}
     manifest = write(folder / "manifest_0.json", [line])
-    found, _ = read_manifest(manifest, tars={0: str(folder / "audio_0.tar")})
+    found, _ = read_utterances(manifest, tars={0: str(folder / "audio_0.tar")})
     samples = AudioStore(found, RATE, cache_gb=0.0).samples(0)
     assert np.array_equal(samples, clips["clip03.wav"])
 
@@ -133,7 +134,7 @@ def test_what_is_missing_or_broken_is_named(sets):
     extra += [lines[0] | {"audio_filepath": "gone.wav"}]
     manifest = write(folder / "all.json", lines + extra)
     tars = tar_shards(f"{folder}/audio_{{0..1}}.tar")
-    found, bad = read_manifest(manifest, tars=tars)
+    found, bad = read_utterances(manifest, tars=tars)
     assert [(d.line, d.reason) for d in bad] == [(12, "missing_audio"), (13, "skipme")]
     content = (folder / "audio_1.tar").read_bytes()
     (folder / "audio_1.tar").write_bytes(content[: len(content) // 2])  # a copy that broke off

@@ -189,7 +189,7 @@ def test_real_noise_and_rooms_from_their_manifests(tmp_path):
     for kind in ({}, {"noise": "noise.jsonl"}, {"rir": "rir.jsonl"}):
         levers = {k: {"manifests": [str(SAMPLES / v)], "probability": 1.0} for k, v in kind.items()}
         full = recipe_from_dict(tree | {"augment": levers})
-        train, _ = load_data(full, model, ("ctc",), tmp_path / "dropped.jsonl")
+        train, _ = load_data(full.data, full.augment, 1234, model, ("ctc",))
         sounds.append(train.store.augment(train.store.samples(0), 0, 0))
     assert np.array_equal(sounds[0], train.store.samples(0))
     assert np.allclose(sounds[0], load_audio(clip, RATE), atol=1e-4)

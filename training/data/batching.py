@@ -59,6 +59,25 @@ class Epoch:
         ]
 
 
+@dataclasses.dataclass(frozen=True)
+class BatchRules:
+    """How an epoch is cut into batches.
+
+    batch_size: most clips in a batch; None: no limit. batch_duration_s: most seconds in a batch,
+    padding included; None: no limit; "auto": not known yet. quadratic_duration_s: see
+    `effective_s`. temperature: see `mixture_shares`. speeds: each draw gets one of these at random;
+    none: 1. pad_to_s: shorter clips are padded to it, after their speed was changed.
+    """
+
+    seed: int
+    batch_size: int | None
+    batch_duration_s: float | str | None = None
+    quadratic_duration_s: float | None = None
+    temperature: float = 1.0
+    speeds: Sequence[float] = ()
+    pad_to_s: float = 0.0
+
+
 def mixture_shares(sources: Sequence[Source], temperature: float = 1.0) -> np.ndarray:
     """Each source's share of the draws, (n,), summing to 1: `weight ** temperature`, normalised.
 
@@ -120,33 +139,33 @@ def _shard_order(shards: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def plan_epoch(
-    sources: Sequence[Source],
-    durations_s: np.ndarray,
-    seed: int,
-    epoch: int,
-    batch_size: int | None,
-    batch_duration_s: float | None,
-    quadratic_duration_s: float | None = None,
-    temperature: float = 1.0,
-    speeds: Sequence[float] = (),
-    pad_to_s: float = 0.0,
+    sources: Sequence[Source], durations_s: np.ndarray, rules: BatchRules, epoch: int
 ) -> Epoch:
-    """An epoch's draws and batches.
+    """An epoch's draws and batches, of clips of these durations at speed 1.
 
-    Args:
-        durations_s: of every clip, at speed 1.
-        speeds: each draw gets one of these at random; none: 1.
-        pad_to_s: shorter clips are padded to it, after their speed was changed.
-        others: as `epoch_batches`, `mixture_shares`.
+    Raises:
+        ValueError: rules.batch_duration_s is still "auto"; `setup.batch_search.settled` finds it.
     """
-    clips = epoch_draws(sources, mixture_shares(sources, temperature), seed, epoch)
+    if rules.batch_duration_s == "auto":
+        raise ValueError(
+            "data.batch_duration_s is auto, and only a run finds its number when it starts; write "
+            "it into the recipe with: python -m training.find_batch RECIPE --write"
+        )
+    shares = mixture_shares(sources, rules.temperature)
+    clips = epoch_draws(sources, shares, rules.seed, epoch)
     rates = np.ones(len(clips))
-    if speeds:
-        rng = np.random.default_rng([seed, epoch, SPEED])
-        rates = np.asarray(speeds, dtype=np.float64)[rng.integers(len(speeds), size=len(clips))]
-    drawn_s = np.maximum(np.asarray(durations_s)[clips] / rates, pad_to_s)
+    if rules.speeds:
+        rng = np.random.default_rng([rules.seed, epoch, SPEED])
+        speeds = np.asarray(rules.speeds, dtype=np.float64)
+        rates = speeds[rng.integers(len(speeds), size=len(clips))]
+    drawn_s = np.maximum(np.asarray(durations_s)[clips] / rates, rules.pad_to_s)
     batches = epoch_batches(
-        drawn_s, batch_size, batch_duration_s, seed, epoch, quadratic_duration_s
+        drawn_s,
+        rules.batch_size,
+        rules.batch_duration_s,
+        rules.seed,
+        epoch,
+        rules.quadratic_duration_s,
     )
     return Epoch(epoch, clips, rates, batches)
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 import logging
 import pickle
 import shutil
@@ -13,12 +12,13 @@ import torch
 from fastconformer.checkpoint.contents import Checkpoint
 from fastconformer.checkpoint.files import atomic_file
 from fastconformer.checkpoint.folder import write_folder
-from training.data.store import Batch, Utterance
+from training.data.store import Batch
+from training.data.utterances import Utterance
 from training.loop.keep import Kept
-from training.loop.ranks import ONE, Ranks, cut_like, cut_moments, whole
+from training.loop.ranks import ONE, Ranks, cut_like, cut_moments, gathered
 from training.optim.ema import EMA
 from training.optim.optim import load_optimizer_state, optimizer_state
-from training.recipe.recipe import Recipe, recipe_differences, recipe_from_dict
+from training.recipe.recipe import Recipe, as_lists, recipe_differences, recipe_from_dict
 
 try:
     import fcntl
@@ -46,7 +46,7 @@ def alone_in(folder: Path):
 
 
 @dataclasses.dataclass
-class Progress:
+class RunState:
     """How far a run is; part of every checkpoint."""
 
     step: int = 0  # optimizer steps done, skipped ones included
@@ -77,7 +77,7 @@ def save_checkpoint(
     model,
     optimizer,
     ema: EMA | None,
-    progress: Progress,
+    progress: RunState,
     recipe: Recipe,
     ranks: Ranks = ONE,
 ) -> Path:
@@ -86,9 +86,9 @@ def save_checkpoint(
     """
     path = folder / f"step_{progress.step:08d}.pt"
     state = {
-        "model": whole(model.state_dict()),
-        "optimizer": whole(optimizer_state(optimizer)),
-        "ema": None if ema is None else whole(ema.state_dict()),
+        "model": gathered(model.state_dict()),
+        "optimizer": gathered(optimizer_state(optimizer)),
+        "ema": None if ema is None else gathered(ema.state_dict()),
         "progress": dataclasses.asdict(progress),
         "recipe": dataclasses.asdict(recipe),
         "config": model.config.nemo,
@@ -104,7 +104,7 @@ def save_checkpoint(
     return path
 
 
-def resume(path: Path, model, optimizer, ema: EMA | None, recipe: Recipe) -> Progress:
+def resume(path: Path, model, optimizer, ema: EMA | None, recipe: Recipe) -> RunState:
     """Load `save_checkpoint`'s file into model, optimizer and moving average.
 
     Raises:
@@ -112,12 +112,12 @@ def resume(path: Path, model, optimizer, ema: EMA | None, recipe: Recipe) -> Pro
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        old = recipe_from_dict(_lists(state["recipe"]), f"recipe in {path}")
+        old = recipe_from_dict(as_lists(state["recipe"]), f"recipe in {path}")
         model.load_state_dict(cut_like(state["model"], model.state_dict()))
         load_optimizer_state(optimizer, cut_moments(state["optimizer"], optimizer))
         if ema is not None:
             ema.load_state_dict(cut_like(state["ema"] or {}, ema.average), model)
-        progress = Progress(**state["progress"] | {"kept": Kept(**state["progress"]["kept"])})
+        progress = RunState(**state["progress"] | {"kept": Kept(**state["progress"]["kept"])})
     except (RuntimeError, KeyError, TypeError, ValueError, pickle.UnpicklingError) as error:
         raise ValueError(
             f"cannot resume from {path}: {' '.join(str(error).split())[:300]}; "
@@ -133,7 +133,7 @@ def resume(path: Path, model, optimizer, ema: EMA | None, recipe: Recipe) -> Pro
 
 def save_model(checkpoint: Checkpoint, folder: Path, ranks: Ranks = ONE) -> None:
     """A model folder, from tensors that may lie in shards."""
-    state = whole(checkpoint.state_dict)
+    state = gathered(checkpoint.state_dict)
     if ranks.is_main:
         write_folder(folder, Checkpoint(checkpoint.config, state, checkpoint.tokenizer_files))
     ranks.barrier()
@@ -174,43 +174,3 @@ def load_batch(path: Path) -> tuple[Batch, dict]:
     )
     names = ("audio", "audio_lengths", "targets", "target_lengths")
     return Batch(utterances, *(state.pop(name) for name in names)), state
-
-
-# --- JSON lines ---------------------------------------------------------------------------------
-
-
-def _lists(value):
-    if isinstance(value, dict):
-        return {key: _lists(item) for key, item in value.items()}
-    return list(value) if isinstance(value, tuple) else value
-
-
-def json_line(record: dict) -> str:
-    return json.dumps(record, ensure_ascii=False) + "\n"
-
-
-def append_line(path: Path, record: dict) -> None:
-    """One more JSON line, on disk when this returns to the operating system."""
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json_line(record))
-
-
-def read_lines(path: Path) -> list[dict]:
-    """The records of a file of JSON lines; none where there is no file."""
-    if not path.exists():
-        return []
-    with open(path, encoding="utf-8") as file:  # not splitlines: U+2028 may stand within a line
-        return [json.loads(line) for line in file]
-
-
-def keep_lines_until(path: Path, step: int) -> None:
-    """Drop lines past a step, which a resumed run writes again, and a torn last line."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
-        with contextlib.suppress(ValueError):
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-    with atomic_file(path) as temporary:
-        temporary.write_text("".join(kept), encoding="utf-8")

@@ -14,8 +14,10 @@ from torch import nn
 
 from fastconformer import ASRModel
 from training.data.store import Batch
-from training.loop.ranks import Deal, StepStatistics
+from training.loop.batch_norm import StepStatistics
+from training.loop.ranks import BatchShare
 from training.objective.objective import Objective, make_views, views_loss
+from training.setup.device import is_out_of_memory, release_memory
 
 
 @dataclasses.dataclass
@@ -37,7 +39,7 @@ def gradients(
     objective: Objective,
     seed: int,
     step: int,
-    deal: Deal,
+    share: BatchShare,
     statistics: StepStatistics,
 ) -> StepResult:
     """Forward and backward of one step's batches.
@@ -49,12 +51,12 @@ def gradients(
     gradient is the same, but for dropout, omega's coin, and BatchNorm, which sees smaller batches.
 
     Args:
-        batches: of this process, those of `deal.mine`.
+        batches: of this process, those of `share.mine`.
         statistics: of the model as it is before the step.
     Raises:
         ValueError: torch could not, or a single clip is too large for the memory; names the clips.
     """
-    ranks, n_batches = deal.ranks, deal.n_batches
+    ranks, n_batches = share.ranks, share.n_batches
     parameters = [p for p in model.parameters() if p.requires_grad]
     n_pieces, splits = 1, 0
     while True:
@@ -63,12 +65,12 @@ def gradients(
         statistics.start(by_hand=ranks.world > 1 or n_pieces > 1)
         sums, suspects, trouble, batch = Counter(), [], "", None
         try:
-            for micro, batch in zip(deal.mine, batches, strict=True):
+            for micro, batch in zip(share.mine, batches, strict=True):
                 seed_step(seed, step, micro)
                 views = make_views(model, batch, objective)
                 n_clips = len(batch.target_lengths)
-                rows = deal.rows(n_clips)
-                if deal.by_clips:  # the same masks everywhere; other dropout
+                rows = share.rows(n_clips)
+                if share.by_clips:  # the same masks everywhere; other dropout
                     seed_step(seed, step, micro, 1 + ranks.rank)
                 # A process without a clip goes through the first one, for nothing: synced
                 # BatchNorm waits for it.
@@ -82,7 +84,7 @@ def gradients(
                     bad = (~finite).nonzero().flatten().tolist()
                     suspects += [piece.batch.utterances[row].name for row in bad]
         except RuntimeError as error:
-            if deal.synced or not is_out_of_memory(error):
+            if share.synced or not is_out_of_memory(error):
                 raise ValueError(_failure(step, batch, error)) from error
             trouble = " ".join(str(error).split())[:200]
         largest = max(len(batch.target_lengths) for batch in batches)
@@ -111,22 +113,6 @@ def pieces(views, rows: torch.Tensor, n_pieces: int):
         return
     for part in rows.tensor_split(min(n_pieces, len(rows))):
         yield views.rows(part)
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Also cuBLAS's and the CPU's own ways to say so."""
-    words = str(error)
-    return (
-        isinstance(error, torch.OutOfMemoryError)
-        or "ALLOC_FAILED" in words
-        or "can't allocate memory" in words
-    )
-
-
-def release_memory() -> None:
-    """What no tensor uses goes back to the device."""
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def _failure(step: int, batch: Batch, reason) -> str:

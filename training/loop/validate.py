@@ -7,7 +7,7 @@ import torch
 from fastconformer.text.metrics import char_errors, word_errors
 from training.data.store import AudioStore, batches_ahead
 from training.loop.ranks import ONE, Ranks
-from training.recipe.recipe import Recipe
+from training.recipe.data_sections import DataRecipe
 
 log = logging.getLogger("finetune")
 
@@ -16,7 +16,13 @@ SAMPLES_SHOWN = 3  # predictions printed for each validation set
 
 @torch.no_grad()
 def predict(
-    model, store, heads, recipe: Recipe, check_stop, ranks: Ranks = ONE
+    model,
+    store: AudioStore,
+    heads,
+    data: DataRecipe,
+    bf16: bool,
+    check_stop,
+    ranks: Ranks = ONE,
 ) -> tuple[list[str], dict]:
     """Greedy texts of a validation set: (references, {head: hypotheses}); model in eval mode. Each
     process reads its share, and all get all."""
@@ -24,16 +30,15 @@ def predict(
     waiting = sorted(range(len(durations)), key=lambda i: (-durations[i], i))
     batches = []
     while waiting:
-        count = recipe.data.batch_size or len(waiting)
-        if recipe.data.batch_duration_s is not None:
-            longest_s = max(durations[waiting[0]], recipe.data.pad_to_s)
-            count = min(count, max(1, int(recipe.data.batch_duration_s / longest_s)))
+        count = data.batch_size or len(waiting)
+        if data.batch_duration_s is not None:
+            longest_s = max(durations[waiting[0]], data.pad_to_s)
+            count = min(count, max(1, int(data.batch_duration_s / longest_s)))
         batches.append(waiting[:count])
         waiting = waiting[count:]
     device = next(model.parameters()).device
-    bf16 = recipe.trainer.precision == "bf16"
     texts = {}  # line -> (reference, text of each head)
-    for batch in batches_ahead(store, batches[ranks.rank :: ranks.world], recipe.data.num_workers):
+    for batch in batches_ahead(store, batches[ranks.rank :: ranks.world], data.num_workers):
         check_stop()
         if batch is None:
             continue
@@ -53,14 +58,20 @@ def predict(
     return list(references), {h: list(t) for h, t in zip(heads, by_head, strict=True)}
 
 
-def evaluate(
-    model, validation: dict[str, AudioStore], heads, recipe, check_stop, ranks: Ranks = ONE
+def validate(
+    model,
+    validation: dict[str, AudioStore],
+    heads,
+    data: DataRecipe,
+    bf16: bool,
+    check_stop,
+    ranks: Ranks = ONE,
 ) -> dict:
     """{"sets": {name: {head: {"wer", "cer"}}}, "all": {head: {...}}}; prints a few predictions."""
     model.eval()
     sets, all_references, all_hypotheses = {}, [], {head: [] for head in heads}
     for name, store in validation.items():
-        references, hypotheses = predict(model, store, heads, recipe, check_stop, ranks)
+        references, hypotheses = predict(model, store, heads, data, bf16, check_stop, ranks)
         sets[name] = {head: _rates(references, hypotheses[head]) for head in heads}
         for head in heads:
             all_hypotheses[head] += hypotheses[head]

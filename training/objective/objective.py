@@ -21,7 +21,7 @@ from training.augment.spec_augment import spec_augment
 from training.data.store import Batch
 from training.objective.cr_ctc import consistency, time_warp
 from training.recipe.data_sections import SpecAugmentRecipe
-from training.recipe.recipe import Recipe
+from training.recipe.sections import LossRecipe
 
 log = logging.getLogger("finetune")
 
@@ -57,7 +57,12 @@ class Objective:
         return (*self.heads, *inner, *consistent, *self.kept_weights, *visits)
 
 
-def objective_of(recipe: Recipe, model: ASRModel) -> Objective:
+def objective_of(
+    model: ASRModel,
+    loss: LossRecipe,
+    spec_augment_recipe: SpecAugmentRecipe = SpecAugmentRecipe(),  # noqa: B008 (frozen)
+    bf16: bool = False,
+) -> Objective:
     """The recipe's `loss` and `spec_augment`, and where they are silent the checkpoint's config.
 
     Raises:
@@ -67,9 +72,9 @@ def objective_of(recipe: Recipe, model: ASRModel) -> Objective:
         "all": model.heads,
         "ctc": tuple(head for head in model.heads if head == "ctc"),
         "transducer": tuple(head for head in model.heads if head != "ctc"),
-    }[recipe.loss.heads]
+    }[loss.heads]
     if not heads:
-        raise ValueError(f"loss.heads is {recipe.loss.heads}, this model has {model.heads[0]} only")
+        raise ValueError(f"loss.heads is {loss.heads}, this model has {model.heads[0]} only")
     section = model.config.nemo.get("interctc") or {}
     layers, weights = section.get("apply_at_layers") or (), section.get("loss_weights") or ()
     interctc = dict(zip(layers, weights, strict=True))
@@ -86,7 +91,6 @@ def objective_of(recipe: Recipe, model: ASRModel) -> Objective:
         raise ValueError("loss.interctc_layers: this model has no ctc head")
     if interctc and model.config.encoder.reduces:
         raise ValueError("loss.interctc_layers: not with an encoder that has a reduction")
-    loss = recipe.loss
     if loss.use_cr_ctc and "ctc" not in heads:
         raise ValueError("loss.use_cr_ctc: no ctc head is trained; check loss.heads and the model")
     config = model.config.loss
@@ -97,7 +101,7 @@ def objective_of(recipe: Recipe, model: ASRModel) -> Objective:
             *(config.ctc_reduction, config.rnnt_reduction),
         )
     more_time = loss.cr_ctc_time_mask_ratio if loss.use_cr_ctc else 1.0
-    augment = augmentation(recipe.spec_augment, model.config.nemo, more_time)
+    augment = augmentation(spec_augment_recipe, model.config.nemo, more_time)
     if loss.use_cr_ctc and augment is None:
         raise ValueError(
             "loss.use_cr_ctc compares two SpecAugment views; set spec_augment.time_masks, "
@@ -105,12 +109,12 @@ def objective_of(recipe: Recipe, model: ASRModel) -> Objective:
         )
     return Objective(
         heads,
-        augment,
-        recipe.trainer.precision == "bf16",
-        interctc,
-        loss.cr_ctc_weight if loss.use_cr_ctc else None,
-        loss.cr_ctc_time_warp if loss.use_cr_ctc else 0,
-        loss.eps,
+        augment=augment,
+        bf16=bf16,
+        interctc=interctc,
+        cr_weight=loss.cr_ctc_weight if loss.use_cr_ctc else None,
+        warp_frames=loss.cr_ctc_time_warp if loss.use_cr_ctc else 0,
+        eps=loss.eps,
     )
 
 

@@ -10,21 +10,16 @@ Letters of shapes: B clips, T' encoder frames, D model width, V old and W new to
 
 import dataclasses
 import logging
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from fastconformer import ASRModel
-from fastconformer.surgery.vocabulary import MARGINS, Change, check_transfer, match_pieces
-from training.data.sources import TrainingSet
-from training.data.store import AudioStore, Batch
+from fastconformer.surgery.vocabulary import Change
+from training.data.store import Batch
 from training.objective.objective import Objective
-from training.recipe.recipe import Recipe
 from training.recipe.sections import RetainRecipe
-from training.setup.freeze import Freezing
-from training.setup.start import build_model
 
 log = logging.getLogger("finetune")
 
@@ -76,65 +71,6 @@ def row_tensors(model: ASRModel) -> list[str]:
         head = "ctc_decoder" if hasattr(model, "ctc_decoder") else "decoder"
         names += [f"{head}.decoder_layers.0.{kind}" for kind in ("weight", "bias")]
     return names
-
-
-def new_rows_first(model: ASRModel, freezing: Freezing, n_steps: int) -> Freezing:
-    """The freezing, but that nothing except the tensors with rows moves before step `n_steps`."""
-    rows = row_tensors(model)
-
-    def later(first: int | None) -> int | None:
-        return None if first is None else max(first, n_steps)
-
-    parameters = {
-        name: first if name in rows else later(first) for name, first in freezing.parameters.items()
-    }
-    modules = {path: later(first) for path, first in freezing.modules.items()}
-    return dataclasses.replace(freezing, parameters=parameters, modules=modules)
-
-
-def read_original(
-    recipe: Recipe,
-    model: ASRModel,
-    train: TrainingSet,
-    validation: dict[str, AudioStore],
-    is_new_run: bool,
-) -> tuple[ASRModel | None, Change | None]:
-    """The model before its vocabulary changed, and what changed; None where the recipe has no use
-    for them. A new run's change is proven here, on clips of the old language.
-
-    Raises:
-        ValueError: the changed model does not give what the original gives.
-    """
-    retain, changes = recipe.retain, recipe.model.tokenizer and recipe.model.init_from
-    if not changes and not (retain.distill_ctc or retain.distill_encoder):
-        return None, None
-    unchanged = dataclasses.replace(recipe.model, tokenizer=None)
-    original = build_model(unchanged, recipe.loss, recipe.trainer.seed, recipe.encoder)
-    if not changes:
-        return original, None
-    sources = match_pieces(original.tokenizer, model.tokenizer)
-    if recipe.model.transfer == "none":
-        sources = [None] * len(sources)
-    change = Change(tuple(sources), original.tokenizer.vocab_size)
-    if is_new_run and recipe.model.transfer != "none" and retain.check_clips:
-        stores = [*validation.values(), train.store]
-        margin = MARGINS[recipe.model.new_rows]
-        said = check_transfer(original, model, change, _check_clips(stores, retain), margin)
-        log.info("vocabulary: %s", said)
-    return original, change
-
-
-def _check_clips(stores: list[AudioStore], recipe: RetainRecipe) -> Iterator[Batch]:
-    """One clip at a time, those of the old language, evenly from the first store that has any."""
-    for store in stores:
-        languages = [utterance.lang for utterance in store.utterances]
-        found = [i for i, lang in enumerate(languages) if recipe.lang in (None, lang)]
-        if found:
-            step = max(1, len(found) // recipe.check_clips)
-            batches = (store.batch([i]) for i in found[::step][: recipe.check_clips])
-            yield from (batch for batch in batches if batch is not None)
-            return
-    log.warning("no clip has lang %s: the vocabulary change is not proven on audio", recipe.lang)
 
 
 class Retain:
@@ -234,28 +170,3 @@ class Retain:
         n_others = len(parameter) - len(self.is_new)  # blank, padding, durations
         mask = F.pad(self.is_new, (0, n_others))
         return mask.view(-1, *[1] * (parameter.ndim - 1))
-
-
-def make_retain(
-    model: ASRModel, original: ASRModel | None, change: Change | None, whole_recipe: Recipe
-) -> Retain | None:
-    """See Retain; None where the recipe asks for nothing of it.
-
-    Raises:
-        ValueError: CTC posteriors are to be kept, but there is no CTC head; or weights are to be
-            held that lie in shards.
-    """
-    recipe = whole_recipe.retain
-    if whole_recipe.trainer.parallel == "fsdp" and (recipe.l2_to_start or recipe.new_rows_steps):
-        raise ValueError(
-            "retain.l2_to_start and retain.new_rows_steps need whole weights; "
-            "set trainer.parallel to ddp"
-        )
-    if recipe.distill_ctc and "ctc" not in model.heads:
-        raise ValueError(f"retain.distill_ctc: this model has {model.heads[0]} only")
-    distills = recipe.distill_ctc or recipe.distill_encoder
-    if not (distills or recipe.l2_to_start or recipe.new_rows_steps):
-        return None
-    if original is not None:
-        original.to(next(model.parameters()).device)
-    return Retain(model, original, change, recipe)

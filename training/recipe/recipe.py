@@ -197,7 +197,7 @@ def stage_recipes(recipe: Recipe, where: str = "recipe") -> list[Recipe]:
             given = [key for key in keys if (changes.get(section) or {}).get(key) is not None]
             if len(given) == 1:
                 tree[section] |= {key: None for key in keys if key not in given}
-        stages.append(recipe_from_dict(_listed(tree), place))
+        stages.append(recipe_from_dict(as_lists(tree), place))
     return stages
 
 
@@ -212,7 +212,7 @@ def _merged(tree: dict, changes: dict) -> dict:
 
 def recipe_to_yaml(recipe: Recipe) -> str:
     """The whole recipe, defaults included, as YAML text that `load_recipe` reads back."""
-    return OmegaConf.to_yaml(OmegaConf.create(_listed(dataclasses.asdict(recipe))))
+    return OmegaConf.to_yaml(OmegaConf.create(as_lists(dataclasses.asdict(recipe))))
 
 
 def recipe_differences(old: Recipe, new: Recipe) -> dict[str, tuple]:
@@ -230,10 +230,11 @@ def _plain(tree, where, resolve: bool) -> dict:
         raise ValueError(f"{where}: {' '.join(str(error).split())}") from None
 
 
-def _listed(value):
+def as_lists(value):
+    """A plain tree with lists in place of tuples, as YAML has them."""
     if isinstance(value, dict):
-        return {key: _listed(item) for key, item in value.items()}
-    return [_listed(item) for item in value] if isinstance(value, tuple) else value
+        return {key: as_lists(item) for key, item in value.items()}
+    return [as_lists(item) for item in value] if isinstance(value, tuple) else value
 
 
 def _flat(tree: dict, prefix: str = "") -> dict:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import logging
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,28 +10,28 @@ import torch
 
 from fastconformer import ASRModel
 from fastconformer.checkpoint.files import atomic_file
-from training.data.sources import TrainingSet, batch_order, load_data
+from training.data.batching import BatchRules
+from training.data.json_lines import append_line, keep_lines_until
+from training.data.sources import TrainingSet
 from training.data.store import AudioStore
-from training.find_batch import settled
 from training.loop.console import tensorboard
-from training.loop.keep import check_metric
-from training.loop.ranks import Deal, Ranks, Together, deal_of, sync_batchnorm
+from training.loop.ranks import BatchShare, Parallel, Ranks
 from training.loop.run_folder import (
-    Progress,
-    append_line,
+    RunState,
     checkpoint_paths,
-    keep_lines_until,
     prune_top,
     resume,
     save_checkpoint,
 )
-from training.objective.objective import Objective, objective_of
-from training.objective.retain import Retain, make_retain, new_rows_first, read_original
+from training.objective.objective import Objective
+from training.objective.retain import Retain
 from training.optim.ema import EMA
 from training.optim.optim import build_optimizer, schedule_of
 from training.recipe.recipe import Recipe
-from training.setup.freeze import Freezing, GradientWatch, format_table, parameter_table
-from training.setup.start import build_model, prepare
+from training.setup.batch_search import settled
+from training.setup.freeze import Freezing
+from training.setup.prepare import Prepared, RunLength, prepare_run, run_length
+from training.setup.trainable import GradientWatch, format_table, parameter_table
 
 log = logging.getLogger("finetune")
 
@@ -48,14 +47,15 @@ class Run:
     recipe: Recipe
     out: Path
     ranks: Ranks
-    deal: Deal
+    share: BatchShare
     device: torch.device
     model: ASRModel
-    together: Together
+    parallel: Parallel
     objective: Objective
     freezing: Freezing
     retain: Retain | None
     train: TrainingSet
+    rules: BatchRules
     validation: dict[str, AudioStore]
     optimizer: torch.optim.Optimizer
     ema: EMA | None
@@ -64,7 +64,7 @@ class Run:
     max_steps: int
     val_every: int
     save_every: int
-    progress: Progress
+    progress: RunState
     baseline: dict | None
     started: float
     board: object | None  # TensorBoard's writer, of the main process
@@ -102,37 +102,17 @@ def set_up(recipe: Recipe, ranks: Ranks, baseline: dict | None) -> Run:
     Raises:
         ValueError, FileNotFoundError: the recipe's model or data cannot be used.
     """
-    trainer, out = recipe.trainer, Path(recipe.output)
-    if trainer.threads is not None:
-        torch.set_num_threads(trainer.threads)
-    device = choose_device(trainer.device)
+    out = Path(recipe.output)
     checkpoints = checkpoint_paths(out / "checkpoints")
     if recipe.resume == "never" and checkpoints:
         raise ValueError(
             f"{out} already holds a run and resume is never; choose another output or remove it"
         )
-    model = build_model(recipe.model, recipe.loss, trainer.seed, recipe.encoder)
-    objective = objective_of(recipe, model)
-    heads = objective.heads
-    deal = deal_of(ranks, trainer.accumulate, trainer.sync_batchnorm)
-    if deal.synced:
-        sync_batchnorm(model)
-    check_metric(recipe.keep.metric, recipe.data.validation, heads)
-    # Where processes read the same clips, one of them says which cannot be read.
-    reports = ranks.is_main or not deal.by_clips
-    dropped = out / "dropped.jsonl" if reports else None
-    train, validation = load_data(recipe, model, heads, dropped, ranks.is_main)
-    original, change = read_original(recipe, model, train, validation, not checkpoints)
-    freezing = prepare(model, recipe, objective)
-    if recipe.retain.new_rows_steps:
-        freezing = new_rows_first(model, freezing, recipe.retain.new_rows_steps)
-
-    model.to(device)
-    retain = make_retain(model, original, change, recipe)
-    if retain:
-        objective = retain.objective(objective)
-    recipe = settled(recipe, train, model, objective, freezing, ranks)
-    together = Together(model, ranks, trainer.parallel, device)
+    prepared = prepare_run(recipe, ranks, out / "dropped.jsonl", not checkpoints)
+    prepared = settled(prepared, ranks, out)
+    recipe, trainer = prepared.recipe, prepared.recipe.trainer
+    model, train, freezing = prepared.model, prepared.train, prepared.freezing
+    parallel = Parallel(model, ranks, trainer.parallel, prepared.device)
     optimizer = build_optimizer(model, recipe.optim, trainer.seed)
     ema = None if trainer.ema_decay is None else EMA(model, trainer.ema_decay)
     table = format_table(parameter_table(model, freezing, optimizer))
@@ -140,16 +120,12 @@ def set_up(recipe: Recipe, ranks: Ranks, baseline: dict | None) -> Run:
         with atomic_file(out / "trainable.txt") as temporary:
             temporary.write_text(table, encoding="utf-8")
     log.info("what is trained:\n%s", table)
-    first_epoch = len(batch_order(train, recipe, 0))
-    if trainer.max_steps is not None:
-        max_steps = trainer.max_steps
-    else:
-        batches = sum(len(batch_order(train, recipe, e)) for e in range(trainer.epochs))
-        max_steps = max(1, batches // trainer.accumulate)
-    val_every = trainer.val_every_steps or max(1, first_epoch // trainer.accumulate)
-    lr_at = schedule_of(recipe.schedule, recipe.optim.lr, max_steps, model.config.encoder.d_model)
+    length = run_length(prepared)
+    lr_at = schedule_of(
+        recipe.schedule, recipe.optim.lr, length.max_steps, model.config.encoder.d_model
+    )
 
-    progress = Progress()
+    progress = RunState()
     if checkpoints:
         progress = resume(checkpoints[-1], model, optimizer, ema, recipe)
         log.info("resuming after step %d from %s", progress.step, checkpoints[-1])
@@ -158,43 +134,27 @@ def set_up(recipe: Recipe, ranks: Ranks, baseline: dict | None) -> Run:
         for name in ("log.jsonl", "nonfinite.jsonl"):
             keep_lines_until(out / name, progress.step)
         keep_lines_until(out / "ledger.jsonl", progress.evaluated)
-    log.info(
-        "%d clips, %.2f h; %d batches an epoch, %d steps; %.2f M of %.2f M parameters move; "
-        "heads %s; %s, %d threads",
-        len(train.utterances),
-        sum(u.duration_s for u in train.utterances) / 3600,
-        first_epoch,
-        max_steps,
-        sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6,
-        sum(p.numel() for p in model.parameters()) / 1e6,
-        "+".join(heads),
-        device,
-        torch.get_num_threads(),
-    )
-    if ranks.world > 1:
-        log.info(
-            "%d processes, %s: of the %d batches of a step each takes %s",
-            *(ranks.world, trainer.parallel, trainer.accumulate),
-            "some clips of all" if deal.by_clips else f"{trainer.accumulate // ranks.world}",
-        )
+    tell_size(prepared, length, ranks)
+    val_every = trainer.val_every_steps or length.steps_an_epoch
     return Run(
         recipe=recipe,
         out=out,
         ranks=ranks,
-        deal=deal,
-        device=device,
+        share=prepared.share,
+        device=prepared.device,
         model=model,
-        together=together,
-        objective=objective,
+        parallel=parallel,
+        objective=prepared.objective,
         freezing=freezing,
-        retain=retain,
+        retain=prepared.retain,
         train=train,
-        validation=validation,
+        rules=prepared.rules,
+        validation=prepared.validation,
         optimizer=optimizer,
         ema=ema,
         watch=GradientWatch(model),
         lr_at=lr_at,
-        max_steps=max_steps,
+        max_steps=length.max_steps,
         val_every=val_every,
         save_every=trainer.save_every_steps or val_every,
         progress=progress,
@@ -204,18 +164,27 @@ def set_up(recipe: Recipe, ranks: Ranks, baseline: dict | None) -> Run:
     )
 
 
-def choose_device(name: str) -> torch.device:
-    """The recipe's device; of many processes each takes the GPU that torchrun names."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and "LOCAL_RANK" in os.environ:
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"trainer.device is {name}, but this torch finds no CUDA device")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"trainer.device is {name!r}, expected auto, cpu or cuda") from None
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    return device
+def tell_size(prepared: Prepared, length: RunLength, ranks: Ranks) -> None:
+    """What a run is about, in a line or two."""
+    model, train, trainer = prepared.model, prepared.train, prepared.recipe.trainer
+    log.info(
+        "%d clips, %.2f h; %d batches an epoch, %d steps; %.2f M of %.2f M parameters move; "
+        "heads %s; %s, %d threads",
+        len(train.utterances),
+        sum(u.duration_s for u in train.utterances) / 3600,
+        length.batches_an_epoch,
+        length.max_steps,
+        sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6,
+        sum(p.numel() for p in model.parameters()) / 1e6,
+        "+".join(prepared.objective.heads),
+        prepared.device,
+        torch.get_num_threads(),
+    )
+    if ranks.world > 1:
+        log.info(
+            "%d processes, %s: of the %d batches of a step each takes %s",
+            *(ranks.world, trainer.parallel, trainer.accumulate),
+            "some clips of all"
+            if prepared.share.by_clips
+            else f"{trainer.accumulate // ranks.world}",
+        )

@@ -1,8 +1,8 @@
 """Where a run's model comes from, and which parts of it move.
 
 `build_model` reads a checkpoint or makes a model from scratch, with the recipe's loss options in
-its config, so that what is saved later says how it was trained. `prepare` makes it one that is
-trained as the recipe says.
+its config, so that what is saved later says how it was trained. `ready_to_train` makes it one
+that is trained as the recipe says.
 """
 
 import copy
@@ -26,8 +26,14 @@ from fastconformer.text.tokenizer import (
     sentencepiece_files,
 )
 from training.objective.objective import Objective
-from training.recipe.recipe import Recipe
-from training.recipe.sections import EncoderRecipe, LossRecipe, ModelRecipe
+from training.recipe.sections import (
+    EncoderRecipe,
+    FreezeRecipe,
+    LoraRecipe,
+    LossRecipe,
+    ModelRecipe,
+    TrainerRecipe,
+)
 from training.setup.freeze import Freezing, freeze, is_batch_norm, unreached
 from training.setup.lora import add_lora
 
@@ -208,7 +214,13 @@ def tokenizer_files(path: str) -> dict[str, bytes]:
     return files
 
 
-def prepare(model: ASRModel, recipe: Recipe, objective: Objective) -> Freezing:
+def ready_to_train(
+    model: ASRModel,
+    objective: Objective,
+    freeze_recipe: FreezeRecipe,
+    lora: LoraRecipe,
+    trainer: TrainerRecipe,
+) -> Freezing:
     """A model as it is trained: adapters, precision, recomputation and compilation as the recipe
     says, and what moves when. To be called once, before the optimizer is built.
 
@@ -216,12 +228,11 @@ def prepare(model: ASRModel, recipe: Recipe, objective: Objective) -> Freezing:
         ValueError: the recipe names a part that the model does not have, or options that do not go
             together.
     """
-    trainer = recipe.trainer
     if trainer.compile and objective.interctc:
         raise ValueError("trainer.compile and loss.interctc_layers do not go together; use one")
-    if recipe.lora.rank:
-        add_lora(model, recipe.lora, trainer.seed)
-    freezing = freeze(model, recipe.freeze, recipe.lora, unreached(model, objective))
+    if lora.rank:
+        add_lora(model, lora, trainer.seed)
+    freezing = freeze(model, freeze_recipe, lora, unreached(model, objective))
     if trainer.precision == "bf16_pure":
         to_bfloat16(model)
     model.encoder.recompute = trainer.activation_checkpointing

@@ -10,7 +10,8 @@ import torch
 from conftest import golden
 
 from fastconformer import load_model
-from training.data.sources import batch_order, load_data, training_batches
+from training.data.sources import load_data
+from training.data.stream import batch_order, batch_rules, training_batches
 from training.recipe.recipe import recipe_from_dict
 
 RATE = 16000
@@ -64,12 +65,18 @@ def recipe_of(corpus, data=None, augment=None, **trainer):
     return recipe_from_dict(tree)
 
 
-def load(recipe, model, tmp_path):
-    return load_data(recipe, model, ("ctc",), tmp_path / "dropped.jsonl")[0]
+def load(recipe, model, tmp_path, heads=("ctc",)):
+    dropped, seed = tmp_path / "dropped.jsonl", recipe.trainer.seed
+    return load_data(recipe.data, recipe.augment, seed, model, heads, dropped)[0]
+
+
+def rules_of(recipe):
+    return batch_rules(recipe.data, recipe.augment.speeds, recipe.trainer.seed)
 
 
 def take(train, recipe, count, epoch=0, batch=0, **process):
-    stream = training_batches(train, recipe, epoch, batch, **process)
+    workers = recipe.data.num_workers
+    stream = training_batches(train, rules_of(recipe), epoch, batch, num_workers=workers, **process)
     found = [next(stream) for _ in range(count)]
     stream.close()
     return found
@@ -121,7 +128,7 @@ def test_processes_share_the_batches_of_one(corpus, model, tmp_path, world_size)
     after = take(train, recipe, 1, epoch, done, rank=1, world_size=2)[0][2]
     assert same(after, take(train, recipe, turns * world_size + 2)[-1][2])
     # and in an epoch, together, every clip once
-    clips = Counter(clip for batch in batch_order(train, recipe, 0) for clip in batch)
+    clips = Counter(clip for batch in batch_order(train, rules_of(recipe), 0) for clip in batch)
     assert set(clips.values()) == {1} and len(clips) == 40
 
 
@@ -133,7 +140,7 @@ def test_a_batch_that_cannot_be_read_keeps_its_place(corpus, model, tmp_path):
         tmp_path, {"batch_size": 1, "batch_duration_s": None, "quadratic_duration_s": None}
     )
     train = load(recipe, model, tmp_path)
-    order = [batch[0] for batch in batch_order(train, recipe, 0)]
+    order = [batch[0] for batch in batch_order(train, rules_of(recipe), 0)]
     for clip in (order[3], order[4]):
         (tmp_path / train.utterances[clip].audio_path).write_bytes(b"")
     expected = [order[i] for i in (0, 1, 2, 5, 5, 5, 6, 7)]
@@ -163,7 +170,10 @@ def test_weights_caps_and_languages(corpus, model, tmp_path, caplog):
     loaded = load(recipe, model, tmp_path)
     assert [len(source.clips) for source in loaded.sources] == [5, 8]
     drawn = Counter(
-        clip < 5 for e in range(40) for batch in batch_order(loaded, recipe, e) for clip in batch
+        clip < 5
+        for e in range(40)
+        for batch in batch_order(loaded, rules_of(recipe), e)
+        for clip in batch
     )
     assert drawn[False] / drawn.total() == pytest.approx(0.75, abs=0.005)
     assert "25.0%" in caplog.text and "lectures" in caplog.text
@@ -179,7 +189,7 @@ def test_weights_caps_and_languages(corpus, model, tmp_path, caplog):
     drawn = Counter(
         clip < first
         for e in range(40)
-        for batch in batch_order(loaded, recipe, e)
+        for batch in batch_order(loaded, rules_of(recipe), e)
         for clip in batch
     )
     assert drawn[True] / drawn.total() == pytest.approx(0.5, abs=0.01)
@@ -201,7 +211,7 @@ def test_weights_caps_and_languages(corpus, model, tmp_path, caplog):
 def test_what_each_filter_drops_is_counted_and_listed(
     corpus, model, tmp_path, caplog, limits, heads, expected
 ):
-    train, _ = load_data(recipe_of(corpus, limits), model, heads, tmp_path / "dropped.jsonl")
+    train = load(recipe_of(corpus, limits), model, tmp_path, heads)
     dropped = [json.loads(line) for line in (tmp_path / "dropped.jsonl").open()]
     counts = Counter(d["reason"] for d in dropped)
     assert counts.keys() == (expected.keys() if isinstance(expected, dict) else expected)
@@ -216,7 +226,7 @@ def test_what_each_filter_drops_is_counted_and_listed(
 def test_auto_is_a_number_before_batches_are_made(corpus, model, tmp_path):
     recipe = recipe_of(corpus, {"batch_duration_s": "auto"})
     with pytest.raises(ValueError, match="find_batch RECIPE --write"):
-        batch_order(load(recipe, model, tmp_path), recipe, 0)
+        batch_order(load(recipe, model, tmp_path), rules_of(recipe), 0)
 
 
 def test_speed_makes_clips_shorter_and_leaves_ctc_its_frames(corpus, model, tmp_path):

@@ -1,0 +1,117 @@
+"""Manifest lines that can be used, and those that cannot, each with its reason."""
+
+import dataclasses
+from pathlib import Path
+
+from fastconformer.formats.manifest import Clip, LeftOut, manifest_lines
+from training.data.tarred import shard_number
+
+
+@dataclasses.dataclass(frozen=True)
+class Utterance:
+    """One manifest line that can be used; `tokens` is empty until `limits.check_for_training`."""
+
+    audio_path: str  # of the tar, where the clip lies in one
+    text: str
+    duration_s: float
+    offset_s: float | None  # None: the whole file
+    manifest: str
+    line: int  # from 1
+    tokens: tuple[int, ...] = ()
+    tar_member: str | None = None
+    lang: str | None = None
+
+    @property
+    def audio_name(self) -> str:
+        member = f":{self.tar_member}" if self.tar_member else ""
+        return self.audio_path + member
+
+    @property
+    def name(self) -> str:
+        return f"{self.audio_name} ({self.manifest}, line {self.line})"
+
+
+@dataclasses.dataclass(frozen=True)
+class Dropped:
+    """A manifest line that is left out: `reason` is a short code, `detail` says what was found."""
+
+    manifest: str
+    line: int
+    reason: str
+    detail: str
+    audio_filepath: str = ""
+
+
+def dropped_line(utterance: Utterance, reason: str, detail: str) -> Dropped:
+    return Dropped(
+        utterance.manifest, utterance.line, reason, detail, audio_filepath=utterance.audio_name
+    )
+
+
+class UnusableLine(ValueError):
+    """One manifest line cannot be used: (reason, detail)."""
+
+
+def read_utterances(
+    path: str | Path,
+    lang: str | None = None,
+    tars: dict[int, str] | None = None,
+    needs_text: bool = True,
+) -> tuple[list[Utterance], list[Dropped]]:
+    """Read a NeMo manifest: JSON lines with `audio_filepath`, `duration`, `text`, maybe `offset`.
+
+    With `lang`, lines of another `lang` are left out. `audio_filepath` is absolute or relative to
+    the manifest's folder; with `tars` ({shard id: tar file}) it is a member of the tar that the
+    line's `shard_id`, or else the manifest's number, names. Where no text is needed, a line without
+    one has an empty one. Every bad line is in the second list, with its reason; blank lines are
+    ignored.
+
+    Raises:
+        FileNotFoundError: there is no such manifest.
+    """
+    utterances, dropped = [], []
+    for found in manifest_lines(path, lang):
+        try:
+            if isinstance(found, LeftOut):
+                raise UnusableLine(found.reason, found.detail)
+            utterances.append(_utterance(found, tars, needs_text))
+        except UnusableLine as error:
+            name = str(found.audio)
+            dropped.append(Dropped(found.manifest, found.line, *error.args, audio_filepath=name))
+    return utterances, dropped
+
+
+def _utterance(clip: Clip, tars: dict[int, str] | None, needs_text: bool) -> Utterance:
+    if clip.text is None and needs_text:
+        raise UnusableLine("no_text", "text is None")
+    if clip.duration_s is None:
+        raise UnusableLine("bad_duration", "duration is None seconds")
+    return Utterance(
+        audio_path=_tar_of(clip, tars) if tars else str(_audio_file(clip.path)),
+        text=clip.text or "",
+        duration_s=clip.duration_s,
+        offset_s=clip.offset_s,
+        manifest=clip.manifest,
+        line=clip.line,
+        tar_member=clip.audio if tars else None,
+        lang=clip.lang,
+    )
+
+
+def _audio_file(path: Path) -> Path:
+    try:
+        found = path.is_file()
+    except OSError:  # a name that is too long
+        found = False
+    if not found:
+        raise UnusableLine("missing_audio", f"no such file: {path}")
+    return path
+
+
+def _tar_of(clip: Clip, tars: dict[int, str]) -> str:
+    shard = clip.others.get("shard_id", shard_number(Path(clip.manifest).name))
+    if len(tars) == 1 and "shard_id" not in clip.others:
+        shard = next(iter(tars))
+    if shard not in tars:
+        raise UnusableLine("missing_audio", f"shard_id is {shard!r}, and no tar has that number")
+    return tars[shard]

@@ -1,0 +1,1 @@
+"""What a person looks at: a comparison before a run, a report while it trains and after."""

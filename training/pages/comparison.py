@@ -1,0 +1,192 @@
+"""What a recipe amounts to, and what its differences from another, or from the training of its
+checkpoint, mean."""
+
+import dataclasses
+from pathlib import Path
+
+from fastconformer import ASRModel
+from training.data.stream import batch_order
+from training.recipe.recipe import Recipe, stage_recipes
+from training.setup.prepare import Prepared, run_length
+
+MEANINGS = {  # prefixes of keys; the longest decides
+    "output": "results go to another folder",
+    "resume": "whether a run folder that is there is gone on with",
+    "model.init_from": "another start: nothing else is comparable before the first evaluation",
+    "model.tokenizer": "another vocabulary: losses per token are not comparable, WER is",
+    "model.transfer": "whether pieces keep what they learnt",
+    "model.dropout": "more dropout fits small data, and slows learning",
+    "model.sample_rate": "another front end; what lies above half the rate is not heard",
+    "encoder": "another attention: longer audio, and weights that must be learnt again",
+    "data.train": "other training data",
+    "data.validation": "numbers are measured on other clips: not comparable",
+    "data.batch": "other batches: with a larger one a step is surer, and there are fewer an epoch",
+    "data.m": "other clips are left out",
+    "data.num_workers": "speed only",
+    "data.cache_gb": "speed only",
+    "loss.heads": "which heads learn; one that does not stays as it was while the encoder moves",
+    "loss": "another objective: loss values are not comparable, WER is",
+    "freeze": "other parts stay as they are; frozen layers keep the old domain, and cost less",
+    "lora": "adapters instead of whole weights: less memory, less capacity to change",
+    "optim.name": "8-bit states save about 6 bytes a parameter",
+    "optim.lr": "how far a step goes; too high forgets the checkpoint in the first hundred steps",
+    "optim": "how the optimizer moves",
+    "schedule": "how the rate rises and falls",
+    "retain": "how much of the original is held on to",
+    "trainer.max_steps": "how long it learns",
+    "trainer.epochs": "how long it learns",
+    "trainer.accumulate": "batches in a step: a larger effective batch, slower steps",
+    "trainer.precision": "memory and speed; bf16 has 8 bits of precision",
+    "trainer.seed": "another order and other masks: the spread between seeds is the noise",
+    "trainer": "how it runs, not what it learns",
+    "spec_augment": "how much of the features is hidden: against overfitting, for longer training",
+    "augment": "how the audio is changed: for conditions that the data lacks",
+    "keep": "which of the evaluated models is kept",
+    "guard": "whether forgetting the general set disqualifies a model",
+    "stages": "another sequence of stages",
+}
+
+
+def planned_stages(recipe: Recipe) -> list[Recipe]:
+    """The recipe, or each of its stages; a stage that starts from a model which is not there yet
+    starts from the first stage's instead: the same parts, other weights."""
+    stages = stage_recipes(recipe) or [recipe]
+    first = stages[0].model
+    planned = stages[:1]
+    for stage in stages[1:]:
+        model = stage.model
+        if not Path(model.init_from).exists():
+            kept = {"dropout": model.dropout, "sample_rate": model.sample_rate or first.sample_rate}
+            model = dataclasses.replace(first, **kept)
+        planned.append(dataclasses.replace(stage, model=model))
+    return planned
+
+
+def facts(run: Prepared) -> dict[str, str]:
+    """What the recipe amounts to, in numbers that two runs can be compared by."""
+    recipe, trainer = run.recipe, run.recipe.trainer
+    order, length = batch_order(run.train, run.rules, 0), run_length(run)
+    hours = float(run.train.durations_s.sum()) / 3600
+    drawn = float(run.train.durations_s[[i for batch in order for i in batch]].sum())
+    step_s = drawn / len(order) * trainer.accumulate
+    epochs = length.max_steps * trainer.accumulate / len(order)
+    moving = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in run.model.parameters())
+    later = f", more at steps {sorted(recipe.freeze.until.values())}" if recipe.freeze.until else ""
+    lr = recipe.optim.lr
+    relative = lr_beside_scratch(run.model, recipe)
+    return {
+        "heads trained": "+".join(run.objective.heads),
+        "parameters that move": f"{moving / 1e6:.2f} M of {total / 1e6:.2f} M{later}",
+        "training audio": f"{hours:.2f} h in {len(run.train.utterances)} clips",
+        "audio in a step": f"{step_s:.0f} s",
+        "steps": f"{length.max_steps}",
+        "epochs": f"{epochs:.1f}",
+        "audio heard": f"{length.max_steps * step_s / 3600:.1f} h",
+        "highest lr": f"{lr:g}" + (f", {relative:.3g} x from scratch" if relative else ""),
+        "SpecAugment": _spec_augment(run),
+        "other augmentation": _augmentation(recipe),
+    }
+
+
+def lr_beside_scratch(model: ASRModel, recipe: Recipe) -> float | None:
+    """The recipe's highest rate over that of the checkpoint's own training; None if unknown."""
+    own = model.config.nemo.get("optim") or {}
+    peak = peak_lr(own, model.config.encoder.d_model)
+    mine = recipe.optim.lr
+    if recipe.schedule.name == "noam":
+        warm_up = recipe.schedule.warmup_steps or 1
+        mine *= (recipe.schedule.d_model or model.config.encoder.d_model) ** -0.5 * warm_up**-0.5
+    return mine / peak if peak else None
+
+
+def peak_lr(optim: dict, d_model: int) -> float | None:
+    """Highest rate of a NeMo `optim` section; Noam's factor is not a rate."""
+    lr, sched = optim.get("lr"), optim.get("sched") or {}
+    if lr is None or not isinstance(lr, int | float):
+        return None
+    if sched.get("name") != "NoamAnnealing":
+        return float(lr)
+    warm_up, width = sched.get("warmup_steps") or 0, sched.get("d_model")
+    width = width if isinstance(width, int) else d_model
+    return float(lr) * width**-0.5 * warm_up**-0.5 if warm_up else None
+
+
+def _spec_augment(run: Prepared) -> str:
+    section = run.model.config.nemo.get("spec_augment") or {}
+    given = dataclasses.asdict(run.recipe.spec_augment)
+    options = {k: v if v is not None else section.get(k) for k, v in given.items()}
+    if run.objective.augment is None:
+        return "none"
+    return ", ".join(f"{k} {v}" for k, v in options.items() if v)
+
+
+def _augmentation(recipe: Recipe) -> str:
+    augment, parts = recipe.augment, []
+    if augment.speeds:
+        parts.append(f"speeds {list(augment.speeds)}")
+    if augment.gain_db:
+        parts.append("gain")
+    if augment.shift_s:
+        parts.append("shift")
+    for name in ("white_noise", "noise", "rir", "babble", "hum", "telephone"):
+        if probability := getattr(augment, name).probability:
+            parts.append(f"{name} on {probability:.0%} of clips")
+    return ", ".join(parts) or "none"
+
+
+def meaning(key: str) -> str:
+    """What a difference of this recipe key means, in words."""
+    known = [prefix for prefix in MEANINGS if key.startswith(prefix)]
+    return MEANINGS[max(known, key=len)] if known else ""
+
+
+def beside_checkpoint(run: Prepared, config: dict) -> list[tuple[str, str, str, str]]:
+    """(what, theirs, ours, meaning) where a recipe departs from the training that a checkpoint's
+    own config tells of."""
+    ours, rows = run.model.config.nemo, []
+    theirs_optim, sched = config.get("optim") or {}, (config.get("optim") or {}).get("sched") or {}
+    width = run.model.config.encoder.d_model
+    peak = peak_lr(theirs_optim, width)
+    recipe = run.recipe
+    data = config.get("train_ds") or {}
+    encoder, own = config.get("encoder") or {}, ours.get("encoder") or {}
+    pairs = [
+        ("optimizer", theirs_optim.get("name"), recipe.optim.name, "optim.name"),
+        ("highest lr", peak and f"{peak:.3g}", f"{recipe.optim.lr:g}", "optim.lr"),
+        ("schedule", sched.get("name"), recipe.schedule.name, "schedule"),
+        ("weight decay", theirs_optim.get("weight_decay"), recipe.optim.weight_decay, "optim"),
+        ("longest clip, s", data.get("max_duration"), recipe.data.max_duration_s, "data.max"),
+        ("dropout", encoder.get("dropout"), own.get("dropout"), "model.dropout"),
+        ("attention", encoder.get("self_attention_model"), own["self_attention_model"], "encoder"),
+        ("pieces", _vocabulary(config), run.model.config.vocab_size, "model.tokenizer"),
+        ("sample rate", _rate(config), run.model.sample_rate, "model.sample_rate"),
+        ("SpecAugment", _masks(config), _spec_augment(run), "spec_augment"),
+        ("loss", _loss(config), _loss(ours), "loss"),
+    ]
+    for what, theirs, mine, key in pairs:
+        if theirs is not None and str(theirs) != str(mine):
+            rows.append((what, str(theirs), str(mine), meaning(key)))
+    return rows
+
+
+def _vocabulary(config: dict) -> int | None:
+    labels = (config.get("joint") or config.get("decoder") or {}).get("vocabulary")
+    return len(labels) if labels else None
+
+
+def _rate(config: dict):
+    return (config.get("preprocessor") or {}).get("sample_rate") or config.get("sample_rate")
+
+
+def _masks(config: dict) -> str:
+    section = config.get("spec_augment") or {}
+    keys = ("freq_masks", "time_masks", "freq_width", "time_width", "rect_masks")
+    return ", ".join(f"{k} {section[k]}" for k in keys if section.get(k)) or "none"
+
+
+def _loss(config: dict) -> str | None:
+    section = config.get("loss") or {}
+    kwargs = section.get(f"{section.get('loss_name')}_kwargs") or {}
+    options = [f"{k} {kwargs[k]}" for k in ("sigma", "omega") if k in kwargs]
+    return " ".join(part for part in (section.get("loss_name"), *options) if part) or None

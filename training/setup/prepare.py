@@ -1,0 +1,193 @@
+"""From a recipe to what its first step needs: the one walk that a run, its comparison and the
+search for its batch take.
+
+    model -> objective -> data -> frozen model -> distillation from the original
+"""
+
+import dataclasses
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from fastconformer import ASRModel
+from fastconformer.surgery.vocabulary import MARGINS, Change, check_transfer, match_pieces
+from training.data.batching import BatchRules
+from training.data.sources import TrainingSet, load_data
+from training.data.store import AudioStore, Batch
+from training.data.stream import batch_order, batch_rules
+from training.loop.batch_norm import sync_batchnorm
+from training.loop.keep import check_metric
+from training.loop.ranks import ONE, BatchShare, Ranks, batch_share
+from training.objective.objective import Objective, objective_of
+from training.objective.retain import Retain, row_tensors
+from training.recipe.recipe import Recipe
+from training.recipe.sections import RetainRecipe
+from training.setup.device import choose_device
+from training.setup.freeze import Freezing, new_rows_first
+from training.setup.start import build_model, ready_to_train
+
+log = logging.getLogger("finetune")
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A recipe with its model and data in memory, as the run's first step finds them."""
+
+    recipe: Recipe
+    device: torch.device
+    share: BatchShare
+    model: ASRModel  # on the device
+    objective: Objective
+    freezing: Freezing
+    retain: Retain | None
+    train: TrainingSet
+    validation: dict[str, AudioStore]
+
+    @property
+    def rules(self) -> BatchRules:
+        """How an epoch of it is cut into batches."""
+        recipe = self.recipe
+        return batch_rules(recipe.data, recipe.augment.speeds, recipe.trainer.seed)
+
+
+@dataclasses.dataclass(frozen=True)
+class RunLength:
+    batches_an_epoch: int  # of the first
+    steps_an_epoch: int
+    max_steps: int
+
+
+def run_length(prepared: Prepared) -> RunLength:
+    """How long a run is; its `data.batch_duration_s` is a number.
+
+    Raises:
+        ValueError: it is still "auto".
+    """
+    trainer, train, rules = prepared.recipe.trainer, prepared.train, prepared.rules
+    first_epoch = len(batch_order(train, rules, 0))
+    steps = trainer.max_steps
+    if steps is None:
+        batches = sum(len(batch_order(train, rules, e)) for e in range(trainer.epochs))
+        steps = max(1, batches // trainer.accumulate)
+    return RunLength(first_epoch, max(1, first_epoch // trainer.accumulate), steps)
+
+
+def prepare_run(
+    recipe: Recipe,
+    ranks: Ranks = ONE,
+    dropped_path: Path | None = None,
+    is_new_run: bool = False,
+) -> Prepared:
+    """Everything up to the optimizer.
+
+    Args:
+        dropped_path: a file for the data that is left out; None: it is not written down.
+        is_new_run: a change of the vocabulary is proven before it is trained.
+    Raises:
+        ValueError, FileNotFoundError: the recipe's model or data cannot be used.
+    """
+    trainer = recipe.trainer
+    if trainer.threads is not None:
+        torch.set_num_threads(trainer.threads)
+    device = choose_device(trainer.device)
+    model = build_model(recipe.model, recipe.loss, trainer.seed, recipe.encoder)
+    objective = objective_of(model, recipe.loss, recipe.spec_augment, trainer.precision == "bf16")
+    share = batch_share(ranks, trainer.accumulate, trainer.sync_batchnorm)
+    if share.synced:
+        sync_batchnorm(model)
+    check_metric(recipe.keep.metric, recipe.data.validation, objective.heads)
+    # Where processes read the same clips, one of them says which cannot be read.
+    if share.by_clips and not ranks.is_main:
+        dropped_path = None
+    train, validation = load_data(
+        recipe.data,
+        recipe.augment,
+        trainer.seed,
+        model,
+        objective.heads,
+        dropped_path,
+        ranks.is_main,
+    )
+    original, change = read_original(recipe, model, train, validation, is_new_run)
+    freezing = ready_to_train(model, objective, recipe.freeze, recipe.lora, trainer)
+    if recipe.retain.new_rows_steps:
+        freezing = new_rows_first(freezing, row_tensors(model), recipe.retain.new_rows_steps)
+    model.to(device)
+    retain = make_retain(model, original, change, recipe.retain, trainer.parallel)
+    if retain:
+        objective = retain.objective(objective)
+    return Prepared(recipe, device, share, model, objective, freezing, retain, train, validation)
+
+
+def read_original(
+    recipe: Recipe,
+    model: ASRModel,
+    train: TrainingSet,
+    validation: dict[str, AudioStore],
+    is_new_run: bool,
+) -> tuple[ASRModel | None, Change | None]:
+    """The model before its vocabulary changed, and what changed; None where the recipe has no use
+    for them. A new run's change is proven here, on clips of the old language.
+
+    Raises:
+        ValueError: the changed model does not give what the original gives.
+    """
+    retain, changes = recipe.retain, recipe.model.changes_vocabulary
+    if not changes and not retain.distills:
+        return None, None
+    unchanged = dataclasses.replace(recipe.model, tokenizer=None)
+    original = build_model(unchanged, recipe.loss, recipe.trainer.seed, recipe.encoder)
+    if not changes:
+        return original, None
+    sources = match_pieces(original.tokenizer, model.tokenizer)
+    if recipe.model.transfer == "none":
+        sources = [None] * len(sources)
+    change = Change(tuple(sources), original.tokenizer.vocab_size)
+    if is_new_run and recipe.model.transfer != "none" and retain.check_clips:
+        stores = [*validation.values(), train.store]
+        margin = MARGINS[recipe.model.new_rows]
+        said = check_transfer(original, model, change, _check_clips(stores, retain), margin)
+        log.info("vocabulary: %s", said)
+    return original, change
+
+
+def _check_clips(stores: list[AudioStore], recipe: RetainRecipe) -> Iterator[Batch]:
+    """One clip at a time, those of the old language, evenly from the first store that has any."""
+    for store in stores:
+        languages = [utterance.lang for utterance in store.utterances]
+        found = [i for i, lang in enumerate(languages) if recipe.lang in (None, lang)]
+        if found:
+            step = max(1, len(found) // recipe.check_clips)
+            batches = (store.batch([i]) for i in found[::step][: recipe.check_clips])
+            yield from (batch for batch in batches if batch is not None)
+            return
+    log.warning("no clip has lang %s: the vocabulary change is not proven on audio", recipe.lang)
+
+
+def make_retain(
+    model: ASRModel,
+    original: ASRModel | None,
+    change: Change | None,
+    recipe: RetainRecipe,
+    parallel: str,
+) -> Retain | None:
+    """See Retain; None where the recipe asks for nothing of it.
+
+    Raises:
+        ValueError: CTC posteriors are to be kept, but there is no CTC head; or weights are to be
+            held that lie in shards.
+    """
+    if parallel == "fsdp" and (recipe.l2_to_start or recipe.new_rows_steps):
+        raise ValueError(
+            "retain.l2_to_start and retain.new_rows_steps need whole weights; "
+            "set trainer.parallel to ddp"
+        )
+    if recipe.distill_ctc and "ctc" not in model.heads:
+        raise ValueError(f"retain.distill_ctc: this model has {model.heads[0]} only")
+    if not (recipe.distills or recipe.l2_to_start or recipe.new_rows_steps):
+        return None
+    if original is not None:
+        original.to(next(model.parameters()).device)
+    return Retain(model, original, change, recipe)
