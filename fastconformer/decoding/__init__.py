@@ -6,10 +6,11 @@ from .confidence import Confidence
 from .ctc import ctc_greedy
 from .ctc_alignment import ctc_align
 from .ctc_beam import ctc_beam
+from .graphs import GraphCache
 from .hypothesis import Hypothesis
 from .ngram import NGramModel, read_arpa
 from .options import DecodingOptions, read_phrases
-from .transducer import GraphCache, transducer_greedy
+from .transducer import transducer_greedy
 from .transducer_beam import transducer_beam
 
 __all__ = [

@@ -12,12 +12,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..networks.attention import (
-    LocalRelPositionMultiHeadAttention,
-    RelPositionMultiHeadAttention,
-)
+from ..networks.attention import RelPositionMultiHeadAttention
 from ..networks.conformer import ConformerEncoder
 from ..networks.linear import Pointwise
+from ..networks.local_attention import LocalRelPositionMultiHeadAttention
 
 MASKED = torch.finfo(torch.float32).min / 2  # finite: a row with nothing to see stays finite
 

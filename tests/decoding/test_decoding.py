@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastconformer.config import JointConfig, PredictionConfig
-from fastconformer.decoding import Confidence, GraphCache, ctc_greedy, transducer_greedy
+from fastconformer.decoding import Confidence, GraphCache, ctc_greedy, segments, transducer_greedy
 from fastconformer.decoding import transducer as transducer_module
-from fastconformer.decoding.transducer import _LabelLoop
+from fastconformer.decoding.label_loop import LabelLoop
 from fastconformer.networks.heads import Joint, PredictionNetwork
 
 V, D = 6, 5
@@ -99,7 +99,7 @@ def test_every_window_gives_the_same(window, durations):
     encoded, lengths = torch.randn(3, 50, D), torch.tensor([50, 17, 33])
     joint.joint_net[-1].bias.data[V] += 3  # long runs of blanks
     with torch.no_grad():
-        loop = _LabelLoop(decoder, joint, V, durations, 5, None, None, 3, window)
+        loop = LabelLoop(decoder, joint, V, durations, 5, None, None, 3, window)
         records = loop.run(joint.enc(encoded), lengths)[0]
     for b, n in enumerate(lengths.tolist()):
         tokens, frames, _, _ = one_by_one(encoded[b, :n], decoder, joint, durations, 5)
@@ -168,15 +168,15 @@ def test_segments_decoded_side_by_side_equal_one_after_the_other(durations, forg
     expected = transducer_greedy(*arguments)
     met = []
 
-    def counted(*arguments, begin_again=transducer_module._begin_again, **options):
+    def counted(*arguments, begin_again=segments._begin_again, **options):
         found = begin_again(*arguments, **options)
         met.append(found[2].float().mean().item())
         return found
 
-    monkeypatch.setattr(transducer_module, "_begin_again", counted)
+    monkeypatch.setattr(segments, "_begin_again", counted)
     for long, segment, graphs in ((60, 64, GraphCache()), (60, 30, None), (290, 128, None)):
         monkeypatch.setattr(transducer_module, "LONG_FRAMES", long)
-        monkeypatch.setattr(transducer_module, "SEGMENT_FRAMES", segment)
+        monkeypatch.setattr(segments, "SEGMENT_FRAMES", segment)
         for a, b in zip(expected, transducer_greedy(*arguments, graphs=graphs), strict=True):
             assert (a.tokens, a.frames, a.durations) == (b.tokens, b.frames, b.durations)
             assert a.score == pytest.approx(b.score, abs=1e-2)

@@ -1,0 +1,110 @@
+"""CUDA graphs of the label loop, kept between calls."""
+
+import threading
+from collections import OrderedDict
+
+import torch
+
+from .label_loop import LabelLoop, window_frames
+
+
+class GraphCache:
+    """CUDA graphs of the label loop for a few batch shapes, kept by a model between calls.
+
+    Shapes are rounded up, so that few graphs serve many batches; clips that are not there have
+    length 0. One call at a time uses it. A copy of the model starts with an empty one.
+    """
+
+    SHAPES = 4  # graphs kept; each holds a batch of projected frames
+    STEPS = 16  # steps in a graph: what is wasted at the end against what a launch costs
+
+    def __init__(self):
+        self.lock = threading.Lock()
+        self.graphs: OrderedDict[tuple, tuple] = OrderedDict()
+
+    def __deepcopy__(self, memo):
+        return GraphCache()
+
+    def __reduce__(self):
+        return GraphCache, ()
+
+    def run(self, projected: torch.Tensor, lengths: torch.Tensor, options: tuple):
+        """As `LabelLoop.run`, by replays. The host reads whether all clips have ended one replay
+        late, and so never waits for the device while there is work."""
+        with self.lock:
+            loop, replay = self._loop(projected, options)
+            loop.projected[: projected.shape[0], : projected.shape[1]].copy_(projected)
+            loop.begin(lengths)
+            ints, floats, before = [], [], None
+            while True:
+                replay()
+                ints.append(loop.int_records.clone())
+                floats.append(loop.float_records.clone())
+                flag = (loop.frame < loop.lengths).any()
+                flag, event = _to_host(flag) if flag.is_cuda else (flag, None)
+                if before is not None:
+                    if before[1] is not None:
+                        before[1].synchronize()
+                    if not bool(before[0]):
+                        break
+                before = flag, event
+            return torch.cat(ints), torch.cat(floats), loop.state()
+
+    def _loop(self, projected: torch.Tensor, options: tuple):
+        """A loop with room for `projected`, and the function that replays its steps."""
+        decoder, joint, blank, durations, max_symbols, bias, confidence = options
+        batch, frames = (_round_up(max(1, n)) for n in projected.shape[:2])
+        # a graph reads its weights where they lay when it was made
+        weights = tuple(p.data_ptr() for m in (decoder, joint) for p in m.parameters())
+        tokens = None if bias is None else tuple(bias.tolist())
+        key = batch, frames, projected.dtype, projected.device, weights, tokens, confidence
+        key += (blank, durations, max_symbols)
+        if key in self.graphs:
+            self.graphs.move_to_end(key)
+            return self.graphs[key]
+        while len(self.graphs) >= self.SHAPES:
+            self.graphs.popitem(last=False)
+        # kept for later calls, which may run outside of an inference mode that holds now
+        with torch.inference_mode(False), torch.no_grad():
+            loop = LabelLoop(*options, batch, window_frames(batch, projected.device), self.STEPS)
+            loop.projected = torch.zeros(
+                batch, frames, projected.shape[2], dtype=projected.dtype, device=projected.device
+            )
+
+            def replay():
+                for i in range(self.STEPS):
+                    loop.step(i)
+
+            if projected.is_cuda:
+                replay = _captured(replay, projected.device)
+        self.graphs[key] = loop, replay
+        return self.graphs[key]
+
+
+def _captured(function, device: torch.device):
+    """The kernels of `function()` as a CUDA graph; returns what replays it."""
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):  # libraries choose and load their kernels before the capture
+        function()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.device(device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        function()
+    return graph.replay
+
+
+def _to_host(flag: torch.Tensor):
+    """(a copy that arrives when the event has, the event)."""
+    copy = torch.empty((), dtype=torch.bool, pin_memory=True)
+    copy.copy_(flag, non_blocking=True)
+    event = torch.cuda.Event()
+    # The copy runs on the flag's device, which need not be the current one.
+    event.record(torch.cuda.current_stream(flag.device))
+    return copy, event
+
+
+def _round_up(n: int) -> int:
+    """To a number with at most three leading binary digits: at most a fourth is padding."""
+    unit = 1 << max(0, n.bit_length() - 3)
+    return -(-n // unit) * unit

@@ -1,0 +1,164 @@
+"""One Conformer layer: feed-forwards, attention or BiRWKV7, convolution. Source: NeMo's
+ConformerLayer and its modules."""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ..config import EncoderConfig
+from .attention import RelPositionMultiHeadAttention
+from .birwkv7 import BiRWKV7
+from .linear import Linear, Pointwise, linear
+from .local_attention import LocalRelPositionMultiHeadAttention
+from .tiles import in_tiles
+
+
+class FeedForward(nn.Module):
+    """Linear, SiLU, dropout, linear."""
+
+    def __init__(self, d_model: int, d_ff: int, dropout: float, use_bias: bool):
+        super().__init__()
+        self.linear1 = Linear(d_model, d_ff, bias=use_bias)
+        self.dropout = nn.Dropout(dropout)
+        self.linear2 = Linear(d_ff, d_model, bias=use_bias)
+
+    def forward(self, x):
+        return self.linear2(self.dropout(self.linear1(x, "swish")))
+
+
+class Convolution(nn.Module):
+    """Pointwise GLU, depthwise convolution, norm, SiLU, pointwise.
+
+    The norm is called `batch_norm` whatever its kind, as in NeMo's checkpoints.
+    """
+
+    def __init__(
+        self, d_model: int, kernel: int, context: tuple[int, int], norm: str, use_bias: bool
+    ):
+        super().__init__()
+        self.context = context
+        self.pointwise_conv1 = Pointwise(d_model, 2 * d_model, 1, bias=use_bias)
+        self.depthwise_conv = nn.Conv1d(d_model, d_model, kernel, groups=d_model, bias=use_bias)
+        if norm == "batch_norm":
+            self.batch_norm = nn.BatchNorm1d(d_model)
+        elif norm == "layer_norm":
+            self.batch_norm = nn.LayerNorm(d_model)
+        elif norm == "instance_norm":
+            self.batch_norm = nn.InstanceNorm1d(d_model)
+        else:
+            self.batch_norm = nn.GroupNorm(int(norm.removeprefix("group_norm")), d_model)
+        self.pointwise_conv2 = Pointwise(d_model, d_model, 1, bias=use_bias)
+
+    def forward(self, x: torch.Tensor, pad_mask: torch.Tensor) -> torch.Tensor:
+        # width-1 convolutions as matrix products: no transposes, faster kernels
+        x = linear(x, self.pointwise_conv1.weight, self.pointwise_conv1.bias)
+        x = F.glu(x, dim=-1).masked_fill(pad_mask[..., None], 0.0)
+        norm, conv = self.batch_norm, self.depthwise_conv
+        # (B, D, T), on a CPU with the channels last in memory, as its fast kernel wants them
+        on_cpu = x.device.type == "cpu" and not torch.is_grad_enabled()
+        if on_cpu:
+            x = F.pad(x, (0, 0, *self.context)).transpose(1, 2)
+        else:
+            x = F.pad(x.transpose(1, 2), self.context)
+        if isinstance(norm, nn.BatchNorm1d) and not norm.training:
+            # fixed statistics: fold the norm into the convolution's weights
+            scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+            bias = norm.bias - norm.running_mean * scale
+            bias = bias if conv.bias is None else bias + conv.bias * scale
+            weight = conv.weight * scale[:, None, None]
+            # pure bfloat16 training keeps the norm in float32
+            weight, bias = weight.to(x.dtype), bias.to(x.dtype)
+            if on_cpu:
+                x = F.conv2d(x[:, :, None], weight[:, :, None], bias, groups=conv.groups)[:, :, 0]
+            else:
+                x = F.conv1d(x, weight, bias, groups=conv.groups)
+            x = x.transpose(1, 2)
+        elif isinstance(norm, nn.LayerNorm):
+            x = norm(conv(x).transpose(1, 2))
+        else:
+            x = norm(conv(x)).transpose(1, 2)
+        return linear(F.silu(x), self.pointwise_conv2.weight, self.pointwise_conv2.bias)
+
+
+class ConformerLayer(nn.Module):
+    """Half feed-forward, attention, convolution, half feed-forward, norm; residuals around each."""
+
+    def __init__(self, config: EncoderConfig, pos_bias_u=None, pos_bias_v=None, layer_id: int = 0):
+        super().__init__()
+        d, dropout, bias = config.d_model, config.dropout, config.use_bias
+        d_ff = d * config.ff_expansion_factor
+        self.norm_feed_forward1 = nn.LayerNorm(d)
+        self.feed_forward1 = FeedForward(d, d_ff, dropout, bias)
+        self.norm_self_att = nn.LayerNorm(d)
+        if config.self_attention_model == "rel_pos":
+            self.self_attn = RelPositionMultiHeadAttention(
+                d, config.n_heads, config.dropout_att, bias, pos_bias_u, pos_bias_v
+            )
+        elif config.self_attention_model == "rwkv7_attn":
+            self.self_attn = BiRWKV7(
+                d, config.n_heads, layer_id, config.n_layers, config.wkv_head_size
+            )
+        else:
+            self.self_attn = LocalRelPositionMultiHeadAttention(
+                d,
+                config.n_heads,
+                config.dropout_att,
+                bias,
+                config.att_contexts[0],
+                config.global_tokens,
+                config.global_tokens_spacing,
+                config.global_attn_separate,
+            )
+        self.norm_conv = nn.LayerNorm(d)
+        self.conv = Convolution(
+            d, config.conv_kernel_size, config.conv_context, config.conv_norm_type, bias
+        )
+        self.norm_feed_forward2 = nn.LayerNorm(d)
+        self.feed_forward2 = FeedForward(d, d_ff, dropout, bias)
+        self.dropout = nn.Dropout(dropout)
+        self.norm_out = nn.LayerNorm(d)
+
+    def forward(self, x, pos_emb, att_mask, pad_mask, v_first=None, carry=None):
+        """x (B, T, D); `att_mask` as the attention takes it; pad_mask (B, T), True on padding.
+
+        Returns (B, T, D). With BiRWKV7 (where pos_emb and att_mask are None) a pair: it, and
+        `v_first` (B, T, D), which the next layer takes; `carry` is of the frames before x.
+        """
+        x = self._half_step(x, self.norm_feed_forward1, self.feed_forward1)
+        recurrent = isinstance(self.self_attn, BiRWKV7)
+        if recurrent:
+            mixed, v_first = self.self_attn(self.norm_self_att(x), v_first, pad_mask, carry)
+        else:
+            mixed = self.self_attn(self.norm_self_att(x), pos_emb, att_mask)
+        x = x + self.dropout(mixed)
+        del mixed
+        x = self._convolve(x, pad_mask, carry)
+        x = self.norm_out(self._half_step(x, self.norm_feed_forward2, self.feed_forward2))
+        return (x, v_first) if recurrent else x
+
+    def _half_step(self, x, norm, feed_forward):
+        def piece(start, stop):
+            y = x[:, start:stop]
+            return (y + 0.5 * self.dropout(feed_forward(norm(y))),)
+
+        return in_tiles(piece, x)[0]
+
+    def _convolve(self, x, pad_mask, carry):
+        left, right = self.conv.context
+        if carry is not None:  # once more without one, over the frames before and these
+            n, before = x.shape[1], carry.before_convolution
+            if before is not None:
+                x = torch.cat((before, x), dim=1)
+                pad_mask = F.pad(pad_mask, (before.shape[1], 0))  # clips that end have no frames
+            kept = x.shape[1] - n + carry.n_kept
+            carry.before_convolution = x[:, max(0, kept - left) : kept]
+            return self._convolve(x, pad_mask, None)[:, -n:]
+
+        def piece(start, stop):
+            first, last = max(0, start - left), min(x.shape[1], stop + right)
+            y = self.conv(self.norm_conv(x[:, first:last]), pad_mask[:, first:last])
+            return (x[:, start:stop] + self.dropout(y[:, start - first : stop - first]),)
+
+        if isinstance(self.conv.batch_norm, (nn.GroupNorm, nn.InstanceNorm1d)):
+            return piece(0, x.shape[1])[0]  # norms over all of time
+        return in_tiles(piece, x)[0]
