@@ -65,7 +65,8 @@ class RelPositionMultiHeadAttention(nn.Module):
         is True where a key may not be seen. Returns (B, T, D)."""
         q, k, v = (self._heads(f(x)) for f in (self.linear_q, self.linear_k, self.linear_v))
         p = self._heads(self._project(pos_emb)[None]) * self.d_head**-0.5  # (1, H, 2T-1, K)
-        if x.device.type == "cpu" and not torch.is_grad_enabled():
+        drops = self.training and self.dropout > 0
+        if x.device.type == "cpu" and not torch.is_grad_enabled() and not drops:
             return self.linear_out(self._in_cache(q, k, v, p, hidden))
         t, pieces = x.shape[1], []
         rows = t
@@ -89,7 +90,7 @@ class RelPositionMultiHeadAttention(nn.Module):
                 k,
                 v,
                 attn_mask=position,
-                dropout_p=self.dropout if self.training else 0.0,
+                dropout_p=self.dropout if drops else 0.0,
             )
             pieces.append(out.transpose(1, 2).flatten(2))
         return self.linear_out(pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1))
