@@ -11,7 +11,6 @@ resets a TDT loss to RNNT and the reduction to mean_batch, and makes all rows an
 Letters of shapes: B clips, T' encoder frames, U tokens, V old and W new tokens, N duration classes.
 """
 
-import copy
 import dataclasses
 import math
 from collections.abc import Iterable, Sequence
@@ -20,7 +19,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from ..config import CTC_CLASSES, HYBRID_CLASSES, TRANSDUCER_CLASSES, ModelConfig
+from ..config import ModelConfig
+from ..config.changes import with_vocabulary
 from ..text.sentencepiece_model import BYTE, CONTROL, UNKNOWN, SentencePieceModel
 from ..text.tokenizer import AggregateTokenizer, CharTokenizer, Tokenizer
 
@@ -29,13 +29,6 @@ NOISE = 0.02  # of new rows made by "mean", in standard deviations of the old ro
 # zeros and random rows do on other audio is unknown.
 MARGINS = {"mean": 0.5, "zeros": 2.0, "random": 2.0}
 LATTICE = 20_000_000  # logits looked at in one piece while checking
-
-# A class for character labels and the one for SentencePiece, with NeMo's modules.
-NEMO_CLASSES = {
-    CTC_CLASSES: ("ctc_models", "ctc_bpe_models"),
-    TRANSDUCER_CLASSES: ("rnnt_models", "rnnt_bpe_models"),
-    HYBRID_CLASSES: ("hybrid_rnnt_ctc_models", "hybrid_rnnt_ctc_bpe_models"),
-}
 
 
 # --- which token is which -----------------------------------------------------------------------
@@ -213,38 +206,6 @@ def _fresh_rows(layer: nn.Module, n: int, generator: torch.Generator) -> tuple[T
     rows = torch.empty(n, *weight.shape[1:]).uniform_(-bound, bound, generator=generator)
     bias = torch.empty(n).uniform_(-edge, edge, generator=generator)
     return rows.to(weight), bias.to(layer.bias)
-
-
-def with_vocabulary(config: dict, tokenizer: Tokenizer) -> dict:
-    """A copy of NeMo's config that names the tokenizer's files and pieces, as NeMo writes it; a
-    model class for characters becomes the one for SentencePiece, and the other way round."""
-    config = copy.deepcopy(config)
-    pieces = list(tokenizer.pieces)
-    is_char = isinstance(tokenizer, CharTokenizer)
-    module, _, name = str(config.get("target", "")).rpartition(".")
-    for classes, modules in NEMO_CLASSES.items():
-        wanted = 0 if is_char else 1
-        if name in classes and name != classes[wanted]:
-            package = module.rpartition(".")[0]
-            config["target"] = ".".join(filter(None, (package, modules[wanted], classes[wanted])))
-    if is_char:
-        config.pop("tokenizer", None)
-    else:
-        config["tokenizer"] = {
-            "dir": "tokenizer",  # never read, but NeMo's restore_from wants the key
-            "type": "bpe",
-            "model_path": "nemo:tokenizer.model",
-            "vocab_path": "nemo:vocab.txt",
-            "spe_tokenizer_vocab": "nemo:tokenizer.vocab",
-        }
-    config["labels"] = pieces
-    if "joint" in config:
-        config["decoder"]["vocab_size"] = len(pieces)
-        config["joint"] |= {"num_classes": len(pieces), "vocabulary": pieces}
-    ctc = config.get("aux_ctc", {}).get("decoder") if "joint" in config else config.get("decoder")
-    if ctc is not None:
-        ctc |= {"num_classes": len(pieces), "vocabulary": pieces}
-    return config
 
 
 # --- the proof before the first step ------------------------------------------------------------

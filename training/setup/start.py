@@ -5,7 +5,6 @@ its config, so that what is saved later says how it was trained. `ready_to_train
 that is trained as the recipe says.
 """
 
-import copy
 from pathlib import Path
 
 import torch
@@ -13,11 +12,11 @@ from yaml import YAMLError
 
 from fastconformer import ASRModel, ModelConfig, load_model
 from fastconformer.checkpoint.yaml_config import check_yaml_depth
+from fastconformer.config.changes import with_encoder_dropout, with_loss_options, with_vocabulary
 from fastconformer.load import model_of
-from fastconformer.networks.conformer import ConformerEncoder
 from fastconformer.surgery.birwkv7 import to_birwkv7
 from fastconformer.surgery.sample_rate import with_sample_rate
-from fastconformer.surgery.vocabulary import change_vocabulary, with_vocabulary
+from fastconformer.surgery.vocabulary import change_vocabulary
 from fastconformer.text.tokenizer import (
     CharTokenizer,
     SentencePieceTokenizer,
@@ -36,8 +35,6 @@ from training.recipe.sections import (
 )
 from training.setup.freeze import Freezing, freeze, is_batch_norm, unreached
 from training.setup.lora import add_lora
-
-ENCODER_DROPOUTS = ("dropout", "dropout_pre_encoder", "dropout_att")  # NeMo's keys
 
 
 def build_model(
@@ -67,9 +64,13 @@ def build_model(
     model = with_attention(model, encoder, recipe.init_from is not None, seed)
     config = with_loss_options(model.config.nemo, model.heads, loss)
     if recipe.dropout is not None:
-        set_encoder_dropout(model.encoder, recipe.dropout)
-        config["encoder"] |= dict.fromkeys(ENCODER_DROPOUTS, recipe.dropout)
-    model.config = ModelConfig.from_nemo(config)
+        config = with_encoder_dropout(config, recipe.dropout)
+    model = model.changed(ModelConfig.from_nemo(config))
+    if model.config.encoder.self_attention_model == "rwkv7_attn":
+        for layer in model.encoder.layers:
+            layer.self_attn.direction_dropout = encoder.direction_dropout
+    elif encoder.direction_dropout:
+        raise ValueError("encoder.direction_dropout belongs to BiRWKV7, this model has attention")
     return model
 
 
@@ -80,63 +81,8 @@ def with_attention(model: ASRModel, recipe: EncoderRecipe, is_trained: bool, see
     if recipe.attention == "birwkv7" and not has_birwkv7:
         checkpoint = model.to_checkpoint()
         checkpoint = to_birwkv7(checkpoint, recipe.warm_start and is_trained, seed=seed)
-        model = model_of(checkpoint, stft_pad=model.preprocessor.featurizer.stft_pad)
-        has_birwkv7 = True
-    if recipe.direction_dropout and not has_birwkv7:
-        raise ValueError("encoder.direction_dropout belongs to BiRWKV7, this model has attention")
-    for layer in model.encoder.layers if has_birwkv7 else ():
-        layer.self_attn.direction_dropout = recipe.direction_dropout
+        return model_of(checkpoint, stft_pad=model.preprocessor.featurizer.stft_pad)
     return model
-
-
-def set_encoder_dropout(encoder: ConformerEncoder, probability: float) -> None:
-    """Of the encoder's input, feed-forwards, attention weights and residual branches."""
-    encoder.dropout_input.p = probability
-    for layer in encoder.layers:
-        layer.dropout.p = layer.feed_forward1.dropout.p = layer.feed_forward2.dropout.p = (
-            probability
-        )
-        layer.self_attn.dropout = probability
-
-
-def with_loss_options(config: dict, heads: tuple[str, ...], loss: LossRecipe) -> dict:
-    """A copy of NeMo's config with the options that the recipe sets.
-
-    Raises:
-        ValueError: an option of a head that the model does not have.
-    """
-    config = copy.deepcopy(config)
-    transducer = {"sigma": loss.sigma, "omega": loss.omega, "fastemit_lambda": loss.fastemit_lambda}
-    for name, value in transducer.items():
-        if value is None:
-            continue
-        if name != "fastemit_lambda" and "tdt" not in heads:
-            raise ValueError(f"loss.{name} belongs to TDT, this model has {', '.join(heads)}")
-        if heads == ("ctc",):
-            raise ValueError(f"loss.{name} belongs to a transducer, this model has ctc only")
-        section = config.setdefault("loss", {})
-        default = "tdt" if "tdt" in heads else "warprnnt_numba"
-        names = [f"{section.get('loss_name')}_kwargs", f"{default}_kwargs"]
-        kwargs = next((key for key in names if section.get(key) is not None), names[1])
-        section[kwargs] = {**(section.get(kwargs) or {}), name: value}
-    if loss.transducer_reduction is not None and heads == ("ctc",):
-        raise ValueError("loss.transducer_reduction: this model has ctc only")
-    if loss.ctc_reduction is not None and "ctc" not in heads:
-        raise ValueError("loss.ctc_reduction: this model has no ctc head")
-    if (reduction := loss.transducer_reduction or loss.reduction) and heads != ("ctc",):
-        config["rnnt_reduction"] = reduction
-    if (reduction := loss.ctc_reduction or loss.reduction) and "ctc" in heads:
-        config.get("aux_ctc", config)["ctc_reduction"] = reduction
-    if loss.interctc_layers is not None:
-        config["interctc"] = {
-            "loss_weights": list(loss.interctc_weights),
-            "apply_at_layers": list(loss.interctc_layers),
-        }
-    if loss.ctc_weight is not None:
-        if len(heads) < 2:
-            raise ValueError(f"loss.ctc_weight belongs to hybrids, this model has {heads[0]} only")
-        config["aux_ctc"]["ctc_loss_weight"] = loss.ctc_weight
-    return config
 
 
 def scratch_config(config: str | dict, tokenizer: str) -> tuple[dict, dict[str, bytes]]:
