@@ -144,8 +144,8 @@ class TiktokenTokenizer(ByteTokenizer):
         tokens += [f"<|{name}|>".encode() for name in (*special, *times)]
         if not self.first_special <= n_tokens <= len(tokens):
             raise ValueError(
-                f"the tiktoken vocabulary has {self.first_special} to {len(tokens)} tokens, the CTC "
-                f"branch {n_tokens} and blank; take the vocabulary that it was trained with"
+                f"the tiktoken vocabulary has {self.first_special} to {len(tokens)} tokens, the "
+                f"CTC branch {n_tokens} and blank; take the vocabulary that it was trained with"
             )
         super().__init__(tokens[:n_tokens])
 
