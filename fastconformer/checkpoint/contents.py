@@ -14,8 +14,8 @@ ALIGNER = "timestamps_asr_model"  # NeMo's name for the second model, ours for i
 class Checkpoint:
     """A model as data.
 
-    config: NeMo's model_config.yaml, interpolations resolved; files are "nemo:<name>", where
-        name is a key of tokenizer_files.
+    config: NeMo's model_config.yaml, interpolations resolved, or of another kind of model what
+        stands in its place; files are "nemo:<name>", where name is a key of tokenizer_files.
     state_dict: tensors by NeMo's names; may be backed by a private file mapping.
     tokenizer_files: content of every file that the config names, by clean name
         ("tokenizer.model", "vocab.txt", "tokenizer.vocab", ...).
@@ -28,6 +28,11 @@ class Checkpoint:
     tokenizer_files: dict[str, bytes]
     dropped: tuple[str, ...] = ()
     aligner: "Checkpoint | None" = None
+
+    @property
+    def kind(self) -> str:
+        """Whose config it is: "nemo", or "funasr" (see `funasr_folder`)."""
+        return "funasr" if "llm_config" in self.config else "nemo"
 
 
 def artifacts(config: dict) -> dict[str, str]:

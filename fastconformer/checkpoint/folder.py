@@ -1,6 +1,7 @@
 """The converted folder: a model as files that need no unpickling.
 
-It holds `config.json` ({"format_version": 1, "nemo_config": {...}}), `model.safetensors`, and the
+It holds `config.json` ({"format_version": 1, "nemo_config": {...}}; the config of another kind of
+model under that kind's name, "funasr_config"), `model.safetensors`, and the
 tokenizer files under the names that the config gives them: `tokenizer.model_path:
 nemo:tokenizer.model` is the file `tokenizer.model` of the folder. The config is NeMo's
 `model_config.yaml` and the tensors carry NeMo's names, so no key map exists. A second model for
@@ -31,6 +32,7 @@ from .contents import (
 from .files import sync, work_folder
 
 FORMAT_VERSION = 1
+KINDS = ("nemo", "funasr")
 
 
 def write_folder(folder: str | os.PathLike, checkpoint: Checkpoint) -> None:
@@ -46,7 +48,7 @@ def write_folder(folder: str | os.PathLike, checkpoint: Checkpoint) -> None:
         raise ValueError(f"{folder} is a file; give the name of a folder")
     check_files(checkpoint)
     _check_json(checkpoint.config)
-    document = {"format_version": FORMAT_VERSION, "nemo_config": checkpoint.config}
+    document = {"format_version": FORMAT_VERSION, f"{checkpoint.kind}_config": checkpoint.config}
 
     if checkpoint.aligner:
         document[ALIGNER] = True  # else a folder of an earlier model would be taken for this one's
@@ -92,12 +94,14 @@ def read_folder(folder: Path) -> Checkpoint:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{config_path} is not JSON: {error}") from None
     version = document.get("format_version") if isinstance(document, dict) else None
-    if version != FORMAT_VERSION or not isinstance(document.get("nemo_config"), dict):
+    sections = [document.get(f"{kind}_config") for kind in KINDS] if version else []
+    configs = [section for section in sections if isinstance(section, dict)]
+    if version != FORMAT_VERSION or len(configs) != 1:
         raise ValueError(
             f"{config_path}: format_version is {version!r}, this version reads {FORMAT_VERSION} "
             "with a mapping under nemo_config; convert the .nemo again"
         )
-    config = document["nemo_config"]
+    (config,) = configs
 
     files = {}
     for key, name in artifacts(config).items():

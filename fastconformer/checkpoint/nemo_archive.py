@@ -1,6 +1,5 @@
 """NeMo's `.nemo` archive: a tar of `model_config.yaml`, `model_weights.ckpt` and the files that
-the config names as "nemo:<member>". The only file that knows this layout, and the only one that
-reads pickle (tensors and nothing else).
+the config names as "nemo:<member>". The only file that knows this layout.
 
 An archive is untrusted: members are streamed one by one to names of ours in a temporary folder,
 never extracted under their own; anything but plain files and folders is refused.
@@ -11,15 +10,11 @@ Source: NeMo's SaveRestoreConnector.
 import gzip
 import hashlib
 import io
-import logging
 import os
-import pickle
 import re
 import shutil
 import tarfile
 import tempfile
-import warnings
-import zipfile
 import zlib
 from pathlib import Path, PurePosixPath
 
@@ -36,13 +31,12 @@ from .contents import (
     rename_artifacts,
 )
 from .files import sync, work_folder
+from .pickled import load_tensors
 from .yaml_config import CONFIG_MEMBER, dump_config, load_config
 
 WEIGHTS_MEMBER = "model_weights.ckpt"
 ALIGNER_MEMBERS = f"{ALIGNER}_config.yaml", f"{ALIGNER}_weights.ckpt"
 MAX_CONFIG_BYTES = 64 << 20
-
-logger = logging.getLogger(__name__)
 
 
 def read_nemo(path: str | os.PathLike) -> Checkpoint:
@@ -122,7 +116,7 @@ def _read_model(
             target.unlink()
     files = dict(clean.values())
     config = rename_artifacts(config, lambda key, _: clean[wanted[key]][0])
-    weights = _load_weights(folder / weights_member)
+    weights = load_tensors(folder / weights_member, weights_member)
     return Checkpoint(config, weights, files), needed | {config_member}
 
 
@@ -177,48 +171,6 @@ def _clean_names(names) -> dict[str, str]:
     return clean
 
 
-def _load_weights(path: Path) -> dict[str, torch.Tensor]:
-    try:
-        mappable = _is_stored_zip(path)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what they hint at is an error below
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=mappable)
-    except pickle.UnpicklingError as error:
-        names = re.search(r"GLOBAL (\S+)", str(error))
-        reason = f"it asks for {names[1]}" if names else "it holds more than that"
-        raise ValueError(
-            f"refusing {path.name}: only plain tensors are unpickled, and {reason}"
-        ) from error
-    except (MemoryError, OSError):
-        raise
-    except Exception as error:  # torch raises anything on damaged bytes
-        reason = str(error).strip().partition("\n")[0]
-        raise ValueError(f"{path.name} is damaged: {reason}") from error
-    if not isinstance(state, dict) or not state:
-        raise ValueError(f"{path.name} holds a {type(state).__name__}, expected tensors by name")
-    for name, tensor in state.items():
-        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
-            raise ValueError(
-                f"{path.name}: {name!r} is a {type(tensor).__name__}, expected a tensor"
-            )
-        if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
-            raise ValueError(f"{path.name}: tensor {name} is not dense")
-        # A stride of zero lets a few bytes claim any size.
-        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-            raise ValueError(f"{path.name}: tensor {name} is larger than its data")
-    if not mappable:
-        logger.warning("%s is in an old format: it was copied into memory", path.name)
-    return {name: tensor.detach() for name, tensor in state.items()}
-
-
-def _is_stored_zip(path: Path) -> bool:
-    """True for what torch.save has written since 1.6: mapping needs uncompressed zip records."""
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return all(record.compress_type == zipfile.ZIP_STORED for record in archive.infolist())
-
-
 def write_nemo(path: str | os.PathLike, checkpoint: Checkpoint) -> None:
     """Writes a `.nemo` that NeMo's `restore_from` takes: a plain tar whose bytes depend on the
     checkpoint alone. The file appears whole or not at all.
@@ -229,6 +181,8 @@ def write_nemo(path: str | os.PathLike, checkpoint: Checkpoint) -> None:
     path = Path(path)
     if path.is_dir():
         raise ValueError(f"{path} is a folder; give the name of a .nemo file")
+    if checkpoint.kind != "nemo":
+        raise ValueError("this is no model of NeMo's; see converters.st2funasr")
     models = [(checkpoint, CONFIG_MEMBER, WEIGHTS_MEMBER)]
     if checkpoint.aligner:
         models.append((checkpoint.aligner, *ALIGNER_MEMBERS))

@@ -73,8 +73,9 @@ def check_yaml_depth(text: bytes) -> None:
             raise yaml.YAMLError(f"nested too deeply, in more than {MAX_YAML_DEPTH} levels")
 
 
-def load_config(text: bytes) -> dict:
-    """model_config.yaml -> dict of plain values, every interpolation resolved.
+def load_config(text: bytes, name: str = CONFIG_MEMBER) -> dict:
+    """model_config.yaml -> dict of plain values, every interpolation resolved; `name` is what
+    messages call the file.
 
     Raises ValueError naming the line, or the key and the interpolation.
     """
@@ -82,15 +83,15 @@ def load_config(text: bytes) -> dict:
         check_yaml_depth(text)
         config = yaml.load(text, _Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{CONFIG_MEMBER} is not YAML: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{name} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(config, dict):
-        raise ValueError(f"{CONFIG_MEMBER} is not a mapping")
+        raise ValueError(f"{name} is not a mapping")
     try:
         config = resolve(config)
     except RecursionError:
-        raise ValueError(f"{CONFIG_MEMBER} is nested too deeply or contains itself") from None
+        raise ValueError(f"{name} is nested too deeply or contains itself") from None
     except ValueError as error:
-        raise ValueError(f"{CONFIG_MEMBER}: {error}") from None
+        raise ValueError(f"{name}: {error}") from None
     # A training script's whole config: NeMo's restore_from takes its `model` section too.
     return config["model"] if isinstance(config.get("model"), dict) else config
 
