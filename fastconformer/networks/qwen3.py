@@ -46,7 +46,10 @@ class Qwen3Config:
 
 
 class KeyValueCache:
-    """Keys and values of all layers, for up to `size` positions; `length` of them are filled."""
+    """Keys and values of all layers: room for `size` positions, which grows as they are put, of
+    which `length` are filled."""
+
+    GROWTH = 64  # positions
 
     def __init__(self, config: Qwen3Config, batch: int, size: int, like: Tensor):
         shape = 2, config.n_layers, batch, config.n_kv_heads, size, config.head_dim
@@ -56,6 +59,9 @@ class KeyValueCache:
     def put(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Stores (B, G, S, K) of one layer; gives all that it has, (B, G, C, K)."""
         end = self.length + keys.shape[2]
+        if end > self.keys.shape[-2]:
+            more = max(end - self.keys.shape[-2], self.GROWTH)
+            self.keys, self.values = (F.pad(x, (0, 0, 0, more)) for x in (self.keys, self.values))
         self.keys[layer, :, :, self.length : end] = keys
         self.values[layer, :, :, self.length : end] = values
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]

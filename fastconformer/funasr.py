@@ -1,0 +1,334 @@
+"""Fun-ASR-Nano, the second model: SAN-M encoder, adaptor, language model, CTC branch.
+
+It has the same few names as `ASRModel`; attribute names of its parts are FunASR's, so that the
+state dict is the checkpoint's own. The language model reads the first eighth of the adaptor's rows:
+encoder and adaptor, which attend to all of a clip, were trained to put its content there.
+"""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from .audio.fbank import Fbank
+from .checkpoint.contents import Checkpoint
+from .checkpoint.folder import write_folder
+from .checkpoint.funasr_folder import VOCABULARY
+from .config import config_errors
+from .config.funasr import AdaptorConfig, FunASRConfig
+from .decoding import DecodingOptions, Hypothesis
+from .heads.llm import LLM, AttendedCTC
+from .networks.qwen3 import Qwen3
+from .networks.sanm import Adaptor, CTCOutput, SANMEncoder
+from .text.byte_bpe import QwenTokenizer, TiktokenTokenizer
+from .text.chat import context_header, instruction
+
+HEADS = {"llm": LLM, "ctc": AttendedCTC}
+CTC_PARTS = ("ctc_decoder.", "ctc.")
+
+logger = logging.getLogger(__name__)
+
+
+class FunASRNano(nn.Module):
+    """Built with random weights; `load_model` reads trained ones."""
+
+    def __init__(self, config: FunASRConfig, tokenizer_files: dict[str, bytes]):
+        super().__init__()
+        self.config, self.tokenizer_files = config, tokenizer_files
+        self.tokenizer = QwenTokenizer(tokenizer_files["tokenizer.json"])
+        if self.tokenizer.vocab_size > config.llm.vocab_size:
+            raise ValueError(
+                f"the tokenizer has {self.tokenizer.vocab_size} tokens, the language model "
+                f"{config.llm.vocab_size}"
+            )
+        self.ctc_tokenizer = _ctc_tokenizer(config, tokenizer_files) if config.ctc else None
+        with torch.device("cpu"):
+            self.preprocessor = Fbank(config.frontend)
+        encoder, llm = config.encoder, config.llm
+        self.audio_encoder = SANMEncoder(
+            encoder.d_in,
+            encoder.d_model,
+            encoder.n_heads,
+            encoder.d_inner,
+            encoder.n_blocks,
+            encoder.n_tp_blocks,
+            encoder.kernel,
+            encoder.dropout,
+            encoder.attention_dropout,
+        )
+        self.audio_adaptor = _adaptor(config.adaptor)
+        self.llm = Qwen3(llm)
+        if config.ctc:
+            self.ctc_decoder = _adaptor(config.ctc)
+            self.ctc = CTCOutput(config.ctc.d_out, config.ctc_classes)
+
+    # --- what it is ------------------------------------------------------------------------------
+
+    @property
+    def sample_rate(self) -> int:
+        """Hz."""
+        return self.config.sample_rate
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.audio_encoder.tp_norm.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the encoder's weights."""
+        return self.audio_encoder.tp_norm.weight.dtype
+
+    @property
+    def encoder(self) -> SANMEncoder:
+        """The encoder, as other models call it."""
+        return self.audio_encoder
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """The heads' names, the default first."""
+        return self.config.heads
+
+    def head(self, name: str | None = None) -> LLM | AttendedCTC:
+        """A head by its name, None: the default. ValueError: no such head."""
+        name = name or self.heads[0]
+        if name not in self.heads:
+            lacking = "; its checkpoint has no CTC weights" if name == "ctc" else ""
+            raise ValueError(f"head is {name!r}, this model has {', '.join(self.heads)}{lacking}")
+        return HEADS[name](self, name)
+
+    @property
+    def frame_head(self) -> None:
+        """There is none: the CTC branch attends to the whole clip."""
+        return None
+
+    @property
+    def blank_id(self) -> int:
+        """Of the CTC branch."""
+        return self.config.vocab_size
+
+    # --- stages ----------------------------------------------------------------------------------
+
+    def featurize(self, audio: Tensor, audio_lengths: Tensor):
+        """audio (B, L) float32 in [-1, 1] or int16, lengths (B,) in samples -> features
+        (B, 560, T) float32, of 60 ms each, lengths (B,). ValueError: shapes that do not fit."""
+        if audio.dim() != 2 or audio_lengths.shape != audio.shape[:1]:
+            raise ValueError(
+                f"audio is {tuple(audio.shape)} and its lengths {tuple(audio_lengths.shape)}, "
+                "expected (B, L) and (B,)"
+            )
+        audio = audio.float() / 32768.0 if audio.dtype == torch.int16 else audio
+        return self.preprocessor(audio, audio_lengths)
+
+    def encode(self, features: Tensor, lengths: Tensor):
+        """features (B, 560, T), lengths (B,) -> encoded (B, T, D) in the model's dtype, lengths.
+        ValueError: shapes that do not fit."""
+        width = self.config.encoder.d_in
+        if features.shape != (len(lengths), width, features.shape[-1]):
+            raise ValueError(
+                f"features are {tuple(features.shape)} and their lengths {tuple(lengths.shape)}, "
+                f"expected (B, {width}, T) and (B,)"
+            )
+        return self.audio_encoder(features.transpose(1, 2).to(self.dtype), lengths)
+
+    def adapt(self, encoded: Tensor, lengths: Tensor):
+        """encoded (B, T, D), lengths (B,) -> rows of the language model's width (B, T, H), lengths;
+        of which it reads the first `speech_rows`."""
+        return self.audio_adaptor(encoded.to(self.audio_adaptor.linear1.weight.dtype), lengths)
+
+    def ctc_log_probs(self, encoded: Tensor, lengths: Tensor) -> Tensor:
+        """(B, T, D), (B,) -> (B, T, V+1) float32, blank last. ValueError: there are no CTC
+        weights."""
+        return self.head("ctc").log_probs(encoded, lengths)
+
+    def prompt(
+        self, language: str | None = None, hotwords: Sequence[str] = (), itn: bool = True
+    ) -> str:
+        """What the language model is asked for at transcription; see `text.chat.instruction`."""
+        return instruction(language, hotwords, itn)
+
+    def training_prompt(
+        self,
+        language: str | None = None,
+        itn: bool = True,
+        context: dict[str, str] | None = None,
+    ) -> str:
+        """What it is asked for in training, as FunASR does: a context header comes first, with
+        nothing behind it where nothing is known of the clip."""
+        asked = instruction(language, (), itn)
+        return context_header(asked, context) + asked
+
+    def llm_inputs(
+        self, adapted: Tensor, lengths: Tensor, texts: Sequence[str], prompts: Sequence[str]
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Adapted rows and lengths, texts and prompts of a batch -> ids, embeds, mask, labels, all
+        padded on the right; see `heads.llm.LLM.inputs`."""
+        return self.head("llm").inputs(adapted, lengths, texts, prompts)
+
+    def losses(
+        self,
+        encoded: Tensor,
+        encoded_lengths: Tensor,
+        texts: Sequence[str],
+        prompts: Sequence[str] | None = None,
+        heads: Sequence[str] | None = None,
+    ) -> dict[str, Tensor]:
+        """Negative log-likelihood of each clip's text in nats, summed over its tokens, (B,) per
+        head. `prompts`: what the language model was asked, None: `training_prompt()`."""
+        asked = [self.head(name) for name in heads or self.heads]
+        if len(texts) != len(encoded):
+            raise ValueError(f"{len(texts)} texts for {len(encoded)} clips")
+        given = {"texts": texts, "prompts": prompts}
+        return {
+            head.name: head.loss(
+                encoded,
+                encoded_lengths,
+                None,
+                None,
+                **{name: given[name] for name in head.loss_arguments},
+            )
+            for head in asked
+        }
+
+    @torch.no_grad()
+    def decode(
+        self,
+        encoded: Tensor,
+        lengths: Tensor,
+        head: str | None = None,
+        options: DecodingOptions | None = None,
+        **arguments,
+    ) -> list[Hypothesis]:
+        """encoded (B, T, D), lengths (B,) -> what `head` (default: the first) finds in each clip;
+        `arguments`: what its `decode_arguments` names. ValueError: no such head or argument."""
+        chosen = self.head(head)
+        for name in arguments:
+            if name not in chosen.decode_arguments:
+                raise ValueError(f"{name} is nothing that the head {chosen.name} takes")
+        return chosen.decode(encoded, lengths, options or DecodingOptions(), **arguments)
+
+    # --- on disk ---------------------------------------------------------------------------------
+
+    def with_sample_rate(self, rate_hz: int, mel_edges: str = "keep") -> "FunASRNano":
+        """A model over the same tensors with a front end of another rate; see
+        `FunASRConfig.with_sample_rate`."""
+        config = self.config.with_sample_rate(rate_hz, mel_edges)
+        changed = _skeleton(config, self.tokenizer_files)
+        changed.load_state_dict(self.state_dict(), assign=True)
+        changed.llm.tie()
+        changed.preprocessor.to(self.device)
+        return changed.train(self.training)
+
+    def to_checkpoint(self) -> Checkpoint:
+        """Config, weights and tokenizer files, the language model's always inside."""
+        return Checkpoint(self.config.funasr, self.state_dict(), self.tokenizer_files)
+
+    def save(self, folder: str | Path):
+        """Writes config.json, model.safetensors and the tokenizers' files to `folder`."""
+        write_folder(folder, self.to_checkpoint())
+
+
+def _adaptor(config: AdaptorConfig) -> Adaptor:
+    return Adaptor(
+        config.d_in,
+        config.d_inner,
+        config.d_out,
+        config.n_layers,
+        config.n_heads,
+        config.downsample,
+        config.dropout,
+        config.attention_dropout,
+    )
+
+
+def _ctc_tokenizer(config: FunASRConfig, files: dict[str, bytes]) -> TiktokenTokenizer:
+    name = str(config.funasr["files"].get(VOCABULARY)).removeprefix("nemo:")
+    if name not in files:
+        raise ValueError(
+            "the checkpoint has CTC weights but no vocabulary for them "
+            "(ctc_tokenizer_conf.vocab_path, a .tiktoken file)"
+        )
+    return TiktokenTokenizer(files[name], config.vocab_size, config.n_languages)
+
+
+def _skeleton(config: FunASRConfig, files: dict[str, bytes]) -> FunASRNano:
+    """The model without memory for its weights."""
+    with torch.device("meta"), config_errors():
+        return FunASRNano(config, files)
+
+
+def funasr_of(
+    checkpoint: Checkpoint,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> FunASRNano:
+    """The model of a checkpoint in memory, whose tensors it takes, in eval mode.
+
+    Raises:
+        ValueError: no language model in it, tensors that do not fit, an unsupported option.
+    """
+    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"dtype is {dtype!r}, for this model expected torch.float32 or bfloat16")
+    config, state = FunASRConfig.from_funasr(checkpoint.config), dict(checkpoint.state_dict)
+    if not any(name.startswith("llm.") for name in state):
+        raise ValueError(
+            "the weights hold no language model (no llm.* tensors): it was saved with "
+            "effective_save_name_excludes: [llm.]; convert it with --llm and the folder that it "
+            "was trained from"
+        )
+    _check_layers(config, state)
+    if config.llm.tie_word_embeddings:
+        tied = state.setdefault("llm.lm_head.weight", state.get("llm.model.embed_tokens.weight"))
+        if tied is not None and not torch.equal(tied, state["llm.model.embed_tokens.weight"]):
+            raise ValueError(
+                "llm.lm_head.weight is not the embedding, which the language model's config.json "
+                "says (tie_word_embeddings)"
+            )
+    if config.ctc:
+        config, state = _with_whole_ctc(config, state)
+    model = _skeleton(config, checkpoint.tokenizer_files)
+    check_tensors(model, state)
+    model.load_state_dict(state, assign=True)
+    model.llm.tie()
+    for part in (model.audio_encoder, model.audio_adaptor, model.llm):
+        part.to(dtype)
+    if config.ctc:
+        model.ctc_decoder.to(dtype)
+        model.ctc.to(dtype)
+    model.llm.tie()
+    model.requires_grad_(True)
+    return model.to(device).eval()
+
+
+def _check_layers(config: FunASRConfig, state: dict[str, Tensor]) -> None:
+    layers = config.encoder.n_blocks + config.encoder.n_tp_blocks + config.llm.n_layers
+    layers += config.adaptor.n_layers + (config.ctc.n_layers if config.ctc else 0)
+    if layers > len(state):  # before they are built
+        raise ValueError(f"the config has {layers} layers, the weights {len(state)} tensors")
+
+
+def _with_whole_ctc(config: FunASRConfig, state: dict[str, Tensor]):
+    """Without the CTC branch where its tensors are not all there, as FunASR does."""
+    with torch.device("meta"), config_errors():
+        parts = {"ctc_decoder": _adaptor(config.ctc)}
+        parts["ctc"] = CTCOutput(config.ctc.d_out, config.ctc_classes)
+    expected = [f"{part}.{name}" for part, module in parts.items() for name in module.state_dict()]
+    missing = [name for name in expected if name not in state]
+    if not missing:
+        return config, state
+    if len(missing) < len(expected):
+        logger.warning(
+            "left the CTC branch out: %d of its %d tensors are missing, the first is %s",
+            len(missing), len(expected), missing[0],
+        )  # fmt: skip
+    rest = {name: tensor for name, tensor in state.items() if not name.startswith(CTC_PARTS)}
+    return config.without_ctc(), rest
+
+
+def check_tensors(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Raises ValueError naming the tensors that are missing, unexpected or of another shape."""
+    from .model import _check_tensors
+
+    _check_tensors(model, state)

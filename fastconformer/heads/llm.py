@@ -1,0 +1,274 @@
+"""A language model as a head: it reads a prompt with rows of speech in it, and writes the text.
+
+    before [ids]  speech [the first n rows of the adaptor]  behind [ids]  text [ids]  <|im_end|>
+
+The targets of its loss are texts, not token ids, and each clip has its prompt. Times come from the
+CTC branch, where the model has one: the text is aligned, and every byte of it gets frames.
+Source: FunASR's FunASRNano.
+"""
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..decoding import DecodingOptions, Hypothesis, ctc_align, ctc_beam, ctc_greedy
+from ..decoding.llm import MAX_TOKENS, llm_greedy
+from ..recordings.memory import LOG_PROBS
+from ..text.byte_bpe import ByteTokenizer
+from ..text.chat import answer_ids, chat_ids
+from .ctc import CTC
+from .head import Head
+
+IGNORED = -100  # a label that counts nothing
+
+
+def speech_rows(lengths: Tensor) -> Tensor:
+    """Rows of speech that the language model is given, of encoded rows (B,): halved three times,
+    rounding up."""
+    for _ in range(3):
+        lengths = (lengths + 1).div(2, rounding_mode="floor")
+    return lengths
+
+
+class LLM(Head):
+    """See the module's docstring."""
+
+    family = "llm"
+    reads_frames_in_order = False
+    loss_arguments = ("texts", "prompts")
+    decode_arguments = ("prompts", "max_tokens", "times")
+
+    @property
+    def modules(self) -> dict[str, str]:
+        return {"llm": "llm", "adaptor": "audio_adaptor"}
+
+    def token_layers(self) -> dict[str, nn.Module]:
+        llm = self.model.llm
+        return {"llm.model.embed_tokens": llm.model.embed_tokens, "llm.lm_head": llm.lm_head}
+
+    def tie(self) -> None:
+        self.model.llm.tie()
+
+    @property
+    def reduction(self) -> str:
+        return "mean_volume"
+
+    @property
+    def share(self) -> float:
+        return 1.0
+
+    def prompt_embeds(
+        self, adapted: Tensor, lengths: Tensor, prompts: Sequence[str]
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Adapted rows (B, T, D), their encoded lengths (B,) -> ids (S_i,) and embeddings
+        (S_i, D) of each clip's prompt; ids of speech are 0."""
+        config, llm = self.model.config, self.model.llm
+        chosen = speech_rows(lengths) if config.low_frame_rate else lengths
+        parts = []
+        for rows, n_rows, prompt in zip(adapted, chosen.tolist(), prompts, strict=True):
+            shape = config.system_prompt, config.think
+            before, behind = chat_ids(self.model.tokenizer, prompt, *shape)
+            ids = torch.tensor([*before, *[0] * n_rows, *behind], device=adapted.device)
+            embeds = llm.embed(ids)
+            first = len(before)
+            speech = rows[:n_rows].to(embeds.dtype)
+            parts.append((ids, torch.cat((embeds[:first], speech, embeds[first + n_rows :]))))
+        return parts
+
+    def inputs(self, adapted: Tensor, lengths: Tensor, texts: Sequence[str], prompts):
+        """A batch to train on, padded on the right.
+
+        Args:
+            adapted: (B, T, D) of `model.adapt`; lengths: encoded rows, (B,).
+            texts: what the model is to say; prompts: what it is asked, one each.
+        Returns:
+            ids (B, S), 0 on speech and padding; embeds (B, S, D); valid (B, S), True but on
+            padding; labels (B, S), -100 up to the text and on padding.
+        """
+        rows = []
+        for (ids, embeds), text in zip(
+            self.prompt_embeds(adapted, lengths, prompts), texts, strict=True
+        ):
+            answer = torch.tensor(answer_ids(self.model.tokenizer, text), device=ids.device)
+            labels = torch.cat((torch.full_like(ids, IGNORED), answer))
+            embeds = torch.cat((embeds, self.model.llm.embed(answer)))
+            rows.append((torch.cat((ids, answer)), embeds, labels.new_ones(len(labels)), labels))
+        ids, embeds, valid, labels = zip(*rows, strict=True)
+
+        def padded(parts, value=0):
+            return nn.utils.rnn.pad_sequence(parts, batch_first=True, padding_value=value)
+
+        return padded(ids), padded(embeds), padded(valid).bool(), padded(labels, IGNORED)
+
+    def loss(self, encoded, encoded_lengths, targets, target_lengths, texts, prompts=None):
+        """Cross-entropy over each clip's text and its end, summed, (B,). `targets` are not read.
+
+        Args:
+            texts: of each clip; prompts: of each clip, None: `model.training_prompt()`.
+        """
+        model = self.model
+        prompts = [model.training_prompt()] * len(encoded) if prompts is None else prompts
+        adapted, lengths = model.adapt(encoded, encoded_lengths)
+        _, embeds, valid, labels = self.inputs(adapted, lengths, texts, prompts)
+        positions = (valid.cumsum(1) - 1).clamp(min=0)
+        hidden = model.llm(embeds, valid, positions)[:, :-1]
+        labels = labels[:, 1:]
+        counts = labels != IGNORED
+        # the vocabulary is wide: logits at the positions of texts, and nowhere else
+        logits = model.llm.lm_head(hidden[counts]).float()
+        loss = F.cross_entropy(logits, labels[counts], reduction="none")
+        return loss.new_zeros(labels.shape).masked_scatter(counts, loss).sum(1)
+
+    def target_counts(self, texts: Sequence[str]) -> Tensor:
+        """Tokens that count in the loss of each text, its end included, (B,)."""
+        return torch.tensor([len(answer_ids(self.model.tokenizer, text)) for text in texts])
+
+    def decode(
+        self,
+        encoded: Tensor,
+        lengths: Tensor,
+        options: DecodingOptions,
+        prompts: Sequence[str] | str | None = None,
+        max_tokens: int = MAX_TOKENS,
+        times: bool = False,
+    ) -> list[Hypothesis]:
+        """Greedy texts.
+
+        Args:
+            prompts: what the model is asked, one for all or one each; None: `model.prompt()`.
+            max_tokens: longest text.
+            times: align the texts: hypotheses get frames and durations.
+        Raises:
+            ValueError: beams, language models, phrases and `allow`, which this head has not; times
+                without a CTC branch.
+        """
+        model = self.model
+        if not options.is_greedy or options.allow:
+            raise ValueError(
+                "the language model decodes greedily: beam, lm, boost and languages are for other "
+                "heads; give hotwords or a language, or take the head ctc"
+            )
+        if times and "ctc" not in model.heads:
+            raise ValueError("times need CTC weights, which this checkpoint does not have")
+        if prompts is None:
+            prompts = model.prompt()
+        prompts = [prompts] * len(encoded) if isinstance(prompts, str) else prompts
+        adapted, adapted_lengths = model.adapt(encoded, lengths)
+        parts = self.prompt_embeds(adapted, adapted_lengths, prompts)
+        embeds = [embed for _, embed in parts]
+        found = llm_greedy(model.llm, embeds, max_tokens, options.confidence)
+        if times:
+            self._add_frames(found, encoded, lengths)
+        return found
+
+    def _add_frames(self, found: list[Hypothesis], encoded: Tensor, lengths: Tensor) -> None:
+        """Frames and durations of each token, by the CTC branch: of the first and to the last of
+        those that its bytes are in."""
+        model = self.model
+        log_probs = model.ctc_log_probs(encoded, lengths)
+        for row, hypothesis in enumerate(found):
+            special = model.tokenizer.special_ids
+            kept = [i for i in hypothesis.tokens if i not in special]
+            said = model.tokenizer.bytes_of(kept)
+            ids = model.ctc_tokenizer.encode(said.decode("utf-8", errors="replace"))
+            frames = byte_frames(
+                model.ctc_tokenizer, ids, log_probs[row : row + 1], lengths[row : row + 1]
+            )
+            frames += [frames[-1] if frames else (0, 0)] * (len(said) - len(frames))
+            hypothesis.frames, hypothesis.durations, at = [], [], 0
+            for token in hypothesis.tokens:
+                n_bytes = 0 if token in special else len(model.tokenizer.token_bytes[token])
+                spans = frames[at : at + n_bytes] or frames[max(0, at - 1) : at] or [(0, 0)]
+                hypothesis.frames.append(spans[0][0])
+                hypothesis.durations.append(max(0, spans[-1][1] - spans[0][0]))
+                at += n_bytes
+
+
+def byte_frames(
+    tokenizer: ByteTokenizer, ids: list[int], log_probs: Tensor, lengths: Tensor
+) -> list[tuple[int, int]]:
+    """First and end row of each byte of a text of CTC tokens. A text that has more tokens than the
+    clip has rows for is spread evenly over them."""
+    (aligned,) = ctc_align(log_probs, lengths, [ids])
+    n_rows = int(lengths)
+    if len(aligned.frames) < len(ids):
+        edges = [round(i * n_rows / len(ids)) for i in range(len(ids) + 1)]
+        spans = list(itertools.pairwise(edges))
+    else:
+        pairs = zip(aligned.frames, aligned.durations, strict=True)
+        spans = [(frame, frame + duration) for frame, duration in pairs]
+    return [
+        span
+        for token, span in zip(ids, spans, strict=True)
+        for _ in range(len(tokenizer.token_bytes[token]))
+    ]
+
+
+class AttendedCTC(CTC):
+    """CTC behind a small Transformer, FunASR's `ctc_decoder` and `ctc`: it needs to know where each
+    clip ends. Its targets are ids of the CTC branch's own tokenizer."""
+
+    has_frame_posteriors = False  # not of each frame by itself
+    reads_frames_in_order = False
+    loss_arguments = ("texts",)
+
+    @property
+    def modules(self) -> dict[str, str]:
+        return {"ctc_decoder": "ctc_decoder", "ctc": "ctc"}
+
+    @property
+    def tokenizer(self) -> ByteTokenizer:
+        return self.model.ctc_tokenizer
+
+    def token_layers(self) -> dict[str, nn.Module]:
+        return {"ctc.ctc_lo": self.model.ctc.ctc_lo}
+
+    @property
+    def reduction(self) -> str:
+        return "mean_batch"
+
+    @property
+    def share(self) -> float:
+        return self.model.config.ctc_weight
+
+    def log_probs(self, encoded: Tensor, lengths: Tensor) -> Tensor:
+        """(B, T, D), (B,) -> (B, T, V+1) float32, blank last."""
+        return self.model.ctc(self._rows(encoded, lengths)).float().log_softmax(-1)
+
+    def _rows(self, encoded: Tensor, lengths: Tensor) -> Tensor:
+        dtype = self.model.ctc.ctc_lo.weight.dtype
+        return self.model.ctc_decoder(encoded.to(dtype), lengths)[0]
+
+    def decode(
+        self, encoded: Tensor, lengths: Tensor, options: DecodingOptions
+    ) -> list[Hypothesis]:
+        bias = options.bias(self.tokenizer, encoded.device)
+        common = {"bias": bias, "confidence": options.confidence}
+        if not options.is_greedy:
+            fusion = options.fusion(self.tokenizer, encoded.device)
+            log_probs = self.log_probs(encoded, lengths)
+            return ctc_beam(log_probs, lengths, options.beam, fusion, **common)
+        rows = self._rows(encoded, lengths)
+        size = max(1, LOG_PROBS // (max(1, len(rows)) * (self.model.blank_id + 1)))
+        pieces = (self.model.ctc(part).float().log_softmax(-1) for part in rows.split(size, dim=1))
+        return ctc_greedy(pieces, lengths, **common)
+
+    def loss(self, encoded, encoded_lengths, targets, target_lengths, texts=None):
+        """Negative log-likelihood of each text, (B,); `texts`, where given, take the place of
+        `targets`."""
+        if texts is not None:
+            ids = [self.tokenizer.encode(text) for text in texts]
+            target_lengths = torch.tensor([len(row) for row in ids], device=encoded.device)
+            targets = torch.tensor([token for row in ids for token in row], device=encoded.device)
+        return F.ctc_loss(
+            self.log_probs(encoded, encoded_lengths).transpose(0, 1),
+            targets,
+            encoded_lengths,
+            target_lengths,
+            blank=self.model.blank_id,
+            reduction="none",
+            zero_infinity=True,
+        )
