@@ -44,6 +44,7 @@ TRAIN = [
 EXPORT = ["onnx>=1.16", "onnxruntime>=1.18"]
 QUICKSTART = [*TRAIN, "espeakng-loader>=0.2.4"]
 SERVE = ["starlette>=0.45", "uvicorn>=0.30", "python-multipart>=0.0.18", "websockets>=13"]
+LLM = ["tokenizers>=0.20"]  # Qwen's tokenizer, of Fun-ASR-Nano
 
 setup(
     name="fastconformer",
@@ -71,12 +72,14 @@ setup(
         "quickstart": QUICKSTART,
         "export": EXPORT,
         "serve": SERVE,
+        "llm": LLM,
         # Triton's interpreter runs the GPU kernels' tests where there is no GPU.
         "test": [
             *QUICKSTART,
             *EXPORT,
             *SERVE,
             "httpx>=0.27",
+            *LLM,
             "pytest>=8",
             "hypothesis>=6.100",
             "ruff>=0.9",
