@@ -13,15 +13,20 @@ import torch
 from torch import Tensor, nn
 
 from .audio.fbank import Fbank
-from .checkpoint.contents import Checkpoint
+from .checkpoint.contents import Checkpoint, check_tensors
 from .checkpoint.folder import write_folder
 from .checkpoint.funasr_folder import VOCABULARY
 from .config import config_errors
 from .config.funasr import AdaptorConfig, FunASRConfig
 from .decoding import DecodingOptions, Hypothesis
 from .heads.llm import LLM, AttendedCTC
+from .model import NoInitialisation
 from .networks.qwen3 import Qwen3
 from .networks.sanm import Adaptor, CTCOutput, SANMEncoder
+from .recordings.align import align
+from .recordings.retry import retry_stuck
+from .recordings.transcribe import transcribe
+from .recordings.transcript import transcript
 from .text.byte_bpe import QwenTokenizer, TiktokenTokenizer
 from .text.chat import context_header, instruction
 
@@ -33,6 +38,8 @@ logger = logging.getLogger(__name__)
 
 class FunASRNano(nn.Module):
     """Built with random weights; `load_model` reads trained ones."""
+
+    min_duration_s = 0.0  # recordings are not padded
 
     def __init__(self, config: FunASRConfig, tokenizer_files: dict[str, bytes]):
         super().__init__()
@@ -207,7 +214,14 @@ class FunASRNano(nn.Module):
         for name in arguments:
             if name not in chosen.decode_arguments:
                 raise ValueError(f"{name} is nothing that the head {chosen.name} takes")
-        return chosen.decode(encoded, lengths, options or DecodingOptions(), **arguments)
+        options = options or DecodingOptions()
+        options.check(chosen.refused_options, chosen.name)
+        return chosen.decode(encoded, lengths, options, **arguments)
+
+    transcribe = transcribe
+    align = align
+    transcript = transcript
+    retry_stuck = retry_stuck
 
     # --- on disk ---------------------------------------------------------------------------------
 
@@ -255,7 +269,7 @@ def _ctc_tokenizer(config: FunASRConfig, files: dict[str, bytes]) -> TiktokenTok
 
 def _skeleton(config: FunASRConfig, files: dict[str, bytes]) -> FunASRNano:
     """The model without memory for its weights."""
-    with torch.device("meta"), config_errors():
+    with torch.device("meta"), NoInitialisation(), config_errors():
         return FunASRNano(config, files)
 
 
@@ -289,7 +303,7 @@ def funasr_of(
     if config.ctc:
         config, state = _with_whole_ctc(config, state)
     model = _skeleton(config, checkpoint.tokenizer_files)
-    check_tensors(model, state)
+    check_tensors(model.state_dict(), state)
     model.load_state_dict(state, assign=True)
     model.llm.tie()
     for part in (model.audio_encoder, model.audio_adaptor, model.llm):
@@ -311,7 +325,7 @@ def _check_layers(config: FunASRConfig, state: dict[str, Tensor]) -> None:
 
 def _with_whole_ctc(config: FunASRConfig, state: dict[str, Tensor]):
     """Without the CTC branch where its tensors are not all there, as FunASR does."""
-    with torch.device("meta"), config_errors():
+    with torch.device("meta"), NoInitialisation(), config_errors():
         parts = {"ctc_decoder": _adaptor(config.ctc)}
         parts["ctc"] = CTCOutput(config.ctc.d_out, config.ctc_classes)
     expected = [f"{part}.{name}" for part, module in parts.items() for name in module.state_dict()]
@@ -325,10 +339,3 @@ def _with_whole_ctc(config: FunASRConfig, state: dict[str, Tensor]):
         )  # fmt: skip
     rest = {name: tensor for name, tensor in state.items() if not name.startswith(CTC_PARTS)}
     return config.without_ctc(), rest
-
-
-def check_tensors(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Raises ValueError naming the tensors that are missing, unexpected or of another shape."""
-    from .model import _check_tensors
-
-    _check_tensors(model, state)

@@ -3,9 +3,8 @@
 from pathlib import Path
 
 import torch
-from torch import nn
 
-from .checkpoint.contents import Checkpoint
+from .checkpoint.contents import Checkpoint, check_tensors
 from .checkpoint.read import read_checkpoint
 from .config import ModelConfig
 from .heads import check_vocabulary
@@ -20,7 +19,7 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     stft_pad: str = "zeros",
 ) -> ASRModel:
-    """Reads a `.nemo` archive or a converted folder; gives the model in eval mode.
+    """Reads a `.nemo` archive, a converted folder or one of FunASR's; gives the model in eval mode.
 
     Args:
         dtype: precision of the encoder and the heads; features are always float32. torch.int8, on
@@ -44,10 +43,14 @@ def model_of(
     stft_pad: str = "zeros",
 ) -> ASRModel:
     """The model of a checkpoint in memory, whose tensors it takes; see `load_model`."""
+    if checkpoint.kind == "funasr":
+        from .funasr import funasr_of  # a NeMo model needs none of it
+
+        return funasr_of(checkpoint, device, dtype)
     config = ModelConfig.from_nemo(checkpoint.config)
     tokenizer = load_tokenizer(checkpoint.config, checkpoint.tokenizer_files)
     model = skeleton(config, checkpoint.state_dict, stft_pad)
-    _check_tensors(model, checkpoint.state_dict)
+    check_tensors(model.state_dict(), checkpoint.state_dict)
     check_vocabulary(config, tokenizer)
     model.tokenizer, model.tokenizer_files = tokenizer, checkpoint.tokenizer_files
     # the tensors become the parameters: no second copy of the weights
@@ -76,24 +79,7 @@ def _aligner_of(checkpoint: Checkpoint, *options) -> ASRModel:
 
 def check_state_dict(config: ModelConfig, state_dict: dict[str, torch.Tensor]):
     """Raises ValueError naming the tensors that are missing, unexpected or of another shape."""
-    _check_tensors(skeleton(config, state_dict), state_dict)
-
-
-def _check_tensors(model: nn.Module, state_dict: dict[str, torch.Tensor]):
-    expected = {name: tuple(t.shape) for name, t in model.state_dict().items()}
-    found = {name: tuple(t.shape) for name, t in state_dict.items()}
-    problems = [f"missing {name}" for name in expected if name not in found]
-    problems += [f"unexpected {name}" for name in found if name not in expected]
-    problems += [
-        f"{name} has shape {found[name]}, expected {shape}"
-        for name, shape in expected.items()
-        if name in found and found[name] != shape
-    ]
-    if problems:
-        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise ValueError(
-            "the checkpoint does not fit its config: " + "; ".join(problems[:5]) + more
-        )
+    check_tensors(skeleton(config, state_dict).state_dict(), state_dict)
 
 
 def _cast(model: ASRModel, dtype: torch.dtype):

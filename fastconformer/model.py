@@ -33,6 +33,8 @@ class ASRModel(nn.Module):
 
     aligner: "ASRModel | None"
 
+    min_duration_s = 1.0  # shorter recordings are padded, as NeMo does
+
     def __init__(
         self,
         config: ModelConfig,
@@ -274,7 +276,7 @@ def skeleton(
     config: ModelConfig, state_dict: dict[str, torch.Tensor], stft_pad: str = "zeros"
 ) -> ASRModel:
     """The model that has these tensors, without memory for them yet, and without a tokenizer."""
-    with torch.device("meta"), _NoInitialisation(), config_errors():
+    with torch.device("meta"), NoInitialisation(), config_errors():
         heads = [HEADS[name] for name in config.heads]
         n_layers = config.encoder.n_layers + sum(head.n_layers(config) for head in heads)
         if n_layers > len(state_dict):  # before they are built
@@ -287,7 +289,7 @@ def skeleton(
     return model
 
 
-class _NoInitialisation(TorchFunctionMode):
+class NoInitialisation(TorchFunctionMode):
     """Skips torch.nn.init: on the meta device it does nothing, but imports half of torch."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):

@@ -85,6 +85,25 @@ def check_plain_name(name: str, what: str) -> None:
         raise ValueError(f"{what}: {name!r} is not a plain file name inside the folder")
 
 
+def check_tensors(wanted: dict[str, torch.Tensor], state_dict: dict[str, torch.Tensor]) -> None:
+    """Raises ValueError naming the tensors that are missing, unexpected or of another shape than
+    those of a model's own state dict, `wanted`."""
+    expected = {name: tuple(t.shape) for name, t in wanted.items()}
+    found = {name: tuple(t.shape) for name, t in state_dict.items()}
+    problems = [f"missing {name}" for name in expected if name not in found]
+    problems += [f"unexpected {name}" for name in found if name not in expected]
+    problems += [
+        f"{name} has shape {found[name]}, expected {shape}"
+        for name, shape in expected.items()
+        if name in found and found[name] != shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise ValueError(
+            "the checkpoint does not fit its config: " + "; ".join(problems[:5]) + more
+        )
+
+
 def check_finite(state_dict: dict[str, torch.Tensor]) -> None:
     """Raises ValueError naming the first tensor that holds NaN or infinity.
 

@@ -119,6 +119,21 @@ class EncoderConfig:
             )
 
     @property
+    def attends_to_all(self) -> bool:
+        """Whether attention is of all pairs of frames, and its cost quadratic."""
+        return self.self_attention_model == "rel_pos"
+
+    @property
+    def takes_local_attention(self) -> bool:
+        """Whether the same weights can attend to the frames near by instead of to all."""
+        return self.attends_to_all and self.att_contexts[0] == (-1, -1)
+
+    @property
+    def mixes_clips(self) -> bool:
+        """Whether a clip's numbers depend on how long the others of its batch are."""
+        return self.conv_norm_type not in ("batch_norm", "layer_norm")
+
+    @property
     def reduces(self) -> bool:
         return bool(self.reduction) and self.reduction_factor > 1
 

@@ -34,6 +34,10 @@ class SANMConfig:
     dropout: float = 0.1
     attention_dropout: float = 0.0
 
+    attends_to_all = True
+    takes_local_attention = False
+    mixes_clips = False
+
 
 @dataclass(frozen=True)
 class AdaptorConfig:
@@ -67,6 +71,9 @@ class FunASRConfig:
     system_prompt: bool = True
     think: bool = True
     ctc_weight: float = 0.3
+
+    segment_separators = (".", "?", "!", "。", "？", "！")
+    segment_gap_frames = None
 
     @property
     def heads(self) -> tuple[str, ...]:

@@ -38,7 +38,7 @@ def llm_greedy(
     prompts: Sequence[Tensor],
     max_tokens: int = MAX_TOKENS,
     confidence: Confidence | None = None,
-    guard: bool = True,
+    max_repeats: int | None = None,
 ) -> list[Hypothesis]:
     """The most likely token, one after the other, until the model ends its answer.
 
@@ -46,8 +46,9 @@ def llm_greedy(
         prompts: embeddings of each clip's prompt, speech included, (S_i, D).
         max_tokens: longest answer, its end included.
         confidence: also give the confidence of each token.
-        guard: a phrase that comes over and over ends the answer, and is kept once: so a model runs
-            when it has lost the speech. It takes 6 copies in a row, and 32 tokens.
+        max_repeats: a phrase that comes again more often than this right after itself ends the
+            answer, and is kept once: so a model runs on when it has lost the speech. None: it takes
+            6 copies in a row, of 32 tokens together; negative: nothing does.
     Returns:
         Hypotheses without frames; tokens without the end. The score sums log-probabilities, that
         of the end included.
@@ -84,7 +85,7 @@ def llm_greedy(
             hypothesis.tokens.append(token)
             if sure:
                 hypothesis.confidences.append(sure[row])
-            if not (guard and _cut_repetition(hypothesis)):
+            if not cut_repetition(hypothesis, max_repeats):
                 going.append(row)
         if not going:
             break
@@ -99,13 +100,14 @@ def llm_greedy(
     return found
 
 
-def _cut_repetition(hypothesis: Hypothesis) -> bool:
+def cut_repetition(hypothesis: Hypothesis, max_repeats: int | None = None) -> bool:
     """Whether the tokens end in a phrase that came too often; all but its first copy go then."""
     tokens = hypothesis.tokens
-    if len(tokens) < GUARD_TOKENS:
+    if max_repeats is not None and max_repeats < 0:
         return False
     for period in range(1, GUARD_PERIOD + 1):
         copies = max(GUARD_COPIES, -(-GUARD_TOKENS // period))
+        copies = copies if max_repeats is None else max_repeats + 2
         run = copies * period
         if len(tokens) < run or tokens[-1] != tokens[-1 - period]:
             continue

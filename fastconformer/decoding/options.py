@@ -32,7 +32,8 @@ class DecodingOptions:
     length_penalty, max_generation_delta, max_repeats: of attention decoders. Hypotheses compete by
         score / ((5 + n) / 6) ** length_penalty; most tokens, prompt included, beyond the clip's
         frames (None: the config's, negative: as many as there are positions); most times that a
-        phrase may come again right after itself (None: any number), against loops.
+        phrase may come again right after itself (None: any number), against loops. The last also of
+        language models (None: what is a loop beyond doubt).
     """
 
     beam: int = 1

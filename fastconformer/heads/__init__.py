@@ -34,6 +34,7 @@ Training:
 Decoding:
     decode(encoded, lengths, options, **those of decode_arguments)  -> hypotheses
     decode_arguments                further arguments that it takes (prompts), of `ASRModel.decode`
+    tokenizer                       what its ids stand for
     token_spans(hypothesis, tokenizer)  encoder frames of each token, for times
     text(hypothesis), words(hypothesis, aggregate)  what a transcript says, and its words in frames
     prompt, decoder_ids(line)       slots and their values, where it is told what to do
@@ -44,6 +45,8 @@ Decoding:
     can_stall                       may fall silent over speech, and is tried again there
     reads_frames_in_order           once from the first frame to the last, so that what the encoder
                                     gives in windows is decoded as one sequence
+    longest_s                       seconds of a recording that it takes at once; longer ones are
+                                    cut in pauses. None: windows, where it reads frames in order
 """
 
 from ..config import ModelConfig

@@ -56,7 +56,7 @@ class CTC(Head):
     def share(self) -> float:
         return self.model.config.loss.ctc_weight
 
-    def log_probs(self, encoded: torch.Tensor) -> torch.Tensor:
+    def log_probs(self, encoded: torch.Tensor, lengths: torch.Tensor | None = None):
         return self.module(encoded).float().log_softmax(-1)
 
     def loss(self, encoded, encoded_lengths, targets, target_lengths) -> torch.Tensor:

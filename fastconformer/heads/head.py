@@ -22,6 +22,7 @@ class Head:
     has_lattice = False
     can_stall = False
     reads_frames_in_order = True
+    longest_s: float | None = None
     needs_frame_per_token = False
     bounds_tokens_per_frame = False
     loss_arguments: tuple[str, ...] = ()
@@ -61,6 +62,11 @@ class Head:
             raise ValueError(
                 f"the tokenizer has {tokenizer.vocab_size} pieces, the heads {config.vocab_size}"
             )
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """What its ids stand for."""
+        return self.model.tokenizer
 
     # --- of its weights --------------------------------------------------------------------------
 
@@ -139,8 +145,9 @@ class Head:
                 raise ValueError(f"{name} is {value!r}, but this model's heads take no prompt")
         return {}
 
-    def log_probs(self, encoded: torch.Tensor) -> torch.Tensor:
-        """(B, T', D) -> (B, T', V+1) float32, blank last: a head with `has_frame_posteriors`."""
+    def log_probs(self, encoded: torch.Tensor, lengths: torch.Tensor | None = None):
+        """(B, T', D), (B,) -> (B, T', V+1) float32, blank last, of a head that can align. One with
+        `has_frame_posteriors` looks at each frame by itself, and needs no lengths."""
         raise NotImplementedError
 
     def token_spans(self, hypothesis: Hypothesis, tokenizer: Tokenizer) -> list[Span]:
@@ -153,11 +160,11 @@ class Head:
 
     def text(self, hypothesis: Hypothesis) -> str:
         """What the hypothesis says, for a reader."""
-        return self.model.tokenizer.decode(hypothesis.tokens)
+        return self.tokenizer.decode(hypothesis.tokens)
 
     def words(self, hypothesis: Hypothesis, aggregate=min) -> list[Span]:
         """Words with their encoder frames; aggregate: confidences of tokens -> the word's."""
-        tokenizer = self.model.tokenizer
+        tokenizer = self.tokenizer
         pieces = tokenizer.ids_to_pieces(hypothesis.tokens)
         spans = self.token_spans(hypothesis, tokenizer)
         return word_spans(spans, pieces, tokenizer, aggregate)

@@ -8,20 +8,23 @@ Source: FunASR's FunASRNano.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..decoding import DecodingOptions, Hypothesis, ctc_align, ctc_beam, ctc_greedy
+from ..decoding.ctc import LOG_PROBS
 from ..decoding.llm import MAX_TOKENS, llm_greedy
-from ..recordings.memory import LOG_PROBS
+from ..recordings.timestamps import Span
 from ..text.byte_bpe import ByteTokenizer
 from ..text.chat import answer_ids, chat_ids
 from .ctc import CTC
 from .head import Head
 
+SWITCHES = {"yes": True, "true": True, "1": True, "no": False, "false": False, "0": False}
+LONGEST_S = 30.0  # what it was trained on, up to 35
 IGNORED = -100  # a label that counts nothing
 
 
@@ -38,8 +41,10 @@ class LLM(Head):
 
     family = "llm"
     reads_frames_in_order = False
+    longest_s = LONGEST_S
     loss_arguments = ("texts", "prompts")
     decode_arguments = ("prompts", "max_tokens", "times")
+    refused_options = ("beam", "lm", "boost", "allow", "length_penalty", "max_generation_delta")
 
     @property
     def modules(self) -> dict[str, str]:
@@ -142,41 +147,55 @@ class LLM(Head):
             max_tokens: longest text.
             times: align the texts: hypotheses get frames and durations.
         Raises:
-            ValueError: beams, language models, phrases and `allow`, which this head has not; times
-                without a CTC branch.
+            ValueError: times without a CTC branch.
         """
         model = self.model
-        if not options.is_greedy or options.allow:
-            raise ValueError(
-                "the language model decodes greedily: beam, lm, boost and languages are for other "
-                "heads; give hotwords or a language, or take the head ctc"
-            )
-        if times and "ctc" not in model.heads:
-            raise ValueError("times need CTC weights, which this checkpoint does not have")
         if prompts is None:
             prompts = model.prompt()
         prompts = [prompts] * len(encoded) if isinstance(prompts, str) else prompts
         adapted, adapted_lengths = model.adapt(encoded, lengths)
         parts = self.prompt_embeds(adapted, adapted_lengths, prompts)
         embeds = [embed for _, embed in parts]
-        found = llm_greedy(model.llm, embeds, max_tokens, options.confidence)
+        repeats = options.max_repeats
+        found = llm_greedy(model.llm, embeds, max_tokens, options.confidence, repeats)
         if times:
             self._add_frames(found, encoded, lengths)
         return found
 
+    def asked(self, slots: Mapping, timestamps: bool) -> dict:
+        """Slots: language, hotwords and itn, which make the prompt (see `text.chat.instruction`),
+        and max_tokens. Words of a command line are read too: itn "no", hotwords "A,B"."""
+        given = {name: value for name, value in slots.items() if value is not None}
+        unknown = given.keys() - {"language", "hotwords", "itn", "max_tokens"}
+        if unknown:
+            raise ValueError(
+                f"{sorted(unknown)[0]} is nothing that this model's prompt takes; expected "
+                "language, hotwords, itn or max_tokens"
+            )
+        if timestamps and "ctc" not in self.model.heads:
+            raise ValueError("times need CTC weights, which this checkpoint does not have")
+        max_tokens = int(given.pop("max_tokens", MAX_TOKENS))
+        if isinstance(given.get("hotwords"), str):
+            given["hotwords"] = [w.strip() for w in given["hotwords"].split(",") if w.strip()]
+        if isinstance(given.get("itn"), str):
+            if given["itn"].lower() not in SWITCHES:
+                raise ValueError(f"itn is {given['itn']!r}, expected one of {', '.join(SWITCHES)}")
+            given["itn"] = SWITCHES[given["itn"].lower()]
+        prompt = self.model.prompt(**given)
+        return {"prompts": prompt, "max_tokens": max_tokens, "times": timestamps}
+
     def _add_frames(self, found: list[Hypothesis], encoded: Tensor, lengths: Tensor) -> None:
         """Frames and durations of each token, by the CTC branch: of the first and to the last of
         those that its bytes are in."""
-        model = self.model
-        log_probs = model.ctc_log_probs(encoded, lengths)
+        model, ctc = self.model, self.model.head("ctc")
+        rows = ctc.rows(encoded, lengths)
         for row, hypothesis in enumerate(found):
             special = model.tokenizer.special_ids
             kept = [i for i in hypothesis.tokens if i not in special]
             said = model.tokenizer.bytes_of(kept)
             ids = model.ctc_tokenizer.encode(said.decode("utf-8", errors="replace"))
-            frames = byte_frames(
-                model.ctc_tokenizer, ids, log_probs[row : row + 1], lengths[row : row + 1]
-            )
+            log_probs, columns = ctc.log_probs_of(rows[row, : lengths[row]], ids)
+            frames = byte_frames(model.ctc_tokenizer, ids, log_probs, columns)
             frames += [frames[-1] if frames else (0, 0)] * (len(said) - len(frames))
             hypothesis.frames, hypothesis.durations, at = [], [], 0
             for token in hypothesis.tokens:
@@ -188,12 +207,13 @@ class LLM(Head):
 
 
 def byte_frames(
-    tokenizer: ByteTokenizer, ids: list[int], log_probs: Tensor, lengths: Tensor
+    tokenizer: ByteTokenizer, ids: list[int], log_probs: Tensor, columns: list[int]
 ) -> list[tuple[int, int]]:
-    """First and end row of each byte of a text of CTC tokens. A text that has more tokens than the
-    clip has rows for is spread evenly over them."""
-    (aligned,) = ctc_align(log_probs, lengths, [ids])
-    n_rows = int(lengths)
+    """First and end row of each byte of a text of CTC tokens; (T, C) log-probabilities and the
+    tokens' columns are those of `log_probs_of`. A text that has more tokens than the clip has rows
+    for is spread evenly over them."""
+    n_rows = len(log_probs)
+    (aligned,) = ctc_align(log_probs[None], torch.tensor([n_rows]), [columns])
     if len(aligned.frames) < len(ids):
         edges = [round(i * n_rows / len(ids)) for i in range(len(ids) + 1)]
         spans = list(itertools.pairwise(edges))
@@ -213,6 +233,7 @@ class AttendedCTC(CTC):
 
     has_frame_posteriors = False  # not of each frame by itself
     reads_frames_in_order = False
+    longest_s = LONGEST_S
     loss_arguments = ("texts",)
 
     @property
@@ -234,11 +255,24 @@ class AttendedCTC(CTC):
     def share(self) -> float:
         return self.model.config.ctc_weight
 
+    def asked(self, slots: Mapping, timestamps: bool) -> dict:
+        return Head.asked(self, slots, timestamps)
+
     def log_probs(self, encoded: Tensor, lengths: Tensor) -> Tensor:
         """(B, T, D), (B,) -> (B, T, V+1) float32, blank last."""
-        return self.model.ctc(self._rows(encoded, lengths)).float().log_softmax(-1)
+        return self.model.ctc(self.rows(encoded, lengths)).float().log_softmax(-1)
 
-    def _rows(self, encoded: Tensor, lengths: Tensor) -> Tensor:
+    def log_probs_of(self, rows: Tensor, ids: list[int]) -> tuple[Tensor, list[int]]:
+        """Log-probabilities of a text's tokens and of blank alone, of one clip's `rows` (T, D):
+        (T, C), blank last, and the column of each token. All classes at once would be 60,000."""
+        columns = {token: number for number, token in enumerate(dict.fromkeys(ids))}
+        kept = torch.tensor([*columns, self.model.blank_id], device=rows.device)
+        size = max(1, LOG_PROBS // (self.model.blank_id + 1))
+        parts = [self.model.ctc(p).float().log_softmax(-1)[:, kept] for p in rows.split(size)]
+        return torch.cat(parts), [columns[token] for token in ids]
+
+    def rows(self, encoded: Tensor, lengths: Tensor) -> Tensor:
+        """What the branch's Transformer makes of (B, T, D), (B,)."""
         dtype = self.model.ctc.ctc_lo.weight.dtype
         return self.model.ctc_decoder(encoded.to(dtype), lengths)[0]
 
@@ -251,10 +285,13 @@ class AttendedCTC(CTC):
             fusion = options.fusion(self.tokenizer, encoded.device)
             log_probs = self.log_probs(encoded, lengths)
             return ctc_beam(log_probs, lengths, options.beam, fusion, **common)
-        rows = self._rows(encoded, lengths)
+        rows = self.rows(encoded, lengths)
         size = max(1, LOG_PROBS // (max(1, len(rows)) * (self.model.blank_id + 1)))
         pieces = (self.model.ctc(part).float().log_softmax(-1) for part in rows.split(size, dim=1))
         return ctc_greedy(pieces, lengths, **common)
+
+    def token_spans(self, hypothesis: Hypothesis, tokenizer: ByteTokenizer) -> list[Span]:
+        return Head.token_spans(self, hypothesis, tokenizer)
 
     def loss(self, encoded, encoded_lengths, targets, target_lengths, texts=None):
         """Negative log-likelihood of each text, (B,); `texts`, where given, take the place of

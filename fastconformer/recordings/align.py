@@ -26,20 +26,20 @@ def align(model, audio, text: str, confidence: Confidence | bool | None = None) 
     if not words:
         raise ValueError("the text to align is empty")
     clip = read_samples(audio, model.sample_rate)
-    samples, lengths, (shift,) = collate([clip], 1.0, model.sample_rate)
+    samples, lengths, (shift,) = collate([clip], model.min_duration_s, model.sample_rate)
     device = model.device
     with evaluating(model):
         encoded, lengths = model.encode(*model.featurize(samples.to(device), lengths.to(device)))
-        log_probs = head.log_probs(encoded)
+        log_probs = head.log_probs(encoded, lengths)
     options = DecodingOptions(confidence=confidence)
-    tokens, ends = _tokens_of_words(model.tokenizer, words)
+    tokens, ends = _tokens_of_words(head.tokenizer, words)
     (found,) = ctc_align(log_probs, lengths, [tokens], options.confidence)
     if len(found.frames) < len(tokens):
         raise ValueError(
             f"the text has {len(tokens)} tokens, too many for the {int(lengths)} frames of a "
             f"clip of {len(clip) / model.sample_rate:.2f} s"
         )
-    spans, first, time, spaces = [], 0, 0, _space_ids(model.tokenizer)
+    spans, first, time, spaces = [], 0, 0, _space_ids(head.tokenizer)
     for word, end in zip(words, ends):
         while first < end and tokens[first] in spaces:
             first += 1
@@ -57,10 +57,8 @@ def align(model, audio, text: str, confidence: Confidence | bool | None = None) 
 def _tokens_of_words(tokenizer, words: list[str]) -> tuple[list[int], list[int]]:
     """Tokens of words said one after the other, and the number of tokens after each word."""
     tokens, ends = [], []
-    space = _space_ids(tokenizer) if tokenizer.kind == "char" else []
     for word in words:
-        ids = tokenizer.encode(word)
-        tokens += (space if tokens and ids else []) + ids
+        tokens += tokenizer.encode_word(word, is_first=not tokens)
         ends.append(len(tokens))
     return tokens, ends
 

@@ -55,7 +55,7 @@ def choose_mode(config, duration_s: float, budget_bytes: int, dtype: torch.dtype
     goes through in one pass at any length that fits; full attention only up to 24 minutes, since
     beyond it the scores cost more than all else and no checkpoint was trained for it.
     """
-    linear = config.encoder.self_attention_model != "rel_pos"
+    linear = not config.encoder.attends_to_all
     if not linear and duration_s > FULL_ATTENTION_S:
         return "chunks"
     fits = memory_estimate(config, duration_s, dtype) <= budget_bytes

@@ -1,8 +1,12 @@
 """How much memory one clip takes at inference, told before the start."""
 
+import functools
+
 import torch
 
+from ..audio import fbank
 from ..config import EncoderConfig, ModelConfig
+from ..config.funasr import FunASRConfig
 from ..decoding.ctc import LOG_PROBS
 from ..heads import HEADS
 from ..networks import tiles
@@ -10,10 +14,11 @@ from ..networks.subsampling import output_length
 
 # The counts below are from peaks on a CPU: benchmarks/results/birwkv7_memory.json
 SAFETY = 1.1  # allocators round up and keep pieces
+PROMPT_TOKENS, ANSWER_TOKENS = 128, 512  # of a language model, beside the speech
 FRONT_PIECES, ENCODER_PIECES = 30e6, 24e6  # bytes: spectra in flight, convolutions in flight
 
 
-def memory_estimate(config: ModelConfig, seconds: float, dtype: torch.dtype) -> int:
+def memory_estimate(config, seconds: float, dtype: torch.dtype) -> int:
     """Peak bytes that one clip of `seconds` takes on a CPU beside the weights, from the samples
     to the decoder, without gradients. An upper bound in practice, within half as much again.
 
@@ -25,7 +30,18 @@ def memory_estimate(config: ModelConfig, seconds: float, dtype: torch.dtype) -> 
     """
     if seconds < 0:
         raise ValueError(f"seconds is {seconds}, expected 0 or more")
-    encoder, size = config.encoder, dtype.itemsize
+    return int(SAFETY * _peak_bytes(config, seconds, dtype.itemsize))
+
+
+@functools.singledispatch
+def _peak_bytes(config, seconds: float, size: int) -> float:
+    """Of a clip, by the kind of its model's config; `size`: bytes of a number of its weights."""
+    raise TypeError(f"{type(config).__name__} is no model's config")
+
+
+@_peak_bytes.register
+def _(config: ModelConfig, seconds: float, size: int) -> float:
+    encoder = config.encoder
     samples = int(seconds * config.sample_rate)
     n_features = samples // config.preprocessor.hop_samples + 1
     frames = output_length(n_features, encoder.subsampling_factor, encoder.causal_downsampling)
@@ -41,7 +57,27 @@ def memory_estimate(config: ModelConfig, seconds: float, dtype: torch.dtype) -> 
     of_heads = sum(HEADS[name].frame_bytes(config, size) for name in config.heads)
     decoding = frames * (encoder.d_model * size + of_heads)
     decoding += (8 + size) * min(frames * (config.vocab_size + 1), LOG_PROBS)
-    return int(SAFETY * max(front_end, layer, audio + decoding))
+    return max(front_end, layer, audio + decoding)
+
+
+@_peak_bytes.register
+def _(config: FunASRConfig, seconds: float, size: int) -> float:
+    encoder, llm, front = config.encoder, config.llm, config.frontend
+    samples = int(seconds * config.sample_rate)
+    n_frames = samples // front.hop_samples + 1
+    rows = n_frames // front.stride + 1
+    audio, features = 4 * samples, 4 * front.row_size * rows
+    # a frame's samples four times, its spectrum and power, in pieces; the bins
+    spectra = min(n_frames, fbank.TILE_FRAMES) * (16 * front.window_samples + 12 * front.fft_size)
+    front_end = audio + spectra + 8 * front.n_mels * n_frames + 2 * features
+    layer = features + rows * (14 * encoder.d_model + 2 * encoder.d_inner) * size
+    # the prompt's speech, its words and the answer; keys and values twice where they grow
+    prompt = rows // 8 + PROMPT_TOKENS
+    cache = 4 * llm.n_layers * llm.n_kv_heads * llm.head_dim * (prompt + ANSWER_TOKENS) * size
+    inner = prompt * (8 * llm.hidden_size + 3 * llm.intermediate_size) * size
+    decoding = rows * (encoder.d_model + llm.hidden_size) * size + cache + inner
+    decoding += 12 * llm.vocab_size + (12 * min(rows * config.ctc_classes, LOG_PROBS))
+    return max(front_end, layer, audio + decoding)
 
 
 def _frame_bytes(encoder: EncoderConfig, size: int) -> int:

@@ -55,7 +55,7 @@ def retry_stuck(
                 found = heard
         if found.tokens:
             splice(hypothesis, found, first)
-            mended.append((first, end, model.tokenizer.decode(found.tokens)))
+            mended.append((first, end, model.head(head).text(found)))
     return mended
 
 

@@ -1,6 +1,7 @@
 """Recordings of any length -> transcripts: batches or windows through the encoder, then a head."""
 
 import contextlib
+import dataclasses
 import math
 import os
 
@@ -11,6 +12,7 @@ from torch import nn
 from ..decoding import DecodingOptions
 from ..surgery.local_attention import with_local_attention
 from . import longform
+from .cuts import cut_in_pauses, join_pieces
 from .retry import retry_stuck
 from .samples import as_float, collate, read_samples
 from .transcript import Transcript, transcript
@@ -25,7 +27,7 @@ def transcribe(
     head: str | None = None,
     batch_size: int = 16,
     timestamps: bool = False,
-    min_duration_s: float = 1.0,
+    min_duration_s: float | None = None,
     long: str = "auto",
     memory_gb: float | None = None,
     window_s: float | None = None,
@@ -39,28 +41,34 @@ def transcribe(
         head: one of `model.heads`; None: the model's default.
         batch_size: most clips per pass; clips of similar length go together.
         timestamps: also give words and segments with times.
-        min_duration_s: shorter clips get silence on both sides, as in NeMo 3.0; times stay the
-            input's.
+        min_duration_s: shorter clips get silence on both sides; times stay the input's. None: the
+            model's own, 1 s for NeMo's models, as in NeMo 3.0.
         long: how a clip goes through the encoder. "full": in one pass. "chunks": in windows
             with context on both sides (BiRWKV7: all of the past, and context ahead), decoded
             as one sequence. "auto": "full" where it fits the memory (see
             longform.choose_mode), "chunks" where not. "local": in one pass of local attention
             over 128 frames on both sides, with the same weights; as "auto" where attention is
-            not full.
+            not full. A head that cannot read windows as one sequence is given a long clip in
+            pieces, cut in pauses ("full": whole).
         memory_gb: what a pass may take beside the weights; None: most of what is free now.
-        window_s: of windows, the part that is kept; None: 120. Given, "auto" takes windows for
+        window_s: of windows, the part that is kept; None: 120 (of pieces, the longest; None: the
+            head's own). Given, "auto" takes windows for
             all that is longer: for full attention that was trained on clips no longer.
         decoding: fields of DecodingOptions (beam, lm, lm_weight, boost, allow, confidence ...) and
-            what the head's `decode_arguments` names.
+            slots of the head's prompt (language, hotwords ...), see its `asked`.
     Raises:
         ValueError, FileNotFoundError: unreadable audio, an empty clip, an unknown head, a
             decoding option that does not fit.
     """
     chosen = model.head(head)
-    arguments = {n: decoding.pop(n) for n in chosen.decode_arguments if n in decoding}
-    head, options = chosen.name, DecodingOptions(**decoding)
+    fields = {field.name for field in dataclasses.fields(DecodingOptions)}
+    options = DecodingOptions(**{n: v for n, v in decoding.items() if n in fields})
+    slots = {name: value for name, value in decoding.items() if name not in fields}
+    head, arguments = chosen.name, chosen.asked(slots, timestamps)
+    options.check(chosen.refused_options, head)
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}, expected at least 1")
+    min_duration_s = model.min_duration_s if min_duration_s is None else min_duration_s
     if not 0 <= min_duration_s < math.inf:
         raise ValueError(f"min_duration_s is {min_duration_s}, expected seconds, 0 or more")
     if window_s is not None and not 0 < window_s < math.inf:
@@ -70,7 +78,12 @@ def transcribe(
     if isinstance(inputs, (str, os.PathLike, np.ndarray, torch.Tensor)):
         inputs = [inputs]
     rate, device, dtype = model.sample_rate, model.device, model.dtype
-    clips = [read_samples(item, rate) for item in inputs]
+    whole = [read_samples(item, rate) for item in inputs]
+    cuts = [[(0, len(clip))] for clip in whole]
+    if chosen.longest_s is not None and long != "full":
+        cuts = [cut_in_pauses(clip, rate, window_s or chosen.longest_s) for clip in whole]
+        long = "full"
+    clips = [clip[a:b] for clip, pieces in zip(whole, cuts, strict=True) for a, b in pieces]
     transcripts: list[Transcript | None] = [None] * len(clips)
     budget = longform.available_bytes(device) if memory_gb is None else int(memory_gb * 1e9)
     with evaluating(model):
@@ -109,7 +122,16 @@ def transcribe(
                     *(model, hypothesis, head, seconds, timestamps, shift),
                     *(options.confidence, retries),
                 )
-    return transcripts
+    found = iter(transcripts)
+    return [
+        join_pieces(
+            [next(found) for _ in pieces],
+            [first / rate for first, _ in pieces],
+            model.config.frame_seconds,
+            len(clip) / rate,
+        )
+        for clip, pieces in zip(whole, cuts, strict=True)
+    ]
 
 
 @contextlib.contextmanager
@@ -128,8 +150,7 @@ def evaluating(model: nn.Module):
 def _encode_batch(model, features: torch.Tensor, lengths: torch.Tensor):
     """`encode`, on a CPU a few clips at a time, as many as its caches like: they gain nothing
     from one another, and are padded less. Clips come longest first."""
-    by_clip = model.config.encoder.conv_norm_type in ("batch_norm", "layer_norm")
-    if features.device.type != "cpu" or not by_clip:
+    if features.device.type != "cpu" or model.config.encoder.mixes_clips:
         return model.encode(features, lengths)
     parts, rows = [], list(range(len(lengths)))
     while rows:

@@ -11,7 +11,7 @@ def with_local_attention(model, context_frames: int = CONTEXT_FRAMES):
     """A model over the same tensors, with local attention on both sides; the given one where its
     attention is not full. Source: NeMo's `change_attention_model`."""
     encoder = model.config.encoder
-    if encoder.self_attention_model != "rel_pos" or encoder.att_contexts[0] != (-1, -1):
+    if not encoder.takes_local_attention:
         return model
     nemo = copy.deepcopy(model.config.nemo)
     nemo["encoder"] |= {

@@ -66,6 +66,9 @@ class ByteTokenizer:
     def ids_to_pieces(self, ids: list[int]) -> list[str]:
         return [self.pieces[i] for i in ids]
 
+    def encode_word(self, word: str, is_first: bool) -> list[int]:
+        return self.encode(word if is_first else f" {word}")
+
     def join(self, pieces: list[str]) -> str:
         return "".join(pieces).strip()
 

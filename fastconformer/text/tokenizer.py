@@ -35,6 +35,11 @@ class Tokenizer:
         text = self.join([self.pieces[i] for i in ids])
         return self._space_before_mark.sub(r"\1", text) if self._space_before_mark else text
 
+    def encode_word(self, word: str, is_first: bool) -> list[int]:
+        """Ids of a word between others of a sentence, the space before it included where it is a
+        token."""
+        return self.encode(word)
+
     def ids_to_pieces(self, ids: list[int]) -> list[str]:
         return [self.pieces[i] for i in ids]
 
@@ -80,6 +85,11 @@ class CharTokenizer(Tokenizer):
 
     def encode(self, text: str) -> list[int]:
         return [self.ids[char] for char in text if char in self.ids]
+
+    def encode_word(self, word: str, is_first: bool) -> list[int]:
+        ids = self.encode(word)
+        spaces = [self.ids[label] for label in (" ", "▁") if label in self.ids]
+        return ids if is_first or not ids else spaces + ids
 
     def join(self, pieces: list[str]) -> str:
         return "".join(pieces)

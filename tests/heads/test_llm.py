@@ -10,7 +10,7 @@ from conftest import golden, load_case
 from fastconformer.checkpoint import read_checkpoint
 from fastconformer.decoding import DecodingOptions
 from fastconformer.decoding.hypothesis import Hypothesis
-from fastconformer.decoding.llm import _cut_repetition, llm_greedy
+from fastconformer.decoding.llm import cut_repetition, llm_greedy
 from fastconformer.funasr import funasr_of
 
 CASE = "fun_asr_nano_tiny"
@@ -100,7 +100,7 @@ def test_a_phrase_over_and_over_is_kept_once(model):
     prompts = [table[:1], table[1:2]]
     found = llm_greedy(llm, prompts, 200)
     assert [hypothesis.tokens for hypothesis in found] == [[1, 2, 3, 4], [2, 3, 4]]
-    assert len(llm_greedy(llm, prompts, 200, guard=False)[0].tokens) == 200
+    assert len(llm_greedy(llm, prompts, 200, max_repeats=10**6)[0].tokens) == 200
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,10 @@ def test_a_phrase_over_and_over_is_kept_once(model):
 )
 def test_what_counts_as_repetition(tokens, kept):
     hypothesis = Hypothesis(list(tokens), confidences=[1.0] * len(tokens))
-    assert _cut_repetition(hypothesis) == (kept is not None)
+    assert cut_repetition(Hypothesis([4, 9, 9, 9, 9]), 2) and not cut_repetition(
+        Hypothesis([9] * 4), 3
+    )
+    assert cut_repetition(hypothesis) == (kept is not None)
     assert hypothesis.tokens == (tokens if kept is None else kept)
     assert len(hypothesis.confidences) == len(hypothesis.tokens)
 
@@ -137,7 +140,7 @@ def test_times_are_the_ctc_branch_s(model, encoded):
 def test_what_the_head_cannot_do_is_refused(model, encoded):
     rows, lengths = encoded
     for options in ({"beam": 2}, {"boost": ["Steels"]}, {"allow": ["latin"]}):
-        with pytest.raises(ValueError, match="decodes greedily"):
+        with pytest.raises(ValueError, match="which head llm does not take"):
             model.decode(rows, lengths, options=DecodingOptions(**options))
     with pytest.raises(ValueError, match="language is nothing that the head llm takes"):
         model.decode(rows, lengths, language="en")
