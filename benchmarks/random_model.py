@@ -46,29 +46,33 @@ def parakeet(tokenizer_archive: Path, layers: int, width: int, mels: int, lstm_l
     return config, checkpoint.tokenizer_files
 
 
-def write_model(path: Path, clips, tokens_per_second: float, sizes, tokenizer=TOKENIZER):
-    """Writes a random model of `sizes` with the 1024 pieces of the archive `tokenizer`; returns
-    (parameters, tokens per second that its decoder emits on the clips)."""
+def random_model(
+    clips, tokens_per_second: float, sizes, tokenizer=TOKENIZER, device="cpu", attention="rel_pos"
+):
+    """A random model of `sizes` in memory, with the 1024 pieces of the archive `tokenizer`, and the
+    tokens per second that its decoder emits on the clips."""
     import torch
 
     from fastconformer import ASRModel, ModelConfig
-    from fastconformer.checkpoint.nemo_archive import write_nemo
     from fastconformer.text.tokenizer import load_tokenizer
 
     torch.manual_seed(1)
     raw, files = parakeet(tokenizer, *sizes)
+    raw["encoder"]["self_attention_model"] = attention
+    if attention == "rel_pos_local_attn":
+        raw["encoder"]["att_context_size"] = [128, 128]
     config = ModelConfig.from_nemo(raw)
-    model = ASRModel(config, load_tokenizer(raw, files), files).eval()
+    model = ASRModel(config, load_tokenizer(raw, files), files).to(device).eval()
     seconds = sum(len(c) for c in clips) / model.sample_rate
     audio = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(c) for c in clips], batch_first=True)
+    lengths = torch.tensor([len(c) for c in clips])
     with torch.inference_mode():
-        encoded, lengths = model.encode(
-            *model.featurize(audio, torch.tensor([len(c) for c in clips]))
-        )
+        encoded, lengths = model.encode(*model.featurize(audio.to(device), lengths.to(device)))
     output = model.joint.joint_net[-1]
     blank, durations = model.blank_id, config.loss.durations
+    more = [{2: 1.0, 4: 1.5}.get(d, 0.0) for d in durations]
     with torch.no_grad():
-        output.bias[blank + 1 :] += torch.tensor([{2: 1.0, 4: 1.5}.get(d, 0.0) for d in durations])
+        output.bias[blank + 1 :] += torch.tensor(more, device=device)
     start, low, high = output.bias[blank].item(), -10.0, 30.0
     rate = 0.0
     for _ in range(22):  # more blank, fewer tokens
@@ -77,6 +81,15 @@ def write_model(path: Path, clips, tokens_per_second: float, sizes, tokenizer=TO
             output.bias[blank] = start + middle
         rate = sum(len(h.tokens) for h in model.decode_greedy(encoded, lengths, "tdt")) / seconds
         low, high = (middle, high) if rate > tokens_per_second else (low, middle)
+    return model, rate
+
+
+def write_model(path: Path, clips, tokens_per_second: float, sizes, tokenizer=TOKENIZER):
+    """Writes a random model of `sizes` with the 1024 pieces of the archive `tokenizer`; returns
+    (parameters, tokens per second that its decoder emits on the clips)."""
+    from fastconformer.checkpoint.nemo_archive import write_nemo
+
+    model, rate = random_model(clips, tokens_per_second, sizes, tokenizer)
     write_nemo(path, model.to_checkpoint())
     return sum(p.numel() for p in model.parameters()), rate
 
