@@ -6,6 +6,7 @@ Needs the client itself: onnx-asr, sherpa-onnx or transformers.
 import importlib
 import json
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,7 +134,22 @@ def _sherpa_onnx(folder: Path, int8: bool) -> Export:
 
 
 def _transformers(folder: Path, config: dict) -> Export:
-    raise NotImplementedError
+    import torch
+
+    transformers = _client("transformers", "transformers")
+    client = getattr(transformers, config["architectures"][0]).from_pretrained(folder).eval()
+    processor = transformers.AutoProcessor.from_pretrained(folder)
+
+    @torch.no_grad()
+    def text(clip) -> str:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the length that it works out by itself
+            found = client.generate(**processor(clip, sampling_rate=16000))
+        tokens = getattr(found, "sequences", found)
+        return processor.batch_decode(tokens, skip_special_tokens=True)[0]
+
+    head = config["model_type"].removeprefix("parakeet_")
+    return Export("transformers", head, lambda clips: [text(clip) for clip in clips])
 
 
 if __name__ == "__main__":

@@ -41,10 +41,10 @@ def mel_filterbank(
     bins = np.fft.rfftfreq(n_fft, 1.0 / sample_rate)
     rising = (bins[None] - edges[:-2, None]) / (edges[1:-1] - edges[:-2])[:, None]
     falling = (edges[2:, None] - bins[None]) / (edges[2:] - edges[1:-1])[:, None]
-    filters = np.maximum(0, np.minimum(rising, falling))
-    if norm == "slaney":
+    filters = np.maximum(0, np.minimum(rising, falling)).astype(np.float32)
+    if norm == "slaney":  # rounded before it, as librosa does: bit-equal to what archives hold
         filters *= (2.0 / (edges[2:] - edges[:-2]))[:, None]
-    return filters.astype(np.float32)
+    return filters
 
 
 def _window(name: str | None, size: int) -> torch.Tensor | None:

@@ -119,6 +119,21 @@ def _values(message: bytes, known: dict) -> dict:
     return found
 
 
+def spec_bytes(values: dict, known: dict) -> bytes:
+    """The message of a spec: values by the names in TRAINER or NORMALIZER; what is left out, or is
+    the default, is not written."""
+    parts = []
+    for name, value in values.items():
+        number, default = known[name]
+        if value == default:
+            continue
+        if isinstance(value, str | bytes):
+            parts.append(_bytes_field(number, value.encode() if isinstance(value, str) else value))
+        else:
+            parts.append(_varint(number << 3) + _varint(int(value)))
+    return b"".join(parts)
+
+
 def _fields(data: bytes):
     """(number, value, encoded field) of each field: int for varints, bytes for the rest."""
     position = 0
