@@ -104,7 +104,7 @@ def test_ctc_needs_a_frame_for_each_token_and_between_equal_ones(folder):
         return 4
 
     lines = [entry(text="abcd"), entry(text="abcde"), entry(text="aab"), entry(text="aaab")]
-    kept, dropped = usable(folder, lines, encoder_frames=frames, ctc=True)
+    kept, dropped = usable(folder, lines, encoder_frames=frames, frame_per_token=True)
     assert [u.text for u in kept] == ["abcd", "aab"]
     assert [(d.line, d.reason) for d in dropped] == [(2, "too_many_tokens"), (4, "too_many_tokens")]
     assert len(usable(folder, lines)[0]) == 4

@@ -20,7 +20,7 @@ class Limits:
     max_chars_per_s: float | None = None
     max_tokens_per_frame: float | None = None  # of the encoder's frames, for transducers
     needs_text: bool = True  # without it only durations matter
-    ctc: bool = False  # CTC needs a frame for each token, and one more between two equal ones
+    frame_per_token: bool = False  # and one more between two equal ones, as CTC needs
 
 
 def check_for_training(
@@ -90,7 +90,7 @@ def _check_rate(kind: str, count: int, seconds: float, limits: Limits) -> None:
 
 def _check_frames(tokens: tuple[int, ...], n_frames: int, limits: Limits) -> None:
     needed = len(tokens) + sum(a == b for a, b in itertools.pairwise(tokens))
-    if limits.ctc and needed > n_frames:
+    if limits.frame_per_token and needed > n_frames:
         raise UnusableLine(
             "too_many_tokens", f"CTC needs {needed} encoder frames, the clip gives {n_frames}"
         )

@@ -14,6 +14,7 @@ import torch
 
 from fastconformer import ASRModel
 from fastconformer.checkpoint.files import atomic_file
+from fastconformer.heads import HEADS
 from fastconformer.networks.subsampling import encoded_length
 from training.augment.waveform import WaveAugment
 from training.data.batching import Source, mixture_shares
@@ -144,9 +145,10 @@ def training_limits(data: DataRecipe, heads) -> Limits:
     """The recipe's filters, those of the heads that are trained included."""
     names = {field.name for field in dataclasses.fields(Limits)} & vars(data).keys()
     values = {name: getattr(data, name) for name in names}
-    if tuple(heads) == ("ctc",):
+    if not any(HEADS[head].bounds_tokens_per_frame for head in heads):
         values["max_tokens_per_frame"] = None
-    return Limits(**values, ctc="ctc" in heads, needs_text=bool(heads))
+    needs_frames = any(HEADS[head].needs_frame_per_token for head in heads)
+    return Limits(**values, needs_text=bool(heads), frame_per_token=needs_frames)
 
 
 def read_source(

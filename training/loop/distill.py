@@ -14,8 +14,6 @@ from torch import nn
 from fastconformer import ASRModel, load_model
 from fastconformer.checkpoint.files import atomic_file
 from fastconformer.checkpoint.folder import write_folder
-from fastconformer.load import model_of
-from fastconformer.surgery.birwkv7 import to_birwkv7
 from training.data.json_lines import append_line, keep_lines_until
 from training.data.sources import TrainingSet, load_data
 from training.data.store import AudioStore
@@ -27,6 +25,7 @@ from training.objective.distillation import block_losses, model_losses
 from training.optim.optim import learning_rate
 from training.recipe.recipe import Recipe, recipe_differences, recipe_to_yaml
 from training.setup.device import choose_device
+from training.setup.start import set_direction_dropout, with_birwkv7
 
 log = logging.getLogger("distill")
 
@@ -88,11 +87,9 @@ def distill(recipe: Recipe) -> None:
         raise ValueError(
             f"{recipe.model.init_from} has BiRWKV7 already; the teacher is a model with attention"
         )
-    checkpoint = to_birwkv7(teacher.to_checkpoint(), recipe.encoder.warm_start, seed=trainer.seed)
-    checkpoint.state_dict = {name: t.clone() for name, t in checkpoint.state_dict.items()}
-    student = model_of(checkpoint)
-    for layer in student.encoder.layers:
-        layer.self_attn.direction_dropout = recipe.encoder.direction_dropout
+    own = load_model(recipe.model.init_from)  # the teacher's tensors stay as they are
+    student = with_birwkv7(own, recipe.encoder.warm_start, trainer.seed)
+    set_direction_dropout(student, recipe.encoder.direction_dropout)
     teacher.requires_grad_(False).to(device)
     student.to(device)
 
@@ -203,7 +200,7 @@ class StageLoop:
                     values.append(float(loss.detach()))
                 return {"loss": sum(values) / len(values), "worst_block": max(values)}
             losses = model_losses(teacher, student, features, lengths)
-        total = losses["encoder"] + self.recipe.distill.ctc_weight * losses.get("ctc", 0.0)
+        total = losses["encoder"] + self.recipe.distill.ctc_weight * losses.get("frames", 0.0)
         total.backward()
         losses = {"loss": total} | losses
         return {key: float(value.detach()) for key, value in losses.items()}

@@ -59,17 +59,18 @@ def block_losses(
 def model_losses(
     teacher: ASRModel, student: ASRModel, features: Tensor, lengths: Tensor
 ) -> dict[str, Tensor]:
-    """{"encoder": relative error of the encoder's output, "ctc": mean over the frames of the
-    Kullback-Leibler divergence from the teacher's CTC distribution to the student's (nats)}."""
+    """{"encoder": relative error of the encoder's output, "frames": mean over the frames of the
+    Kullback-Leibler divergence from the teacher's distribution over tokens to the student's (nats),
+    where a head has one for each frame}."""
     with torch.no_grad():
         expected, encoded_lengths = teacher.encode(features, lengths)
     encoded, _ = student.encode(features, lengths)
     valid = torch.arange(encoded.shape[1], device=encoded.device) < encoded_lengths[:, None]
     losses = {"encoder": relative_error(encoded, expected, valid)}
-    if "ctc" in teacher.heads:
+    if teacher.frame_head is not None:
         with torch.no_grad():
-            target = teacher.ctc_log_probs(expected)
-        guess = student.ctc_log_probs(encoded)
+            target = teacher.frame_head.log_probs(expected)
+        guess = student.frame_head.log_probs(encoded)
         divergence = F.kl_div(guess, target, reduction="none", log_target=True).sum(-1)
-        losses["ctc"] = (divergence * valid).sum() / valid.sum()
+        losses["frames"] = (divergence * valid).sum() / valid.sum()
     return losses

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fastconformer import ASRModel
+from fastconformer.heads import HEADS
 from training.augment.spec_augment import spec_augment
 from training.data.store import Batch
 from training.objective.cr_ctc import consistency, time_warp
@@ -52,7 +53,8 @@ class Objective:
         """Names of what is logged: the losses, and how much of the transducer's lattice the
         gradient visits."""
         consistent = () if self.cr_weight is None else ("cr",)
-        visits = ("active_share",) if self.eps and set(self.heads) != {"ctc"} else ()
+        lattice = any(HEADS[head].has_lattice for head in self.heads)
+        visits = ("active_share",) if self.eps and lattice else ()
         inner = (f"interctc_{layer}" for layer in self.interctc)
         return (*self.heads, *inner, *consistent, *self.kept_weights, *visits)
 
@@ -68,13 +70,11 @@ def objective_of(
     Raises:
         ValueError: a loss that this model cannot have.
     """
-    heads = {
-        "all": model.heads,
-        "ctc": tuple(head for head in model.heads if head == "ctc"),
-        "transducer": tuple(head for head in model.heads if head != "ctc"),
-    }[loss.heads]
+    families = {head: model.head(head).family for head in model.heads}
+    heads = tuple(head for head in model.heads if loss.heads in ("all", families[head]))
     if not heads:
-        raise ValueError(f"loss.heads is {loss.heads}, this model has {model.heads[0]} only")
+        known = ", ".join(dict.fromkeys(("all", *families.values())))
+        raise ValueError(f"loss.heads is {loss.heads!r}, this model has {known}")
     section = model.config.nemo.get("interctc") or {}
     layers, weights = section.get("apply_at_layers") or (), section.get("loss_weights") or ()
     interctc = dict(zip(layers, weights, strict=True))
@@ -87,18 +87,19 @@ def objective_of(
             )
     if sum(interctc.values()) > 1:
         raise ValueError(f"loss.interctc_weights add up to {sum(interctc.values())}, at most 1")
-    if interctc and "ctc" not in model.heads:
+    frame_head = model.frame_head
+    if interctc and frame_head is None:
         raise ValueError("loss.interctc_layers: this model has no ctc head")
     if interctc and model.config.encoder.reduces:
         raise ValueError("loss.interctc_layers: not with an encoder that has a reduction")
-    if loss.use_cr_ctc and "ctc" not in heads:
+    if loss.use_cr_ctc and (frame_head is None or frame_head.name not in heads):
         raise ValueError("loss.use_cr_ctc: no ctc head is trained; check loss.heads and the model")
-    config = model.config.loss
-    if len(heads) > 1 and config.ctc_reduction != config.rnnt_reduction:
+    reductions = {head: model.head(head).reduction for head in heads}
+    if len(set(reductions.values())) > 1:
         log.warning(
-            "the CTC loss is reduced by %s, the transducer's by %s, so that their weights mean "
-            "different things; loss.reduction sets both",
-            *(config.ctc_reduction, config.rnnt_reduction),
+            "losses are reduced differently (%s), so that their weights mean different things; "
+            "loss.reduction sets all",
+            ", ".join(f"{head} by {reduction}" for head, reduction in reductions.items()),
         )
     more_time = loss.cr_ctc_time_mask_ratio if loss.use_cr_ctc else 1.0
     augment = augmentation(spec_augment_recipe, model.config.nemo, more_time)
@@ -186,11 +187,8 @@ def make_views(model: ASRModel, batch: Batch, objective: Objective) -> Views:
         features, lengths = features.repeat(2, 1, 1), lengths.repeat(2)
     if objective.augment is not None:
         features = objective.augment(features, lengths)
-    config = model.config.loss
-    weights = {
-        name: clip_weights(batch.target_lengths, name)
-        for name in {config.ctc_reduction, config.rnnt_reduction, "mean_batch"}
-    }
+    reductions = {model.head(head).reduction for head in model.heads} | {"mean_batch"}
+    weights = {name: clip_weights(batch.target_lengths, name) for name in reductions}
     return Views(features, lengths, batch, weights)
 
 
@@ -199,7 +197,7 @@ def views_loss(
 ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
     """Loss of these clips as a scalar, its named parts (`objective.parts`), and (B,) whether each
     clip is finite."""
-    config, batch, report = model.config.loss, views.batch, {}
+    batch, frame_head, report = views.batch, model.frame_head, {}
     n_views = len(views.lengths) // len(batch.target_lengths)
     targets, target_lengths = (
         t.repeat(n_views, *[1] * (t.ndim - 1)) for t in (batch.targets, batch.target_lengths)
@@ -216,10 +214,11 @@ def views_loss(
             inner_encoded = inner[layer]
             if model.encoder.out_proj is not None:
                 inner_encoded = model.encoder.out_proj(inner_encoded)
-            losses = model.losses(inner_encoded, lengths, targets, target_lengths, heads=("ctc",))
-            by_clip[f"interctc_{layer}"] = losses["ctc"]
+            name = frame_head.name
+            losses = model.losses(inner_encoded, lengths, targets, target_lengths, heads=(name,))
+            by_clip[f"interctc_{layer}"] = losses[name]
         if objective.cr_weight is not None:
-            by_clip["cr"] = consistency(model.ctc_log_probs(encoded), lengths)
+            by_clip["cr"] = consistency(frame_head.log_probs(encoded), lengths)
         if objective.kept is not None:
             by_clip |= objective.kept(views.features, views.lengths, encoded, batch)
     by_clip = {
@@ -229,19 +228,19 @@ def views_loss(
     finite = torch.stack([losses.detach().isfinite() for losses in by_clip.values()]).all(0)
     parts = {}
     for name, losses in by_clip.items():
-        is_ctc = name in ("ctc", "cr") or name.startswith("interctc_")
-        reduction = config.ctc_reduction if is_ctc else config.rnnt_reduction
         if name in objective.kept_weights:
             reduction = "mean_batch"
+        else:  # InterCTC's and CR-CTC's are of the frames' head
+            reduction = (model.head(name) if name in model.heads else frame_head).reduction
         parts[name] = (views.weights[reduction] * losses).sum()
     trained = {head: parts[head] for head in objective.heads}
     if objective.cr_weight is not None:
-        trained["ctc"] = trained["ctc"] + objective.cr_weight * parts["cr"]
+        name = frame_head.name
+        trained[name] = trained[name] + objective.cr_weight * parts["cr"]
     if len(trained) == 1:
-        total = next(iter(trained.values()))
+        (total,) = trained.values()
     else:
-        transducer = next(value for head, value in trained.items() if head != "ctc")
-        total = (1 - config.ctc_weight) * transducer + config.ctc_weight * trained["ctc"]
+        total = sum(model.head(head).share * value for head, value in trained.items())
     if objective.interctc:
         total = total * (1 - sum(objective.interctc.values()))
         for layer, weight in objective.interctc.items():
@@ -259,11 +258,11 @@ def batch_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss of one batch, and its parts, as scalars.
 
-    Both heads: `(1 - w) * transducer + w * ctc` with w = model.config.loss.ctc_weight (NeMo's
-    EncDecHybridRNNTCTCModel); one head: its loss. InterCTC: `(1 - sum of v) * that + sum of
-    v * CTC at the layer`, by the one CTC head (NeMo's InterCTCMixin; Lee and Watanabe 2021,
-    arXiv:2102.03216). CR-CTC: every loss is the mean of both views', and ctc is
-    `ctc + alpha * consistency` (Yao et al. 2024, arXiv:2410.05101).
+    One head: its loss; more: the sum of `share * loss`, which for a hybrid is `(1 - w) * transducer
+    + w * ctc` with w = model.config.loss.ctc_weight (NeMo's EncDecHybridRNNTCTCModel). InterCTC:
+    `(1 - sum of v) * that + sum of v * CTC at the layer`, by the one CTC head (NeMo's
+    InterCTCMixin; Lee and Watanabe 2021, arXiv:2102.03216). CR-CTC: every loss is the mean of both
+    views', and ctc is `ctc + alpha * consistency` (Yao et al. 2024, arXiv:2410.05101).
     """
     total, parts, _ = views_loss(model, make_views(model, batch, objective), objective)
     return total, parts

@@ -64,13 +64,10 @@ def _mean_over_frames(values: Tensor, lengths: Tensor) -> Tensor:
 def row_tensors(model: ASRModel) -> list[str]:
     """Names of the parameters that hold a row for each token, the tokens' rows first."""
     names = []
-    if model.config.joint:
-        layer = f"joint.joint_net.{len(model.joint.joint_net) - 1}"
-        names += ["decoder.prediction.embed.weight", f"{layer}.weight", f"{layer}.bias"]
-    if "ctc" in model.heads:
-        head = "ctc_decoder" if hasattr(model, "ctc_decoder") else "decoder"
-        names += [f"{head}.decoder_layers.0.{kind}" for kind in ("weight", "bias")]
-    return names
+    for head in map(model.head, model.heads):
+        for path, layer in head.token_layers().items():
+            names += [f"{path}.{name}" for name, _ in layer.named_parameters()]
+    return list(dict.fromkeys(names))
 
 
 class Retain:
@@ -135,10 +132,9 @@ class Retain:
             found["distill_encoder"] = found["distill_encoder"].index_put((chosen,), values)
         if "distill_ctc" in found:
             with torch.no_grad():
-                target = self.original.ctc_log_probs(teacher)
-            values = ctc_distillation(
-                target, self.model.ctc_log_probs(student), lengths, self.change
-            )
+                target = self.original.frame_head.log_probs(teacher)
+            guess = self.model.frame_head.log_probs(student)
+            values = ctc_distillation(target, guess, lengths, self.change)
             found["distill_ctc"] = found["distill_ctc"].index_put((chosen,), values)
         return found
 

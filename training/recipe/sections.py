@@ -34,7 +34,7 @@ class EncoderRecipe:
 
 @dataclasses.dataclass(frozen=True)
 class LossRecipe:
-    heads: str = key("all", one_of=("all", "ctc", "transducer"))
+    heads: str = "all"  # or a family of heads, such as ctc or transducer
     ctc_weight: float | None = key(None, share=True)  # hybrid only; null: the checkpoint's
     sigma: float | None = key(None, at_least=0)  # TDT only; null: the checkpoint's
     omega: float | None = key(None, share=True)  # TDT only; null: the checkpoint's

@@ -21,10 +21,8 @@ from training.setup.lora import lora_paths
 def friendly_names(model: ASRModel) -> dict[str, str]:
     """Names for parts that a recipe may use beside module paths -> paths."""
     names = {"subsampling": "encoder.pre_encode", "layers": "encoder.layers"}
-    if hasattr(model, "joint"):
-        names["prediction"] = "decoder"
-    if "ctc" in model.heads:
-        names["ctc"] = "ctc_decoder" if hasattr(model, "ctc_decoder") else "decoder"
+    for head in map(model.head, model.heads):
+        names |= head.modules
     return names
 
 
@@ -100,9 +98,8 @@ def unreached(model: ASRModel, objective: Objective) -> tuple[str, ...]:
     """Paths of the parts that the losses, with their weights, cannot reach: heads that are not
     trained, and where InterCTC is all there is, the layers above it."""
     used = set(objective.heads)
-    if len(used) > 1 and "ctc" in used:
-        weight = model.config.loss.ctc_weight
-        used = {head for head in used if (weight < 1 if head != "ctc" else weight > 0)}
+    if len(used) > 1:
+        used = {head for head in used if model.head(head).share > 0}
     inner = [layer for layer, weight in objective.interctc.items() if weight > 0]
     unused = ()
     if sum(objective.interctc.values()) >= 1:
@@ -110,13 +107,10 @@ def unreached(model: ASRModel, objective: Objective) -> tuple[str, ...]:
         above = range(max(inner) + 1, len(model.encoder.layers))
         unused = tuple(f"encoder.layers.{i}" for i in above)
     if inner:
-        used.add("ctc")
-    names = friendly_names(model)
-    if "ctc" in names and "ctc" not in used:
-        unused += (names["ctc"],)
-    if "prediction" in names and used <= {"ctc"}:
-        unused += ("decoder", "joint")
-    return unused
+        used.add(model.frame_head.name)
+    paths = {head: set(model.head(head).modules.values()) for head in model.heads}
+    needed = set().union(*(paths[head] for head in used))
+    return unused + tuple(sorted(set().union(*paths.values()) - needed))
 
 
 def freeze(

@@ -184,7 +184,7 @@ def make_retain(
             "retain.l2_to_start and retain.new_rows_steps need whole weights; "
             "set trainer.parallel to ddp"
         )
-    if recipe.distill_ctc and "ctc" not in model.heads:
+    if recipe.distill_ctc and model.frame_head is None:
         raise ValueError(f"retain.distill_ctc: this model has {model.heads[0]} only")
     if not (recipe.distills or recipe.l2_to_start or recipe.new_rows_steps):
         return None

@@ -61,28 +61,31 @@ def build_model(
         model = ASRModel(ModelConfig.from_nemo(config), load_tokenizer(config, files), files)
     if recipe.sample_rate is not None:
         model = with_sample_rate(model, recipe.sample_rate)
-    model = with_attention(model, encoder, recipe.init_from is not None, seed)
+    if encoder.attention is not None:
+        model = with_birwkv7(model, encoder.warm_start and recipe.init_from is not None, seed)
     config = with_loss_options(model.config.nemo, model.heads, loss)
     if recipe.dropout is not None:
         config = with_encoder_dropout(config, recipe.dropout)
     model = model.changed(ModelConfig.from_nemo(config))
+    set_direction_dropout(model, encoder.direction_dropout)
+    return model
+
+
+def with_birwkv7(model: ASRModel, warm_start: bool, seed: int) -> ASRModel:
+    """The model with BiRWKV7 in the place of attention; one that has it stays as it is."""
     if model.config.encoder.self_attention_model == "rwkv7_attn":
-        for layer in model.encoder.layers:
-            layer.self_attn.direction_dropout = encoder.direction_dropout
-    elif encoder.direction_dropout:
-        raise ValueError("encoder.direction_dropout belongs to BiRWKV7, this model has attention")
-    return model
+        return model
+    checkpoint = to_birwkv7(model.to_checkpoint(), warm_start, seed=seed)
+    return model_of(checkpoint, stft_pad=model.preprocessor.featurizer.stft_pad)
 
 
-def with_attention(model: ASRModel, recipe: EncoderRecipe, is_trained: bool, seed: int) -> ASRModel:
-    """The model with the attention that the recipe asks for; one that has it stays as it is. A
-    model that is not trained has no attention worth starting from."""
+def set_direction_dropout(model: ASRModel, probability: float) -> None:
+    """ValueError: the model has attention, which has no directions."""
     has_birwkv7 = model.config.encoder.self_attention_model == "rwkv7_attn"
-    if recipe.attention == "birwkv7" and not has_birwkv7:
-        checkpoint = model.to_checkpoint()
-        checkpoint = to_birwkv7(checkpoint, recipe.warm_start and is_trained, seed=seed)
-        return model_of(checkpoint, stft_pad=model.preprocessor.featurizer.stft_pad)
-    return model
+    if probability and not has_birwkv7:
+        raise ValueError("encoder.direction_dropout belongs to BiRWKV7, this model has attention")
+    for layer in model.encoder.layers if has_birwkv7 else ():
+        layer.self_attn.direction_dropout = probability
 
 
 def scratch_config(config: str | dict, tokenizer: str) -> tuple[dict, dict[str, bytes]]:
