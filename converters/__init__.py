@@ -15,6 +15,8 @@ def check(checkpoint: "Checkpoint") -> str:
     from fastconformer.load import check_state_dict
     from fastconformer.text.tokenizer import load_tokenizer
 
+    if checkpoint.kind != "nemo":
+        raise ValueError("this is no model of NeMo's; see converters.st2funasr")
     config = ModelConfig.from_nemo(checkpoint.config)
     check_state_dict(config, checkpoint.state_dict)
     check_vocabulary(config, load_tokenizer(checkpoint.config, checkpoint.tokenizer_files))

@@ -23,6 +23,8 @@ COMMANDS = {
     "convert": {
         "nemo2st": ("converters.nemo2st", "a NeMo archive to a folder"),
         "st2nemo": ("converters.st2nemo", "a folder to a NeMo archive"),
+        "funasr2st": ("converters.funasr2st", "a Fun-ASR-Nano folder to one of ours"),
+        "st2funasr": ("converters.st2funasr", "a folder to one that FunASR loads"),
         "to_birwkv7": ("converters.to_birwkv7", "a model's attention to BiRWKV7"),
         "train_tokenizer": ("converters.train_tokenizer", "a SentencePiece tokenizer from texts"),
         "merge_tokenizers": ("converters.merge_tokenizers", "a tokenizer that has two's pieces"),

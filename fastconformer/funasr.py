@@ -285,12 +285,30 @@ def funasr_of(
     """
     if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ValueError(f"dtype is {dtype!r}, for this model expected torch.float32 or bfloat16")
+    model, state = fitted(checkpoint)
+    model.load_state_dict(state, assign=True)
+    model.llm.tie()
+    for name, part in model.named_children():
+        if name != "preprocessor":
+            part.to(dtype)
+    model.llm.tie()
+    model.requires_grad_(True)
+    return model.to(device).eval()
+
+
+def fitted(checkpoint: Checkpoint) -> tuple[FunASRNano, dict[str, Tensor]]:
+    """The model of a checkpoint without memory for its weights, and the tensors that are to become
+    them: without the CTC branch where it is not whole.
+
+    Raises:
+        ValueError: see `funasr_of`.
+    """
     config, state = FunASRConfig.from_funasr(checkpoint.config), dict(checkpoint.state_dict)
     if not any(name.startswith("llm.") for name in state):
         raise ValueError(
             "the weights hold no language model (no llm.* tensors): it was saved with "
-            "effective_save_name_excludes: [llm.]; convert it with --llm and the folder that it "
-            "was trained from"
+            "effective_save_name_excludes: [llm.]; converters.funasr2st --like FOLDER adds that of "
+            "the folder that it was trained from"
         )
     _check_layers(config, state)
     if config.llm.tie_word_embeddings:
@@ -304,16 +322,7 @@ def funasr_of(
         config, state = _with_whole_ctc(config, state)
     model = _skeleton(config, checkpoint.tokenizer_files)
     check_tensors(model.state_dict(), state)
-    model.load_state_dict(state, assign=True)
-    model.llm.tie()
-    for part in (model.audio_encoder, model.audio_adaptor, model.llm):
-        part.to(dtype)
-    if config.ctc:
-        model.ctc_decoder.to(dtype)
-        model.ctc.to(dtype)
-    model.llm.tie()
-    model.requires_grad_(True)
-    return model.to(device).eval()
+    return model, state
 
 
 def _check_layers(config: FunASRConfig, state: dict[str, Tensor]) -> None:

@@ -34,8 +34,15 @@ def is_funasr_folder(folder: Path) -> bool:
     return (folder / CONFIG_FILE).is_file()
 
 
-def read_funasr(folder: str | os.PathLike, weights: str = WEIGHTS_FILE) -> Checkpoint:
-    """Reads a released or fine-tuned folder; `weights` is the name of its tensors' file.
+def read_funasr(
+    folder: str | os.PathLike, weights: str = WEIGHTS_FILE, like: str | os.PathLike | None = None
+) -> Checkpoint:
+    """Reads a released or fine-tuned folder.
+
+    Args:
+        weights: name of its tensors' file.
+        like: the folder that it was trained from: tokenizers, vocabulary and tensors that are not
+            in `folder` come from there. FunASR's training leaves the language model out.
 
     Raises:
         FileNotFoundError: no such folder.
@@ -45,19 +52,20 @@ def read_funasr(folder: str | os.PathLike, weights: str = WEIGHTS_FILE) -> Check
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder")
     try:
-        return _read(folder, weights)
+        return _read(folder, weights, None if like is None else Path(like))
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else error
         raise ValueError(f"{folder}: {reason}") from error
 
 
-def _read(folder: Path, weights: str) -> Checkpoint:
+def _read(folder: Path, weights: str, like: Path | None) -> Checkpoint:
     config = load_config(_bytes(folder / CONFIG_FILE), CONFIG_FILE)
     metas = {}
     if (folder / METAS_FILE).is_file():
         document = _json(folder / METAS_FILE)
         metas = document.get("file_path_metas") or {}
-    llm = _llm_folder(folder, config, metas)
+    places = [folder] if like is None else [folder, like]
+    llm = _llm_folder(places, config, metas)
     config["llm_config"] = _json(llm / LLM_CONFIG)
     names, files = {}, {}
     for name in LLM_FILES:
@@ -66,14 +74,16 @@ def _read(folder: Path, weights: str) -> Checkpoint:
             files[name] = _bytes(llm / name)
     if "tokenizer.json" not in files:
         raise ValueError(f"{llm.name}/ holds no tokenizer.json")
-    vocabulary = _vocabulary(folder, config, metas)
+    vocabulary = _vocabulary(places, config, metas)
     if vocabulary is not None:
         names[VOCABULARY] = f"nemo:{vocabulary.name}"
         files[vocabulary.name] = _bytes(vocabulary)
     config["files"] = names
     if not (folder / weights).is_file():
         raise ValueError(f"it holds no {weights}, the weights")
-    state = _unwrap(load_tensors(folder / weights, weights, WRAPPERS))
+    state = _tensors(folder / weights)
+    if like is not None:
+        state = _tensors(like / WEIGHTS_FILE) | state
     return Checkpoint(config, state, files)
 
 
@@ -103,16 +113,17 @@ def _named(tree: dict, *keys: str) -> str | None:
     return name or None
 
 
-def _llm_folder(folder: Path, config: dict, metas: dict) -> Path:
-    for tree in (metas, config):
-        name = _named(tree, "llm_conf", "init_param_path")
-        if name:
-            check_plain_name(name, "llm_conf.init_param_path")
-            if (folder / name).is_dir():
-                return folder / name
-    found = sorted(path.parent for path in folder.glob(f"*/{LLM_CONFIG}"))
-    if len(found) == 1:
-        return found[0]
+def _llm_folder(places: list[Path], config: dict, metas: dict) -> Path:
+    for folder in places:
+        for tree in (metas, config):
+            name = _named(tree, "llm_conf", "init_param_path")
+            if name:
+                check_plain_name(name, "llm_conf.init_param_path")
+                if (folder / name / LLM_CONFIG).is_file():
+                    return folder / name
+        found = sorted(path.parent for path in folder.glob(f"*/{LLM_CONFIG}"))
+        if len(found) == 1:
+            return found[0]
     named = (config.get("llm_conf") or {}).get("init_param_path")
     raise ValueError(
         "it holds no folder of the language model (config and tokenizer), which "
@@ -120,8 +131,12 @@ def _llm_folder(folder: Path, config: dict, metas: dict) -> Path:
     )
 
 
-def _vocabulary(folder: Path, config: dict, metas: dict) -> Path | None:
+def _vocabulary(places: list[Path], config: dict, metas: dict) -> Path | None:
     """The CTC branch's; None where the model has none, or its file is not there."""
+    return next((f for f in (_vocabulary_in(p, config, metas) for p in places) if f), None)
+
+
+def _vocabulary_in(folder: Path, config: dict, metas: dict) -> Path | None:
     key = "ctc_tokenizer_conf", "vocab_path"
     for tree, keys in ((metas, ("dataset_conf", *key)), (metas, key), (config, key),
                        (config, ("dataset_conf", *key))):  # fmt: skip
@@ -133,7 +148,8 @@ def _vocabulary(folder: Path, config: dict, metas: dict) -> Path | None:
     return found[0] if len(found) == 1 else None
 
 
-def _unwrap(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _tensors(path: Path) -> dict[str, torch.Tensor]:
+    state = load_tensors(path, path.name, WRAPPERS)
     return {name.removeprefix("module."): tensor for name, tensor in state.items()}
 
 
