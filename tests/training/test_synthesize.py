@@ -9,23 +9,20 @@ import numpy as np
 import pytest
 import soundfile
 
-from training import synthesize
-from training.synthesize import (
+from training.speech.sounds import SAMPLE_RATE_HZ, room, shaped_noise, trim
+from training.speech.texts import (
     DIGITS,
-    HELDOUT_VARIANTS,
-    SAMPLE_RATE_HZ,
-    TRAIN_VARIANTS,
+    TEENS,
+    TENS,
     hindi_text,
     is_heldout,
-    main,
     number_words,
     plain_text,
     quickstart_text,
     read_sentences,
-    room,
-    shaped_noise,
-    trim,
 )
+from training.speech.voices import ACCENTS, HELDOUT_VARIANTS, TRAIN_VARIANTS, the_speaker
+from training.synthesize import main
 
 espeak = pytest.mark.skipif(
     importlib.util.find_spec("espeakng_loader") is None,
@@ -80,12 +77,12 @@ def test_splits_share_neither_voices_nor_sentences(tmp_path):
 
 @espeak
 def test_every_voice_exists_and_differs():
-    speaker = synthesize._speaker()
+    speaker = the_speaker()
     sounds = {}
     for variant in [*TRAIN_VARIANTS, *HELDOUT_VARIANTS]:
         sounds[variant] = speaker.speak("seven", f"en-us+{variant}").tobytes()
     assert len(set(sounds.values())) == len(sounds)
-    assert all(len(speaker.speak("seven", accent)) for accent in synthesize.ACCENTS)
+    assert all(len(speaker.speak("seven", accent)) for accent in ACCENTS)
     with pytest.raises(ValueError, match="no voice 'en-us[+]nobody'"):
         speaker.speak("seven", "en-us+nobody")
     with pytest.raises(ValueError, match="no voice 'atlantean'"):
@@ -111,12 +108,12 @@ def test_sentences_digits_and_phrases(tmp_path):
     assert main([str(out), *options]) == 0
     entries = corpus(out)
     assert len(entries) == 15
-    number = set(DIGITS) | {"hundred", *synthesize.TEENS, *synthesize.TENS}
+    number = set(DIGITS) | {"hundred", *TEENS, *TENS}
     assert sum(set(e["text"].split()) <= number for e in entries) >= 5
 
 
 def test_missing_library_names_the_extra(tmp_path, monkeypatch, capsys):
-    synthesize._speaker.cache_clear()
+    the_speaker.cache_clear()
     monkeypatch.setitem(sys.modules, "espeakng_loader", None)
     assert main([str(tmp_path), "--vocabulary", "quickstart", "--count", "2"]) == 1
     err = capsys.readouterr().err

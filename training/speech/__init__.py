@@ -1,0 +1,1 @@
+"""A corpus that a synthesiser speaks: texts, a voice, a room and a microphone."""
