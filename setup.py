@@ -5,11 +5,16 @@ compiled too; elsewhere the first use compiles them, or plain PyTorch serves.
 """
 
 import importlib.util
+import re
 import sys
 from pathlib import Path
 
 from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
+
+HERE = Path(__file__).parent
+source = (HERE / "fastconformer" / "__init__.py").read_text(encoding="utf-8")
+version = re.search(r'^__version__ = "(.+)"$', source, re.M)[1]  # importing it would need torch
 
 
 class BuildWithKernels(build_py):
@@ -48,9 +53,30 @@ LLM = ["tokenizers>=0.20"]  # Qwen's tokenizer, of Fun-ASR-Nano
 
 setup(
     name="fastconformer",
-    version="0.1.0",
+    version=version,
     description="FastConformer and Parakeet speech recognition in plain PyTorch",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
     license="Apache-2.0",
+    license_files=["LICENSE"],
+    keywords="speech recognition, ASR, FastConformer, Parakeet, NeMo, RNNT, TDT, CTC, PyTorch",
+    project_urls={
+        "Model": "https://arxiv.org/abs/2305.05084",  # FastConformer
+        "Reference": "https://github.com/NVIDIA/NeMo",
+    },
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Operating System :: OS Independent",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Multimedia :: Sound/Audio :: Speech",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
     python_requires=">=3.10",
     packages=find_packages(
         include=["fastconformer*", "rwkv_cuda*", "training*", "converters*", "benchmarks*"]

@@ -4,6 +4,8 @@ import importlib
 import os
 from typing import TYPE_CHECKING
 
+__version__ = "0.1.0"
+
 # How long torch's threads on a CPU spin while they wait for one another, read when torch is loaded.
 # libgomp's own count is 30 times larger: nothing gained on an idle machine, and where other work
 # takes a core away, each of thousands of waits lasts until that core is back. Your setting stays.

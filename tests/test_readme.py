@@ -1,6 +1,11 @@
 """What README, docs, Makefile and recipes promise: commands, snippets, links, keys, quickstart."""
 
+import contextlib
 import dataclasses
+import functools
+import importlib
+import io
+import itertools
 import json
 import os
 import re
@@ -12,11 +17,13 @@ import sys
 from pathlib import Path
 
 import pytest
-import soundfile
 import yaml
-from conftest import golden, load_case
+from conftest import golden
 
 from fastconformer import ModelConfig, load_model
+from fastconformer.__main__ import COMMANDS
+from fastconformer.checkpoint.folder import write_folder
+from fastconformer.checkpoint.read import read_checkpoint
 from training.recipe.recipe import Recipe, load_recipe
 from training.setup.start import scratch_config
 
@@ -27,41 +34,49 @@ RECIPES = [path for path in sorted(ROOT.glob("recipes/*.yaml")) if path not in M
 BASE = ROOT / "models" / "base_tiny.nemo"
 
 
-def commands() -> list[tuple[str, str, list[str]]]:
-    """(page, module, arguments) of every `python -m ...` that stands on a line of its own."""
+MODULES = {name: home for group in COMMANDS.values() for name, (home, _) in group.items()}
+LINE = re.compile(
+    r"(?:    |\t)(?P<before>[^`]*\| |torchrun [^`]*)?"
+    r"(?:(?:\$\(BIN\)/)?(?:python )?-m (?P<module>[\w.]+)|fastconformer (?P<name>\w+))"
+    r" ?(?P<rest>.*)"
+)
+
+
+def commands(alone: bool = False) -> list[tuple[str, str, list[str]]]:
+    """(page, module, arguments) of every `python -m ...` and `fastconformer ...` that stands on a
+    line of its own; also behind a pipe or torchrun, unless they shall stand alone."""
     found = []
     for page in PAGES:
         for line in page.read_text(encoding="utf-8").splitlines():
-            match = re.match(r"(?:    |\t)(?:\$\(BIN\)/)?python -m (\S+) ?(.*)", line)
-            if match and match[1] not in ("pip", "pytest"):
-                arguments = re.sub(r"\$\((\w+)\)", r"\1", match[2])  # make's variables
-                found.append((page.name, match[1], shlex.split(arguments)))
+            match = LINE.match(line)
+            if not match or match["module"] in ("pip", "pytest", "venv"):
+                continue
+            if alone and match["before"]:
+                continue
+            arguments = re.sub(r"\$\((\w+)\)", r"\1", match["rest"])  # make's variables
+            module = match["module"] or MODULES[match["name"]]
+            found.append((page.name, module, shlex.split(arguments)))
     return found
 
 
-@pytest.fixture(scope="module")
-def help_of():
-    """module -> what `python -m module --help` prints."""
-    texts = {}
-
-    def run(module: str) -> str:
-        if module not in texts:
-            command = [sys.executable, "-m", module, "--help"]
-            done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=ROOT)
-            assert done.returncode == 0, f"{module} --help: {done.stderr}"
-            texts[module] = done.stdout
-        return texts[module]
-
-    return run
+@functools.cache
+def help_of(module: str) -> str:
+    """What `python -m module --help` prints."""
+    printed = io.StringIO()
+    main = importlib.import_module(module).main
+    with contextlib.redirect_stdout(printed), pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert stop.value.code == 0, module
+    return printed.getvalue()
 
 
-def test_commands_and_their_options_exist(help_of):
+def test_commands_and_their_options_exist():
     seen = commands()
-    assert len(seen) > 20
+    assert len(seen) > 60
     for page, module, arguments in seen:
         known = set(re.findall(r"(?<![\w-])--?[a-z][a-z-]*", help_of(module)))
         for argument in arguments:
-            if argument.startswith("-"):
+            if argument.startswith("-") and argument != "-":
                 assert argument in known, f"{page}: {module} has no {argument}"
             elif module == "training.finetune" and "=" in argument:
                 named = [a for a in arguments if a.startswith("recipes/")]
@@ -79,11 +94,79 @@ def test_modules_in_text_exist():
         assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), name
 
 
+def test_imports_in_pages_exist():
+    seen = 0
+    for page in PAGES[:-1]:
+        for module, names in re.findall(r"^    from (\S+) import (.+)$", page.read_text(), re.M):
+            found = importlib.import_module(module)
+            for name in names.split("  #")[0].split(", "):
+                assert hasattr(found, name.strip()), f"{page.name}: {module} has no {name}"
+                seen += 1
+    assert seen > 1
+
+
 def test_make_targets_exist():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for page in PAGES[:-1]:
         for target in re.findall(r"make ([a-z-]+)(?=[`\n ]*)", _code(page)):
             assert re.search(rf"^{target}:", makefile, re.M), f"{page.name}: make {target}"
+
+
+def clone(folder: Path) -> None:
+    """What the pages' commands find in a clone."""
+    for name in ("recipes", "samples"):
+        (folder / name).symlink_to(ROOT / name)
+    shutil.copytree(ROOT / "models", folder / "models")  # a page writes there
+
+
+RUNNABLE = {
+    "fastconformer.transcribe",
+    "fastconformer.evaluate",
+    "converters.nemo2st",
+    "converters.st2nemo",
+    "converters.to_birwkv7",
+    "converters.train_lm",
+}
+MODELS_OF_READERS = ("model.nemo", "parakeet.nemo", "before.nemo", "after.nemo")
+SHORTER = {"samples/talk.ogg": "samples/espeak.wav", "cuda": "cpu", "bfloat16": "float32"}
+
+
+def reader(folder: Path) -> None:
+    """What someone has who reads the pages: a clone, a model, a few recordings and texts."""
+    clone(folder)
+    for name in (*MODELS_OF_READERS, "runs/finetune/model.nemo"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).symlink_to(folder / "models" / BASE.name)
+    write_folder(folder / "runs" / "finetune" / "best", read_checkpoint(BASE))
+    lines = []
+    for line in (ROOT / "samples" / "digits_8k.jsonl").read_text().splitlines()[:3]:
+        entry = json.loads(line)
+        path = ROOT / "samples" / entry["audio_filepath"]
+        lines.append(json.dumps(entry | {"audio_filepath": str(path)}) + "\n")
+        for name in ("recordings", "archive"):
+            (folder / name).mkdir(exist_ok=True)
+            (folder / name / path.name).symlink_to(path)
+    for name in ("test.jsonl", "train.jsonl"):
+        (folder / name).write_text("".join(lines))
+    sentences = (ROOT / "samples" / "talk_sentences.jsonl").read_text().splitlines()
+    (folder / "texts.txt").write_text("\n".join(json.loads(x)["text"] for x in sentences))
+    (folder / "names.txt").write_text("newgate\nmister quilter\t2\n")
+
+
+@pytest.mark.parametrize("page", [p.name for p in PAGES[:-1]])
+def test_commands_run(page, tmp_path, monkeypatch, capsys):
+    """Those that take seconds on a CPU, in the page's order; those that need a corpus or a run of
+    training are left out."""
+    reader(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for _, module, arguments in (c for c in commands(alone=True) if c[0] == page):
+        written = {b for a, b in itertools.pairwise(arguments) if a in ("-o", "--output", "--out")}
+        read = [a for a in arguments if a.startswith(("data/", "runs/")) and a not in written]
+        if module not in RUNNABLE or not all(Path(a).exists() for a in read):
+            continue
+        words = [SHORTER.get(a, a) for a in arguments]
+        status = importlib.import_module(module).main(words)
+        assert not status, f"{page}: {module} {' '.join(words)}: {capsys.readouterr().err}"
 
 
 def _code(page: Path) -> str:
@@ -99,13 +182,8 @@ def test_links_lead_somewhere():
 
 
 def test_python_snippets_run(tmp_path, monkeypatch, capsys):
-    """With the base, a recording, and nothing else in the folder."""
-    case = load_case("hybrid_tdt_ctc_bpe")
-    (tmp_path / "models").mkdir()
-    model = BASE if BASE.is_file() else golden("hybrid_tdt_ctc_bpe") / "model.nemo"
-    shutil.copy(model, tmp_path / "models" / "base_tiny.nemo")
-    samples = case.tensors["audio"][0, : int(case.tensors["audio_len"][0])]
-    soundfile.write(tmp_path / "hello.wav", samples.numpy(), 16000, subtype="PCM_16")
+    """With what a clone has, and nothing else in the folder."""
+    clone(tmp_path)
     monkeypatch.chdir(tmp_path)
     n_snippets = 0
     for page in PAGES[:-1]:
@@ -115,7 +193,8 @@ def test_python_snippets_run(tmp_path, monkeypatch, capsys):
             n_snippets += 1
     assert n_snippets
     text, *words = capsys.readouterr().out.splitlines()
-    assert len(words) == len(text.split()) > 0
+    assert text == "the evidence indicates that he continued"
+    assert len(words) == len(text.split())
     assert all(re.fullmatch(r"\d+\.\d\d-\d+\.\d\d s  \S+", word) for word in words)
 
 

@@ -26,7 +26,8 @@ class DecodingOptions:
     boost: phrases to expect, with nats for each piece they are written with, or phrases alone,
         which get `boost_weight`.
     allow: languages, scripts or pieces that may occur; empty: all.
-    confidence: True (NeMo's defaults) or a Confidence: give tokens and words confidences.
+    confidence: True (NeMo's defaults), a measure's name or a Confidence: give tokens and words
+        confidences.
     score_norm: transducer beams compare texts by score per token, as NeMo does.
     retry: decode again where a transducer has gone silent over speech.
     length_penalty, max_generation_delta, max_repeats: of attention decoders. Hypotheses compete by
@@ -43,7 +44,7 @@ class DecodingOptions:
     boost: Mapping[str, float] | Sequence[str] | None = None
     boost_weight: float = 1.5
     allow: Sequence[str] = ()
-    confidence: Confidence | bool | None = None
+    confidence: Confidence | str | bool | None = None
     score_norm: bool = True
     retry: bool = True
     length_penalty: float = 0.0
@@ -73,6 +74,12 @@ class DecodingOptions:
             object.__setattr__(self, "allow", (self.allow,))
         if isinstance(self.confidence, bool):
             object.__setattr__(self, "confidence", Confidence() if self.confidence else None)
+        elif isinstance(self.confidence, str):
+            object.__setattr__(self, "confidence", Confidence(measure=self.confidence))
+        elif not isinstance(self.confidence, Confidence | None):
+            raise ValueError(
+                f"confidence is {self.confidence!r}, expected a measure's name or a Confidence"
+            )
 
     def check(self, refused: Sequence[str], head: str) -> None:
         """ValueError where one of the fields `refused`, which mean nothing to this head, is set."""

@@ -9,7 +9,7 @@ from .transcribe import evaluating
 
 
 @torch.no_grad()
-def align(model, audio, text: str, confidence: Confidence | bool | None = None) -> list[Span]:
+def align(model, audio, text: str, confidence: Confidence | str | bool | None = None) -> list[Span]:
     """When each word of a known text was said, by the CTC head.
 
     Args:

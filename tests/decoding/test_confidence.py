@@ -78,3 +78,23 @@ def test_a_word_counts_the_mark_of_its_start():
 def test_an_unknown_confidence_is_refused(options):
     with pytest.raises(ValueError, match=f"{next(iter(options))} is"):
         Confidence(**options)
+
+
+def test_a_measure_by_name():
+    assert DecodingOptions(confidence="renyi").confidence == Confidence(measure="renyi")
+    assert DecodingOptions(confidence="tsallis").confidence == Confidence()
+    for wrong in ("tsalis", 3, 0.5):
+        with pytest.raises(ValueError, match=f"is {wrong!r}, expected"):
+            DecodingOptions(confidence=wrong)
+    case = load_case(golden("ctc_bpe"))
+    model = fastconformer.load_model(case.folder / "model.nemo")
+    clip = case.tensors["audio"][0, : int(case.tensors["audio_len"][0])].numpy()
+    by_name, by_object = (
+        model.transcribe([clip], timestamps=True, confidence=c)[0]
+        for c in ("gibbs", Confidence("gibbs"))
+    )
+    assert by_name.words == by_object.words and by_name.words[0].confidence is not None
+    text = by_name.text
+    assert model.align(clip, text, confidence="gibbs") == model.align(
+        clip, text, Confidence("gibbs")
+    )
