@@ -40,6 +40,8 @@ class AED(Head):
 
     family = "aed"
     reads_frames_in_order = False
+    longest_s = 40.0
+    overlaps = True
     loss_arguments = ("prompt_lengths", "label_smoothing")
     decode_arguments = ("prompt",)
     refused_options = ()
@@ -126,16 +128,37 @@ class AED(Head):
             config.prompt_format, self.model.tokenizer, config.prompt_defaults, config.prompt_values
         )
 
+    @property
+    def aligner(self):
+        return self.model.aligner
+
+    def slots_of(self, line: Mapping) -> dict:
+        names = (*self.prompt.slots, "taskname")
+        return {name: line[name] for name in names if line.get(name) is not None}
+
     def asked(self, slots: Mapping, timestamps: bool) -> dict:
-        """See `Head.asked`: slots as they are, and times by tokens where no aligner gives them."""
-        slots = {name: value for name, value in slots.items() if value is not None}
-        if timestamps and self.model.aligner is None:
+        """Slots by name, and `prompt`: further ones {slot: value} or the ids themselves, for all
+        clips or a list with one for each. Times come by tokens where no aligner gives them."""
+        common = {name: value for name, value in slots.items() if value is not None}
+        own = common.pop("prompt", None)
+        if timestamps and self.aligner is None:
             if "timestamp" not in self.prompt.slots:
                 raise ValueError(
                     f"timestamps: prompts of format {self.config.prompt_format} have no slot for "
                     "them, and the model holds no CTC model that could align"
                 )
-            slots = {"timestamp": "yes"} | slots
+            common = {"timestamp": "yes"} | common
+        each = not isinstance(own, Mapping) and own is not None and _is_nested(own)
+        prompts = [self._ids_for(one, common) for one in (own if each else [own])]
+        return {"prompt": prompts if each else prompts[0]}
+
+    def _ids_for(self, own, common: dict) -> list[int]:
+        if own is not None and not isinstance(own, Mapping):
+            wanted = common.keys() - {"timestamp"}
+            if wanted:
+                raise ValueError(f"prompt is given as ids, {sorted(wanted)[0]} beside it")
+            return _ids(own)
+        slots = common | dict(own or {})
         source, target = (slots.get(f"{end}_lang") for end in ("source", "target"))
         if "task" in self.prompt.slots and source != target and not slots.keys() & _TASKS:
             logger.warning(
@@ -143,8 +166,11 @@ class AED(Head):
                 "translate say task=ast",
                 *(source, target),
             )
-        self.prompt.ids(**slots)  # a slot that is wrong is said before any audio is read
-        return {"prompt": slots}
+        return self.prompt.ids(**slots)
+
+    def for_clips(self, arguments: dict, clips: list[int]) -> dict:
+        prompts = arguments["prompt"]
+        return {"prompt": [prompts[i] for i in clips] if _is_nested(prompts) else prompts}
 
     def _prompts(self, prompt, n_clips: int) -> list[list[int]]:
         if prompt is None or isinstance(prompt, Mapping):
@@ -322,6 +348,7 @@ def _initialise(parts: Sequence[nn.Module], width: int) -> None:
 
 
 def _is_nested(prompt) -> bool:
+    """A prompt for each clip, not one for all."""
     return len(prompt) > 0 and not isinstance(prompt[0], int) and getattr(prompt[0], "ndim", 1) > 0
 
 

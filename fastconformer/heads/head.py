@@ -23,12 +23,14 @@ class Head:
     can_stall = False
     reads_frames_in_order = True
     longest_s: float | None = None
+    overlaps = False  # its pieces share a second, and are joined where their tokens agree
     needs_frame_per_token = False
     bounds_tokens_per_frame = False
     loss_arguments: tuple[str, ...] = ()
     decode_arguments: tuple[str, ...] = ()
     refused_options: tuple[str, ...] = ("length_penalty", "max_generation_delta", "max_repeats")
     prompt = None
+    aligner = None  # a model with a CTC head that times this head's words
 
     def __init__(self, model, name: str):
         self.model, self.name = model, name
@@ -136,6 +138,14 @@ class Head:
         """encoded (B, T', D), lengths (B,) -> what the head finds in each clip. A head that takes
         more names it in `decode_arguments`."""
         raise NotImplementedError
+
+    def for_clips(self, arguments: dict, clips: list[int]) -> dict:
+        """Of `asked`'s arguments, which may differ by clip, those of some of the clips."""
+        return arguments
+
+    def slots_of(self, line: Mapping) -> dict:
+        """The slots of the head's prompt that a manifest line brings."""
+        return {}
 
     def asked(self, slots: Mapping, timestamps: bool) -> dict:
         """What `decode` needs to be told for a transcription with these slots of a prompt (None:

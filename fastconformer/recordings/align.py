@@ -1,11 +1,14 @@
 """When each word of a known text was said."""
 
+import numpy as np
 import torch
 
 from ..decoding import Confidence, DecodingOptions, ctc_align
+from .modes import evaluating
 from .samples import collate, read_samples
-from .timestamps import Span, in_seconds
-from .transcribe import evaluating
+from .timestamps import Span, in_seconds, spans_of_tokens
+
+_MARKS = (",", ".", "!", "?")
 
 
 @torch.no_grad()
@@ -23,25 +26,12 @@ def align(model, audio, text: str, confidence: Confidence | str | bool | None = 
     """
     head = model.frame_head or model.head("ctc")  # which says that there is none
     words = text.split()
-    if not words:
-        raise ValueError("the text to align is empty")
     clip = read_samples(audio, model.sample_rate)
-    samples, lengths, (shift,) = collate([clip], model.min_duration_s, model.sample_rate)
-    device = model.device
-    with evaluating(model):
-        encoded, lengths = model.encode(*model.featurize(samples.to(device), lengths.to(device)))
-        log_probs = head.log_probs(encoded, lengths)
     options = DecodingOptions(confidence=confidence)
-    tokens, ends = _tokens_of_words(head.tokenizer, words)
-    (found,) = ctc_align(log_probs, lengths, [tokens], options.confidence)
-    if len(found.frames) < len(tokens):
-        raise ValueError(
-            f"the text has {len(tokens)} tokens, too many for the {int(lengths)} frames of a "
-            f"clip of {len(clip) / model.sample_rate:.2f} s"
-        )
+    found, ends, shift = _aligned(model, head, clip, words, options.confidence)
     spans, first, time, spaces = [], 0, 0, _space_ids(head.tokenizer)
     for word, end in zip(words, ends):
-        while first < end and tokens[first] in spaces:
+        while first < end and found.tokens[first] in spaces:
             first += 1
         start = found.frames[first] if first < end else time
         time = found.frames[end - 1] + found.durations[end - 1] if first < end else time
@@ -52,6 +42,46 @@ def align(model, audio, text: str, confidence: Confidence | str | bool | None = 
         spans.append(span)
         first = end
     return in_seconds(spans, model.config.frame_seconds, shift, len(clip) / model.sample_rate)
+
+
+@torch.no_grad()
+def align_tokens(model, clip: np.ndarray, text: str) -> tuple[list[int], list[Span], list[int]]:
+    """The tokens of a known text, when each was said, in seconds, and the number of tokens after
+    each word. ValueError: as `align`.
+
+    As NeMo counts for the words of Canary: a word begins with its first token, be it only the
+    space, and marks have no extent: they lie at the end of the token before.
+    """
+    head = model.frame_head or model.head("ctc")
+    found, ends, shift = _aligned(model, head, clip, text.split(), None)
+    lasts = [frame + n for frame, n in zip(found.frames, found.durations)]
+    spans = spans_of_tokens(found, head.tokenizer, found.frames, lasts)
+    firsts = {0, *ends}
+    for i, span in enumerate(spans):
+        if span.text in _MARKS:
+            span.start = span.end = span.start if i in firsts else spans[i - 1].end
+    times = model.config.frame_seconds, shift, len(clip) / model.sample_rate
+    return found.tokens, in_seconds(spans, *times), ends
+
+
+def _aligned(model, head, clip: np.ndarray, words: list[str], confidence: Confidence | None):
+    """(hypothesis with the frames of each token, tokens after each word, seconds of silence in
+    front)."""
+    if not words:
+        raise ValueError("the text to align is empty")
+    samples, lengths, (shift,) = collate([clip], model.min_duration_s, model.sample_rate)
+    device = model.device
+    with evaluating(model):
+        encoded, lengths = model.encode(*model.featurize(samples.to(device), lengths.to(device)))
+        log_probs = head.log_probs(encoded, lengths)
+    tokens, ends = _tokens_of_words(head.tokenizer, words)
+    (found,) = ctc_align(log_probs, lengths, [tokens], confidence)
+    if len(found.frames) < len(tokens):
+        raise ValueError(
+            f"the text has {len(tokens)} tokens, too many for the {int(lengths)} frames of a "
+            f"clip of {len(clip) / model.sample_rate:.2f} s"
+        )
+    return found, ends, shift
 
 
 def _tokens_of_words(tokenizer, words: list[str]) -> tuple[list[int], list[int]]:

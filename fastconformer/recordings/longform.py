@@ -21,7 +21,7 @@ from ..networks.subsampling import encoded_length
 from ..process_memory import free_bytes
 from .memory import memory_estimate
 
-MODES = ("auto", "full", "chunks", "local")
+MODES = ("auto", "full", "chunks", "local", "quiet")
 WINDOW_S, CONTEXT_S = 120.0, 20.0  # kept, and seen on each side of it
 CUT_SEARCH = 0.2  # share of a window in which its end looks for silence
 PIECES_GPU = 2 << 30  # scores and convolutions in flight, larger there than memory_estimate says

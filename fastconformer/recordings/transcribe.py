@@ -1,6 +1,5 @@
 """Recordings of any length -> transcripts: batches or windows through the encoder, then a head."""
 
-import contextlib
 import dataclasses
 import math
 import os
@@ -13,6 +12,8 @@ from ..decoding import DecodingOptions
 from ..surgery.local_attention import with_local_attention
 from . import longform
 from .cuts import cut_in_pauses, join_pieces
+from .modes import evaluating
+from .overlaps import LONGEST_S, cut_with_overlap, join_overlapping
 from .retry import retry_stuck
 from .samples import as_float, collate, read_samples
 from .transcript import Transcript, transcript
@@ -49,13 +50,16 @@ def transcribe(
             longform.choose_mode), "chunks" where not. "local": in one pass of local attention
             over 128 frames on both sides, with the same weights; as "auto" where attention is
             not full. A head that cannot read windows as one sequence is given a long clip in
-            pieces, cut in pauses ("full": whole).
+            pieces ("full": whole): Canary's share a second and are joined where their tokens
+            agree, as in NeMo, others are cut in pauses. "quiet": in pieces cut in pauses, whatever
+            the head.
         memory_gb: what a pass may take beside the weights; None: most of what is free now.
         window_s: of windows, the part that is kept; None: 120 (of pieces, the longest; None: the
             head's own). Given, "auto" takes windows for
             all that is longer: for full attention that was trained on clips no longer.
         decoding: fields of DecodingOptions (beam, lm, lm_weight, boost, allow, confidence ...) and
-            slots of the head's prompt (language, hotwords ...), see its `asked`.
+            slots of the head's prompt (source_lang, target_lang, pnc, prompt; language, hotwords
+            ...), see its `asked`.
     Raises:
         ValueError, FileNotFoundError: unreadable audio, an empty clip, an unknown head, a
             decoding option that does not fit.
@@ -79,11 +83,17 @@ def transcribe(
         inputs = [inputs]
     rate, device, dtype = model.sample_rate, model.device, model.dtype
     whole = [read_samples(item, rate) for item in inputs]
-    cuts = [[(0, len(clip))] for clip in whole]
-    if chosen.longest_s is not None and long != "full":
-        cuts = [cut_in_pauses(clip, rate, window_s or chosen.longest_s) for clip in whole]
+    cuts, overlap = [[(0, len(clip))] for clip in whole], False
+    if long == "quiet" or (chosen.longest_s is not None and long != "full"):
+        overlap = chosen.overlaps and long != "quiet" and window_s is None
+        longest_s = window_s or chosen.longest_s or LONGEST_S
+        cuts = [
+            cut_with_overlap(len(clip), rate) if overlap else cut_in_pauses(clip, rate, longest_s)
+            for clip in whole
+        ]
         long = "full"
     clips = [clip[a:b] for clip, pieces in zip(whole, cuts, strict=True) for a, b in pieces]
+    recording = [i for i, pieces in enumerate(cuts) for _ in pieces]  # of each clip
     transcripts: list[Transcript | None] = [None] * len(clips)
     budget = longform.available_bytes(device) if memory_gb is None else int(memory_gb * 1e9)
     with evaluating(model):
@@ -111,40 +121,32 @@ def transcribe(
                 lengths = torch.tensor([encoded.shape[1]], device=device)
             else:
                 encoded, lengths = _encode_batch(encoder_of, features, lengths)
-            found = model.decode(encoded, lengths, head, options, **arguments)
+            asked = chosen.for_clips(arguments, [recording[i] for i in batch])
+            found = model.decode(encoded, lengths, head, options, **asked)
             for row, (i, shift, hypothesis) in enumerate(zip(batch, shifts, found)):
                 retries = []
                 if options.retry:
                     valid = encoded[row, : int(lengths[row])]
                     retries = retry_stuck(model, hypothesis, valid, audio[row], head, options)
                 seconds = len(clips[i]) / rate
+                # an aligner looks at pieces that overlap together
+                later = overlap and chosen.aligner is not None and len(cuts[recording[i]]) > 1
                 transcripts[i] = transcript(
-                    *(model, hypothesis, head, seconds, timestamps, shift),
-                    *(options.confidence, retries),
+                    *(model, hypothesis, head, seconds, timestamps and not later, shift),
+                    *(options.confidence, retries, clips[i]),
                 )
-    found = iter(transcripts)
-    return [
-        join_pieces(
-            [next(found) for _ in pieces],
-            [first / rate for first, _ in pieces],
-            model.config.frame_seconds,
-            len(clip) / rate,
-        )
-        for clip, pieces in zip(whole, cuts, strict=True)
-    ]
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module):
-    """The whole model in eval mode inside; after it each module is as it was."""
-    trained = [module for module in model.modules() if module.training]
-    for module in trained:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in trained:
-            module.training = True
+    found, parts = iter(transcripts), iter(clips)
+    results = []
+    for clip, pieces in zip(whole, cuts, strict=True):
+        of_clip = [next(found) for _ in pieces]
+        samples = [next(parts) for _ in pieces]
+        if overlap and len(pieces) > 1:
+            results.append(join_overlapping(model, of_clip, samples, pieces, timestamps))
+        else:
+            starts_s = [first / rate for first, _ in pieces]
+            frame_s, duration_s = model.config.frame_seconds, len(clip) / rate
+            results.append(join_pieces(of_clip, starts_s, frame_s, duration_s))
+    return results
 
 
 def _encode_batch(model, features: torch.Tensor, lengths: torch.Tensor):

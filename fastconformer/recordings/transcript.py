@@ -1,10 +1,17 @@
 """What a decoder found -> text, with the times of its words."""
 
+import itertools
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from ..decoding import Confidence, Hypothesis
+from .align import align_tokens
 from .timestamps import Span, in_seconds, segment_spans, without_collection
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -40,20 +47,25 @@ def transcript(
     shift_s: float = 0.0,
     confidence: Confidence | None = None,
     retries: Sequence[tuple[int, int, str]] = (),
+    samples: np.ndarray | None = None,
 ) -> Transcript:
     """Text and, if asked for, times of what a decoder found; `shift_s` is silence that was put in
     front of the clip; `confidence` is how tokens' confidences become words'; `retries` is what
-    `retry_stuck` gave."""
+    `retry_stuck` gave; `samples`, of the clip, are for a model whose words another one aligns."""
     words = segments = None
     config, chosen = model.config, model.head(head)
     times = config.frame_seconds, shift_s, duration_s
-    if timestamps:
+    text = chosen.text(hypothesis)
+    if timestamps and chosen.aligner is not None and samples is not None:
+        words = _aligned_words(chosen.aligner, samples, text)
+        segments = segment_spans(words, config.segment_separators)
+    elif timestamps:
         with without_collection():
             words = chosen.words(hypothesis, confidence.aggregate if confidence else min)
             segments = segment_spans(words, config.segment_separators, config.segment_gap_frames)
             words, segments = in_seconds(words, *times), in_seconds(segments, *times)
     return Transcript(
-        text=chosen.text(hypothesis),
+        text=text,
         tokens=hypothesis.tokens,
         token_frames=hypothesis.frames,
         token_durations=hypothesis.durations,
@@ -65,3 +77,24 @@ def transcript(
         confidences=hypothesis.confidences,
         retries=in_seconds([Span(text, first, end) for first, end, text in retries], *times),
     )
+
+
+def _aligned_words(aligner, samples: np.ndarray, text: str) -> list[Span]:
+    """Words of a text, timed by the model for it; none where they do not fit into the clip."""
+    _, tokens, ends = aligned_tokens(aligner, samples, text)
+    bounds = itertools.pairwise([0, *ends]) if tokens else ()
+    return [
+        Span(word, tokens[first].start, tokens[end - 1].end)
+        if first < end
+        else Span(word, tokens[max(0, first - 1)].end, tokens[max(0, first - 1)].end)
+        for word, (first, end) in zip(text.split(), bounds)
+    ]
+
+
+def aligned_tokens(aligner, samples: np.ndarray, text: str):
+    """`align_tokens`, or nothing of a text that does not fit into the clip."""
+    try:
+        return align_tokens(aligner, samples, text) if text.split() else ([], [], [])
+    except ValueError as error:
+        logger.warning("no times for %r: %s", text[:60], error)
+        return [], [], []
