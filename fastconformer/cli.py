@@ -155,6 +155,12 @@ def add_decoding_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAMES",
         help="only letters of these languages, or scripts: en,ru or latin,cyrillic",
     )
+    group.add_argument(
+        "--look-ahead",
+        type=int,
+        metavar="FRAMES",
+        help="encoder frames, of those that a streaming model was trained with (its first)",
+    )
     group = parser.add_argument_group("long recordings")
     group.add_argument(
         "--long",
@@ -182,7 +188,7 @@ def decoding_options(args, model) -> dict:
         raise UsageError(f"--beam is {args.beam}, expected at least 1")
     if args.window_s is not None and not 0 < args.window_s < math.inf:
         raise UsageError(f"--window-s is {args.window_s}, expected seconds, more than 0")
-    names = ("beam", "long", "memory_gb", "window_s")
+    names = ("beam", "long", "memory_gb", "window_s", "look_ahead")
     options = {name: getattr(args, name) for name in names}
     if args.lm is not None:
         options |= {"lm": read_arpa(args.lm), "lm_weight": args.lm_weight}

@@ -19,6 +19,7 @@ from .networks.linear import Int8Weight, share_quantized
 from .recordings.align import align
 from .recordings.retry import retry_stuck
 from .recordings.samples import as_float
+from .recordings.stream import open_stream
 from .recordings.transcribe import transcribe
 from .recordings.transcript import transcript
 from .text.tokenizer import Tokenizer
@@ -212,6 +213,7 @@ class ASRModel(nn.Module):
 
     transcribe = transcribe
     align = align
+    stream = open_stream
     transcript = transcript
     retry_stuck = retry_stuck
 

@@ -123,6 +123,12 @@ class FilterbankFeatures(nn.Module):
             x = nn.functional.pad(x, (0, c.pad_to - x.shape[2] % c.pad_to), value=c.pad_value)
         return x, frames
 
+    def features(self, x: torch.Tensor) -> torch.Tensor:
+        """Frames of a piece of a clip: samples (B, L), padded and pre-emphasised already, -> (B, M,
+        T), for normalisations that do not look at the whole clip."""
+        window = self.window if self.window is None else self.window.float()
+        return _normalize(self._mels(x, window), None, None, self.config.normalize)
+
     def _mels(self, x: torch.Tensor, window: torch.Tensor | None) -> torch.Tensor:
         """Padded samples (B, L) -> (log-)mel energies (B, M, T)."""
         c = self.config

@@ -67,3 +67,33 @@ def ctc_greedy(
         )
         first += count
     return hypotheses
+
+
+def ctc_next(
+    hypotheses: list[Hypothesis],
+    log_probs: torch.Tensor,
+    first_frames: list[int],
+    state: list[torch.Tensor] | None,
+) -> list[torch.Tensor]:
+    """Goes on with greedy decoding where `state` (None: the start) left off.
+
+    log_probs (B, C, V+1), all valid, whose first frames are the `first_frames`th of their clips;
+    what is found is added to the `hypotheses`. Returns the state after them: the class of the last
+    frame, (B, 1).
+    """
+    blank = log_probs.shape[-1] - 1
+    most, labels = log_probs.max(-1)
+    before = torch.full_like(labels[:, :1], blank) if state is None else state[0]
+    rows = zip(hypotheses, first_frames, before[:, 0].tolist(), labels.tolist(), most.tolist())
+    for hypothesis, first, last, classes, scores in rows:
+        for frame, (label, score) in enumerate(zip(classes, scores), start=first):
+            if label != blank:
+                hypothesis.score += score
+                if label == last:
+                    hypothesis.durations[-1] += 1
+                else:
+                    hypothesis.tokens.append(label)
+                    hypothesis.frames.append(frame)
+                    hypothesis.durations.append(1)
+            last = label
+    return [labels[:, -1:]]

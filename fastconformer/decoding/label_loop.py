@@ -51,15 +51,21 @@ class LabelLoop:
         self.float_records = torch.zeros(n_steps, 2, batch, device=device)
         self.projected = None
 
-    def begin(self, lengths: torch.Tensor):
-        """To the first frame of every clip; `projected` is set by the caller."""
+    def begin(self, lengths: torch.Tensor, state: list[torch.Tensor] | None = None):
+        """To the first frame of every clip, or where `state` (as of `state()`) says; `projected` is
+        set by the caller."""
         self.frame.zero_()
         self.on_frame.zero_()
         self.lengths.zero_()
         self.lengths[: len(lengths)].copy_(lengths)
-        output, state = self.decoder.start(len(self.rows))
+        if state is not None:
+            parts = self.frame[:, None], self.on_frame[:, None], self.predicted, self.h, self.c
+            for part, before in zip(parts, state, strict=True):
+                part.copy_(before)
+            return
+        output, started = self.decoder.start(len(self.rows))
         self.predicted.copy_(self.joint.pred(output))
-        for layer, (h, c) in enumerate(state):
+        for layer, (h, c) in enumerate(started):
             self.h[layer].copy_(h)
             self.c[layer].copy_(c)
 
@@ -69,10 +75,11 @@ class LabelLoop:
         parts = self.frame[:, None], self.on_frame[:, None], self.predicted, self.h, self.c
         return [part.clone() for part in parts]
 
-    def run(self, projected: torch.Tensor, lengths: torch.Tensor):
-        """Step by step to the end -> records (S, 3, B) and (S, 2, B), the state at the end."""
+    def run(self, projected: torch.Tensor, lengths: torch.Tensor, state=None):
+        """Step by step, from `state` or the start, to the end -> records (S, 3, B) and (S, 2, B),
+        the state at the end."""
         self.projected = projected
-        self.begin(lengths)
+        self.begin(lengths, state)
         ints, floats = [self.int_records[:0]], [self.float_records[:0]]
         ended = not bool((self.frame < self.lengths).any())
         while not ended:

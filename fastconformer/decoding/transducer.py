@@ -60,3 +60,38 @@ def transducer_greedy(
         score = float(floats[0].sum())
         hypotheses.append(Hypothesis(tokens, frames, spans if durations else None, score, sure))
     return hypotheses
+
+
+@torch.no_grad()
+def transducer_next(
+    hypotheses: list[Hypothesis],
+    encoded: torch.Tensor,
+    first_frames: list[int],
+    state: list[torch.Tensor] | None,
+    decoder: PredictionNetwork,
+    joint: Joint,
+    blank: int,
+    durations: tuple[int, ...] = (),
+    max_symbols: int | None = 10,
+) -> list[torch.Tensor]:
+    """Goes on with greedy decoding where `state` (None: the start) left off.
+
+    encoded (B, C, D), all valid, whose first frames are the `first_frames`th of their clips; what
+    is found is added to the `hypotheses`. Returns the state after them; its tensors have clips in
+    the last dimension but one.
+    """
+    batch, n_frames = encoded.shape[:2]
+    window = window_frames(batch, encoded.device)
+    loop = LabelLoop(decoder, joint, blank, durations, max_symbols, None, None, batch, window)
+    lengths = torch.full((batch,), n_frames, device=encoded.device)
+    ints, floats, state = loop.run(joint.enc(encoded), lengths, state)
+    for hypothesis, first, (found, scores) in zip(
+        hypotheses, first_frames, by_clip(ints, floats, batch), strict=True
+    ):
+        hypothesis.tokens += found[0].tolist()
+        hypothesis.frames += (found[1] + first).tolist()
+        if durations:
+            hypothesis.durations += found[2].tolist()
+        hypothesis.score += float(scores[0].sum())
+    state[0] -= n_frames
+    return state

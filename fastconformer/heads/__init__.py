@@ -35,6 +35,7 @@ Decoding:
     decode(encoded, lengths, options, **those of decode_arguments)  -> hypotheses
     decode_arguments                further arguments that it takes (prompts), of `ASRModel.decode`
     tokenizer                       what its ids stand for
+    first_hypothesis(), decode_next(...)  greedy decoding that goes on from piece to piece: streams
     token_spans(hypothesis, tokenizer)  encoder frames of each token, for times
     text(hypothesis), words(hypothesis, aggregate)  what a transcript says, and its words in frames
     prompt, decoder_ids(line)       slots and their values, where it is told what to do

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..config import CTC_CLASSES, ModelConfig
-from ..decoding import DecodingOptions, Hypothesis, ctc_beam, ctc_greedy
+from ..decoding import DecodingOptions, Hypothesis, ctc_beam, ctc_greedy, ctc_next
 from ..decoding.ctc import LOG_PROBS
 from ..networks.heads import CTCHead
 from ..recordings.timestamps import Span, spans_of_tokens
@@ -84,6 +84,12 @@ class CTC(Head):
             return ctc_greedy(pieces, lengths, **common)
         fusion = options.fusion(tokenizer, encoded.device)
         return ctc_beam(self.log_probs(encoded), lengths, options.beam, fusion, **common)
+
+    def first_hypothesis(self) -> Hypothesis:
+        return Hypothesis(durations=[])
+
+    def decode_next(self, hypotheses, encoded, first_frames, state) -> list[torch.Tensor]:
+        return ctc_next(hypotheses, self.log_probs(encoded), first_frames, state)
 
     def token_spans(self, hypothesis: Hypothesis, tokenizer: Tokenizer) -> list[Span]:
         """From the token before to its own frame, which is how NeMo counts. Punctuation has no

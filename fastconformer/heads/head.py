@@ -147,6 +147,23 @@ class Head:
         """The slots of the head's prompt that a manifest line brings."""
         return {}
 
+    def first_hypothesis(self) -> Hypothesis | None:
+        """What `decode_next` adds to; None: the head cannot go on from one piece of a clip to the
+        next, and so not be streamed."""
+        return None
+
+    def decode_next(
+        self,
+        hypotheses: list[Hypothesis],
+        encoded: torch.Tensor,
+        first_frames: list[int],
+        state: list[torch.Tensor] | None,
+    ) -> list[torch.Tensor]:
+        """Adds to the hypotheses what is in encoded (B, C, D), the next frames of each clip, the
+        first of which is its `first_frames`th. `state`: what the call before gave, None at the
+        start; clips stand in its tensors' last dimension but one."""
+        raise NotImplementedError
+
     def asked(self, slots: Mapping, timestamps: bool) -> dict:
         """What `decode` needs to be told for a transcription with these slots of a prompt (None:
         not given), with or without times. ValueError: the head takes no prompt."""

@@ -16,6 +16,7 @@ from ..decoding import (
     Hypothesis,
     transducer_beam,
     transducer_greedy,
+    transducer_next,
 )
 from ..losses import fused_transducer_loss
 from ..networks.heads import Joint, PredictionNetwork
@@ -143,6 +144,18 @@ class Transducer(Head):
             blank_scale=options.lm_weight if options.lm is not None else 0.0,
             score_norm=options.score_norm,
             **common,
+        )
+
+    def first_hypothesis(self) -> Hypothesis:
+        return Hypothesis(durations=[] if self.durations else None)
+
+    def decode_next(self, hypotheses, encoded, first_frames, state) -> list[torch.Tensor]:
+        model = self.model
+        return transducer_next(
+            *(hypotheses, encoded, first_frames, state),
+            *(model.decoder, model.joint, model.blank_id),
+            self.durations,
+            model.config.max_symbols,
         )
 
     def token_spans(self, hypothesis: Hypothesis, tokenizer: Tokenizer) -> list[Span]:

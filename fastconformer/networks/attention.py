@@ -95,6 +95,20 @@ class RelPositionMultiHeadAttention(nn.Module):
             pieces.append(out.transpose(1, 2).flatten(2))
         return self.linear_out(pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1))
 
+    def last_queries(
+        self, x: torch.Tensor, n: int, pos_emb: torch.Tensor, hidden: torch.Tensor
+    ) -> torch.Tensor:
+        """What `forward` gives for the last n of x's frames, (B, n, D). x (B, T, D); pos_emb
+        (T+n-1, D) for distances T-1 ... -(n-1); `hidden` (B, 1, 1, T)."""
+        t = x.shape[1]
+        q = self._heads(self.linear_q(x[:, t - n :]))
+        k, v = self._heads(self.linear_k(x)), self._heads(self.linear_v(x))
+        p = self._heads(self.linear_pos(pos_emb)[None])  # (1, H, T+n-1, K)
+        position = (q + self.pos_bias_v[:, None]) @ p.transpose(-2, -1)
+        scores = (q + self.pos_bias_u[:, None]) @ k.transpose(-2, -1) + _relative_shift(position, t)
+        scores = (scores * self.d_head**-0.5).masked_fill(hidden, masked_value(scores.dtype))
+        return self.linear_out((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+
     def _project(self, pos_emb: torch.Tensor) -> torch.Tensor:
         """linear_pos(pos_emb), which depends on T alone: for inference on a CPU, where it is a
         twentieth of the work, the longest seen is kept, and shorter ones are its middle."""

@@ -79,6 +79,19 @@ class Convolution(nn.Module):
             x = norm(conv(x)).transpose(1, 2)
         return linear(F.silu(x), self.pointwise_conv2.weight, self.pointwise_conv2.bias)
 
+    def after(self, x: torch.Tensor, pad_mask: torch.Tensor, before: torch.Tensor):
+        """The same for a causal convolution, in eval mode, of frames that follow others: `before`
+        (B, D, K-1) is what the depthwise convolution saw last. Returns (B, T, D) and what it has
+        seen last now."""
+        x = linear(x, self.pointwise_conv1.weight, self.pointwise_conv1.bias)
+        x = F.glu(x, dim=-1).masked_fill(pad_mask[..., None], 0.0)
+        seen = torch.cat((before, x.transpose(1, 2)), 2)
+        x, norm = self.depthwise_conv(seen), self.batch_norm
+        last = isinstance(norm, nn.LayerNorm)
+        x = norm(x.transpose(1, 2)) if last else norm(x).transpose(1, 2)
+        x = linear(F.silu(x), self.pointwise_conv2.weight, self.pointwise_conv2.bias)
+        return x, seen[:, :, seen.shape[2] - before.shape[2] :]
+
 
 class ConformerLayer(nn.Module):
     """Half feed-forward, attention, convolution, half feed-forward, norm; residuals around each."""

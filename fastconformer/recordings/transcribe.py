@@ -10,6 +10,7 @@ from torch import nn
 
 from ..decoding import DecodingOptions
 from ..surgery.local_attention import with_local_attention
+from ..surgery.look_ahead import with_look_ahead
 from . import longform
 from .cuts import cut_in_pauses, join_pieces
 from .modes import evaluating
@@ -32,6 +33,7 @@ def transcribe(
     long: str = "auto",
     memory_gb: float | None = None,
     window_s: float | None = None,
+    look_ahead: int | None = None,
     **decoding,
 ) -> list[Transcript]:
     """Text of each input, in their order. Threads may call it together.
@@ -57,6 +59,8 @@ def transcribe(
         window_s: of windows, the part that is kept; None: 120 (of pieces, the longest; None: the
             head's own). Given, "auto" takes windows for
             all that is longer: for full attention that was trained on clips no longer.
+        look_ahead: in encoder frames, one of a streaming checkpoint's att_context_size; None: the
+            first.
         decoding: fields of DecodingOptions (beam, lm, lm_weight, boost, allow, confidence ...) and
             slots of the head's prompt (source_lang, target_lang, pnc, prompt; language, hotwords
             ...), see its `asked`.
@@ -64,6 +68,7 @@ def transcribe(
         ValueError, FileNotFoundError: unreadable audio, an empty clip, an unknown head, a
             decoding option that does not fit.
     """
+    model = with_look_ahead(model, look_ahead)
     chosen = model.head(head)
     fields = {field.name for field in dataclasses.fields(DecodingOptions)}
     options = DecodingOptions(**{n: v for n, v in decoding.items() if n in fields})

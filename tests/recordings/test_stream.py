@@ -1,0 +1,189 @@
+"""Streams of causal models: NeMo's steps and caches, and at the end the offline text."""
+
+import itertools
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from conftest import golden, load_case
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastconformer import load_model
+from fastconformer.networks.state import encode_chunk, first_state
+from fastconformer.recordings.stream import advance
+from fastconformer.surgery.look_ahead import with_look_ahead
+
+CASES = ("stream_ctc", "stream_hybrid_multi")
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request):
+    found = load_case(request.param)
+    return found, load_model(found.folder / "model.nemo")
+
+
+def clips(case) -> list[np.ndarray]:
+    lengths = case.tensors["audio_len"].tolist()
+    return [a[:n].numpy() for a, n in zip(case.tensors["audio"], lengths, strict=True)]
+
+
+def contexts(case) -> list[tuple[str, int, dict]]:
+    return [
+        (n, block["att_context_size"][1], block) for n, block in case.expected["contexts"].items()
+    ]
+
+
+def test_steps_and_caches_are_nemos(case):
+    case, model = case
+    tensors, limit = case.tensors, case.expected["suggested_tolerance"]["encoded"]
+    seen = 0
+    for name, right, _ in contexts(case):
+        if right == 0:
+            continue  # NeMo's first step is not its offline run there
+        chosen = with_look_ahead(model, right)
+        encoder = chosen.encoder
+        features = tensors["stream_features"]
+        lengths = torch.full((len(features),), features.shape[2])
+        with torch.no_grad():
+            x, _ = encoder.pre_encode(features, lengths)
+        state = first_state(encoder, len(x))
+        steps = [k for k in tensors if k.startswith(f"{name}/step") and k.endswith("/encoded")]
+        for number in range(len(steps)):
+            step, start = f"{name}/step{number}", number * (right + 1)
+            # a clip's last chunk is another in NeMo: see the golden data's page
+            going_on = tensors[f"{name}/stream_encoded_len"] > start + right + 1
+            if not going_on.any():
+                break
+            encoded, state = encode_chunk(encoder, x[:, start : start + right + 1], state)
+            difference = (encoded - tensors[f"{step}/encoded"]).abs()
+            assert difference[going_on].max() < limit, step
+            if f"{step}/cache_last_channel" in tensors:
+                for cache, own in (
+                    ("cache_last_channel", state.channel),
+                    ("cache_last_time", state.time),
+                ):
+                    assert (own - tensors[f"{step}/{cache}"]).abs().max() < limit, (step, cache)
+            seen += 1
+    assert seen > 3
+
+
+@pytest.mark.parametrize("size", [1, 160, 1000, 7777, None])
+def test_the_end_is_the_offline_text(case, size):
+    case, model = case
+    for _, right, block in contexts(case):
+        for head in model.heads:
+            expected = block["offline"].get(head)
+            for i, clip in enumerate(clips(case)):
+                if size == 1 and i:
+                    continue
+                stream = model.stream(head=head, look_ahead=right)
+                for start in range(0, len(clip), size or len(clip)):
+                    if size == 1 and start > 4000:
+                        break
+                    stream.feed(clip[start : start + (size or len(clip))])
+                if size == 1:
+                    stream.feed(clip[start:])
+                found = stream.finish()
+                assert found.tokens == expected[i]["ids"], (right, head, i)
+                assert found.token_frames == expected[i]["timestamp"]
+
+
+def test_look_aheads_offline_too(case):
+    case, model = case
+    tensors = case.tensors
+    for name, right, block in contexts(case):
+        chosen = with_look_ahead(model, right)
+        with torch.no_grad():
+            encoded, lengths = chosen.encode(tensors["features"], tensors["features_len"])
+        wanted = tensors[f"{name}/offline_encoded"]
+        for row, n in enumerate(lengths.tolist()):
+            assert (encoded[row, :n] - wanted[row, :n]).abs().max() < 1e-4
+        for head in model.heads:
+            found = chosen.decode_greedy(encoded, lengths, head)
+            assert [h.tokens for h in found] == [e["ids"] for e in block["offline"][head]]
+    for transcribe in (
+        model.stream,
+        lambda look_ahead: model.transcribe([], look_ahead=look_ahead),
+    ):
+        with pytest.raises(ValueError, match="was trained with"):
+            transcribe(look_ahead=99)
+
+
+@settings(max_examples=8, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1))
+def test_nothing_depends_on_the_pieces(seed):
+    model = load_model(golden("stream_ctc") / "model.nemo")
+    clip = clips(load_case("stream_ctc"))[0]
+    rng = np.random.default_rng(seed)
+    whole = model.stream()
+    whole.feed(clip)
+    stream, start, texts = model.stream(), 0, []
+    while start < len(clip):
+        n = int(rng.choice([0, 1, 17, 400, 3000, 20000]))
+        partial = stream.feed(clip[start : start + n])
+        assert partial.stable == len(partial.tokens)
+        texts.append(partial.tokens)
+        start += n
+    for before, after in itertools.pairwise(texts):
+        assert after[: len(before)] == before  # nothing is taken back
+    assert stream.finish() == whole.finish()
+
+
+def test_streams_in_a_batch_are_the_streams_alone(case):
+    case, model = case
+    alone = []
+    for clip in clips(case):
+        stream = model.stream()
+        stream.feed(clip)
+        alone.append(stream.finish().tokens)
+    streams, pieces = [model.stream() for _ in alone], clips(case)
+    for start in range(0, max(map(len, pieces)), 5000):
+        for stream, clip in zip(streams, pieces, strict=True):
+            stream.take(clip[start : start + 5000])
+        advance(streams)
+    assert [stream.finish().tokens for stream in streams] == alone
+
+
+def test_a_state_can_be_copied_and_saved():
+    model = load_model(golden("stream_ctc") / "model.nemo")
+    clip = clips(load_case("stream_ctc"))[0]
+    stream = model.stream()
+    stream.feed(clip[:20001])
+    saved = pickle.dumps(stream.state)
+    stream.feed(clip[20001:])
+    again = model.stream(state=pickle.loads(saved))
+    again.feed(clip[20001:])
+    assert again.finish() == stream.finish()
+
+
+def test_words_have_times_while_it_runs():
+    model = load_model(golden("stream_hybrid_multi") / "model.nemo")
+    clip = clips(load_case("stream_hybrid_multi"))[1]
+    stream = model.stream(look_ahead=5)
+    partial = stream.feed(clip[:32000])
+    assert partial.words and partial.text
+    assert all(0 <= word.start <= word.end <= 2.0 for word in partial.words)
+    assert partial.text.startswith(partial.words[0].text)
+
+
+def test_short_clips_are_padded_as_offline():
+    model = load_model(golden("stream_ctc") / "model.nemo")
+    clip = clips(load_case("stream_ctc"))[0]
+    for n in (0, 1, 300, 4000, 15999, 16000):
+        stream = model.stream()
+        stream.feed(clip[:n])
+        found = stream.finish()
+        if n:
+            (offline,) = model.transcribe([clip[:n]], timestamps=True)
+            assert (found.tokens, found.words) == (offline.tokens, offline.words), n
+        else:
+            assert (found.text, found.duration) == ("", 0.0)
+    with pytest.raises(ValueError, match="finished"):
+        stream.feed(clip)
+
+
+def test_what_cannot_be_streamed_says_why():
+    with pytest.raises(ValueError, match="normalised over the clip"):
+        load_model(golden("ctc_bpe") / "model.nemo").stream()
