@@ -50,47 +50,62 @@ class Convolution(nn.Module):
         self.pointwise_conv2 = Pointwise(d_model, d_model, 1, bias=use_bias)
 
     def forward(self, x: torch.Tensor, pad_mask: torch.Tensor) -> torch.Tensor:
-        # width-1 convolutions as matrix products: no transposes, faster kernels
-        x = linear(x, self.pointwise_conv1.weight, self.pointwise_conv1.bias)
-        x = F.glu(x, dim=-1).masked_fill(pad_mask[..., None], 0.0)
-        norm, conv = self.batch_norm, self.depthwise_conv
-        # (B, D, T), on a CPU with the channels last in memory, as its fast kernel wants them
-        on_cpu = x.device.type == "cpu" and not torch.is_grad_enabled()
-        if on_cpu:
-            x = F.pad(x, (0, 0, *self.context)).transpose(1, 2)
-        else:
-            x = F.pad(x.transpose(1, 2), self.context)
+        """x (B, T, D), pad_mask (B, T) True on padding -> (B, T, D)."""
+        x, norm = self._gated(x, pad_mask), self.batch_norm
         if isinstance(norm, nn.BatchNorm1d) and not norm.training:
-            # fixed statistics: fold the norm into the convolution's weights
-            scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-            bias = norm.bias - norm.running_mean * scale
-            bias = bias if conv.bias is None else bias + conv.bias * scale
-            weight = conv.weight * scale[:, None, None]
-            # pure bfloat16 training keeps the norm in float32
-            weight, bias = weight.to(x.dtype), bias.to(x.dtype)
-            if on_cpu:
-                x = F.conv2d(x[:, :, None], weight[:, :, None], bias, groups=conv.groups)[:, :, 0]
-            else:
-                x = F.conv1d(x, weight, bias, groups=conv.groups)
-            x = x.transpose(1, 2)
-        elif isinstance(norm, nn.LayerNorm):
-            x = norm(conv(x).transpose(1, 2))
+            x = self._with_fixed_statistics(x)
         else:
-            x = norm(conv(x)).transpose(1, 2)
+            x = self._normed(self.depthwise_conv(self._padded(x)))
         return linear(F.silu(x), self.pointwise_conv2.weight, self.pointwise_conv2.bias)
 
     def after(self, x: torch.Tensor, pad_mask: torch.Tensor, before: torch.Tensor):
         """The same for a causal convolution, in eval mode, of frames that follow others: `before`
         (B, D, K-1) is what the depthwise convolution saw last. Returns (B, T, D) and what it has
         seen last now."""
-        x = linear(x, self.pointwise_conv1.weight, self.pointwise_conv1.bias)
-        x = F.glu(x, dim=-1).masked_fill(pad_mask[..., None], 0.0)
+        x = self._gated(x, pad_mask)
         seen = torch.cat((before, x.transpose(1, 2)), 2)
-        x, norm = self.depthwise_conv(seen), self.batch_norm
-        last = isinstance(norm, nn.LayerNorm)
-        x = norm(x.transpose(1, 2)) if last else norm(x).transpose(1, 2)
+        x = self._normed(self.depthwise_conv(seen))
         x = linear(F.silu(x), self.pointwise_conv2.weight, self.pointwise_conv2.bias)
         return x, seen[:, :, seen.shape[2] - before.shape[2] :]
+
+    def _gated(self, x: torch.Tensor, pad_mask: torch.Tensor) -> torch.Tensor:
+        # width-1 convolutions as matrix products: no transposes, faster kernels
+        x = linear(x, self.pointwise_conv1.weight, self.pointwise_conv1.bias)
+        return F.glu(x, dim=-1).masked_fill(pad_mask[..., None], 0.0)
+
+    def _normed(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, D, T) -> (B, T, D)."""
+        norm = self.batch_norm
+        over_channels = isinstance(norm, nn.LayerNorm)
+        return norm(x.transpose(1, 2)) if over_channels else norm(x).transpose(1, 2)
+
+    def _padded(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, T, D) -> (B, D, T + context), on a CPU with the channels last in memory, as its fast
+        kernel wants them."""
+        if _is_inference_on_cpu(x):
+            return F.pad(x, (0, 0, *self.context)).transpose(1, 2)
+        return F.pad(x.transpose(1, 2), self.context)
+
+    def _with_fixed_statistics(self, x: torch.Tensor) -> torch.Tensor:
+        """Depthwise convolution and BatchNorm in one: the norm, which is a line for each channel,
+        is folded into the convolution's weights. (B, T, D) -> (B, T, D)."""
+        norm, conv, on_cpu = self.batch_norm, self.depthwise_conv, _is_inference_on_cpu(x)
+        x = self._padded(x)
+        scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+        bias = norm.bias - norm.running_mean * scale
+        bias = bias if conv.bias is None else bias + conv.bias * scale
+        weight = conv.weight * scale[:, None, None]
+        # pure bfloat16 training keeps the norm in float32
+        weight, bias = weight.to(x.dtype), bias.to(x.dtype)
+        if on_cpu:
+            x = F.conv2d(x[:, :, None], weight[:, :, None], bias, groups=conv.groups)[:, :, 0]
+        else:
+            x = F.conv1d(x, weight, bias, groups=conv.groups)
+        return x.transpose(1, 2)
+
+
+def _is_inference_on_cpu(x: torch.Tensor) -> bool:
+    return x.device.type == "cpu" and not torch.is_grad_enabled()
 
 
 class ConformerLayer(nn.Module):
