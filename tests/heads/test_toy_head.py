@@ -5,7 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from conftest import golden
+from conftest import golden, ledger, logged
 from torch import nn
 from torch.nn import functional as F
 
@@ -18,6 +18,7 @@ from fastconformer.surgery.local_attention import with_local_attention
 from fastconformer.surgery.sample_rate import with_sample_rate
 from fastconformer.surgery.vocabulary import change_vocabulary
 from fastconformer.text.tokenizer import CharTokenizer
+from training.finetune import main
 
 
 class Toy(Head):
@@ -123,3 +124,27 @@ def test_it_goes_along_with_a_changed_model(folder):
     assert model.config.vocab_size == model.blank_id == len(model.toy.bias) - 1  # as it was
     for other in (with_local_attention(model), with_sample_rate(model, 8000)):
         assert other.toy.weight is model.toy.weight and other.transcribe(noise(2), head="toy")
+
+
+def test_a_recipe_trains_it(folder, corpus):
+    recipe, run = corpus
+    options = [f"model.init_from={folder}", "trainer.max_steps=2", "trainer.val_every_steps=2"]
+    assert main([str(recipe), *options, "optim.lr=1e-3"]) == 0
+    before, after = load_model(folder), load_model(run / "last")
+    assert len(logged(run)) == 2
+    for record in logged(run):
+        assert all(record[head] > 0 for head in before.heads)
+        parts = [record[head] for head in before.heads]
+        assert record["loss"] == pytest.approx(sum(parts), rel=1e-5)
+    assert not torch.equal(after.toy.weight, before.toy.weight)
+    assert "toy" in ledger(run)[-1]["sets"]["dev"]
+    # trained by itself, and named as a part to freeze
+    options += ["loss.heads=toy", "freeze.modules=[toy]", f"output={run}2"]
+    assert main([str(recipe), *options]) == 0
+    assert torch.equal(load_model(f"{run}2/last").toy.weight, before.toy.weight)
+    other = [name for name, _ in before.named_parameters() if name.startswith(("joint", "decoder"))]
+    state, frozen = before.state_dict(), load_model(f"{run}2/last").state_dict()
+    assert all(torch.equal(state[name], frozen[name]) for name in other)
+    assert not torch.equal(
+        state["encoder.layers.0.norm_out.weight"], frozen["encoder.layers.0.norm_out.weight"]
+    )
