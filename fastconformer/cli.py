@@ -122,7 +122,7 @@ def parser(module: str, description: str, example: str) -> argparse.ArgumentPars
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments that every command with a model has; `load_model` reads them."""
     parser.add_argument("--model", required=True, help=".nemo archive or converted folder")
-    parser.add_argument("--head", help="tdt, rnnt or ctc; default: the model's first")
+    parser.add_argument("--head", help="tdt, rnnt, ctc ...; default: the model's first")
     parser.add_argument("--batch-size", type=int, default=16, help="clips a pass (%(default)s)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 ... (%(default)s)")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="(%(default)s)")
@@ -161,12 +161,40 @@ def add_decoding_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FRAMES",
         help="encoder frames, of those that a streaming model was trained with (its first)",
     )
+    group.add_argument(
+        "--length-penalty",
+        type=float,
+        default=0.0,
+        metavar="A",
+        help="attention decoders: texts compete by score / length ** A (%(default)s)",
+    )
+    group.add_argument(
+        "--max-repeats",
+        type=int,
+        metavar="N",
+        help="attention decoders: a phrase may come again so often right after itself",
+    )
+    group = parser.add_argument_group("prompt, of models that take one")
+    for name, text in (
+        ("--source-lang", "what is spoken: de"),
+        ("--target-lang", "what is to be written: en; another one translates"),
+        ("--pnc", "punctuation and capital letters: yes or no"),
+        ("--task", "asr or ast (translate), where the prompt has it"),
+    ):
+        group.add_argument(name, help=text)
+    group.add_argument(
+        "--prompt",
+        action="append",
+        default=[],
+        metavar="SLOT=VALUE",
+        help="any slot of the model's prompt, such as itn=yes; may be given several times",
+    )
     group = parser.add_argument_group("long recordings")
     group.add_argument(
         "--long",
         choices=MODES,
         default="auto",
-        help="one pass, windows, or local attention; by memory (%(default)s)",
+        help="one pass, windows, local attention, or pieces cut in pauses; by memory (%(default)s)",
     )
     group.add_argument(
         "--memory-gb", type=float, help="what a pass may take beside the weights (what is free)"
@@ -188,7 +216,7 @@ def decoding_options(args, model) -> dict:
         raise UsageError(f"--beam is {args.beam}, expected at least 1")
     if args.window_s is not None and not 0 < args.window_s < math.inf:
         raise UsageError(f"--window-s is {args.window_s}, expected seconds, more than 0")
-    names = ("beam", "long", "memory_gb", "window_s", "look_ahead")
+    names = ("beam", "long", "memory_gb", "window_s", "look_ahead", "length_penalty", "max_repeats")
     options = {name: getattr(args, name) for name in names}
     if args.lm is not None:
         options |= {"lm": read_arpa(args.lm), "lm_weight": args.lm_weight}
@@ -201,7 +229,27 @@ def decoding_options(args, model) -> dict:
             token_bias(model.tokenizer, options["allow"])
         except ValueError as error:
             raise UsageError(f"--languages: {error}") from None
-    return options
+    slots = prompt_slots(args)
+    try:
+        model.head(args.head).asked(slots, False)
+    except ValueError as error:
+        raise UsageError(f"the prompt: {error}") from None
+    return options | slots
+
+
+def prompt_slots(args) -> dict[str, str]:
+    """The slots that the arguments of a prompt name. UsageError of one that is no SLOT=VALUE."""
+    slots = {
+        name: getattr(args, name)
+        for name in ("source_lang", "target_lang", "pnc", "task")
+        if getattr(args, name) is not None
+    }
+    for pair in args.prompt:
+        name, equals, value = pair.partition("=")
+        if not (equals and name.isidentifier()):
+            raise UsageError(f"--prompt is {pair!r}, expected SLOT=VALUE, such as itn=yes")
+        slots[name] = value
+    return slots
 
 
 def load_model(args):

@@ -39,6 +39,10 @@ Decoding:
     token_spans(hypothesis, tokenizer)  encoder frames of each token, for times
     text(hypothesis), words(hypothesis, aggregate)  what a transcript says, and its words in frames
     prompt, decoder_ids(line)       slots and their values, where it is told what to do
+    slots                           names of its prompt's slots
+    slots_of(line)                  those that a manifest line brings
+    for_clips(arguments, clips)     of `asked`'s answer, what is for some of the clips
+    aligner                         a model that times its words, from the audio
     asked(slots, timestamps)        arguments of `decode` for what a caller of `transcribe` wants
     refused_options                 fields of DecodingOptions that mean nothing to it
     has_frame_posteriors            `log_probs(encoded)` gives each frame's distribution: alignment,

@@ -129,11 +129,15 @@ class AED(Head):
         )
 
     @property
+    def slots(self) -> tuple[str, ...]:
+        return self.prompt.slots
+
+    @property
     def aligner(self):
         return self.model.aligner
 
     def slots_of(self, line: Mapping) -> dict:
-        names = (*self.prompt.slots, "taskname")
+        names = (*self.slots, "taskname")
         return {name: line[name] for name in names if line.get(name) is not None}
 
     def asked(self, slots: Mapping, timestamps: bool) -> dict:
@@ -142,7 +146,7 @@ class AED(Head):
         common = {name: value for name, value in slots.items() if value is not None}
         own = common.pop("prompt", None)
         if timestamps and self.aligner is None:
-            if "timestamp" not in self.prompt.slots:
+            if "timestamp" not in self.slots:
                 raise ValueError(
                     f"timestamps: prompts of format {self.config.prompt_format} have no slot for "
                     "them, and the model holds no CTC model that could align"
@@ -160,7 +164,7 @@ class AED(Head):
             return _ids(own)
         slots = common | dict(own or {})
         source, target = (slots.get(f"{end}_lang") for end in ("source", "target"))
-        if "task" in self.prompt.slots and source != target and not slots.keys() & _TASKS:
+        if "task" in self.slots and source != target and not slots.keys() & _TASKS:
             logger.warning(
                 "source_lang is %s and target_lang %s, but the task stays asr, as in NeMo; to "
                 "translate say task=ast",

@@ -30,6 +30,7 @@ class Head:
     decode_arguments: tuple[str, ...] = ()
     refused_options: tuple[str, ...] = ("length_penalty", "max_generation_delta", "max_repeats")
     prompt = None
+    slots: tuple[str, ...] = ()  # of its prompt, by name: what `asked` takes
     aligner = None  # a model with a CTC head that times this head's words
 
     def __init__(self, model, name: str):

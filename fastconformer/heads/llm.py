@@ -44,6 +44,7 @@ class LLM(Head):
     longest_s = LONGEST_S
     loss_arguments = ("texts", "prompts")
     decode_arguments = ("prompts", "max_tokens", "times")
+    slots = ("language", "hotwords", "itn", "max_tokens")
     refused_options = ("beam", "lm", "boost", "allow", "length_penalty", "max_generation_delta")
 
     @property
@@ -166,7 +167,7 @@ class LLM(Head):
         """Slots: language, hotwords and itn, which make the prompt (see `text.chat.instruction`),
         and max_tokens. Words of a command line are read too: itn "no", hotwords "A,B"."""
         given = {name: value for name, value in slots.items() if value is not None}
-        unknown = given.keys() - {"language", "hotwords", "itn", "max_tokens"}
+        unknown = given.keys() - set(self.slots)
         if unknown:
             raise ValueError(
                 f"{sorted(unknown)[0]} is nothing that this model's prompt takes; expected "

@@ -65,7 +65,8 @@ def _transcribe_round(model, round_, batch_size, options):
 def _transcribe_batch(model, batch, round_, options):
     try:
         samples = [round_[k][1] for k in batch]
-        transcripts = model.transcribe(samples, batch_size=len(batch), **options)
+        own = own_prompts(model, [round_[k][0] for k in batch], options)
+        transcripts = model.transcribe(samples, batch_size=len(batch), **options, **own)
     except (RuntimeError, ValueError) as error:  # out of memory, mostly: then one by one
         if len(batch) == 1:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -75,6 +76,13 @@ def _transcribe_batch(model, batch, round_, options):
             results |= _transcribe_batch(model, [k], round_, options)
         return results
     return {k: (transcript, "") for k, transcript in zip(batch, transcripts, strict=True)}
+
+
+def own_prompts(model: "ASRModel", clips: list[Clip], options: dict) -> dict:
+    """{"prompt": slots for each clip} where manifest lines bring slots of the head's prompt."""
+    head = model.head(options.get("head"))
+    slots = [head.slots_of(clip.others) for clip in clips]
+    return {"prompt": slots} if any(slots) else {}
 
 
 def read_ahead(

@@ -96,15 +96,19 @@ def read_request(form, model, head: str | None, translate: bool) -> Request:
         options["boost"] = phrases
     language = one("language")
     languages = texts("languages")
-    slots = model.head(head or model.heads[0]).decode_arguments
+    slots = model.head(head).slots
     if translate and "task" not in slots and "target_lang" not in slots:
         raise BadRequest("this model transcribes and does not translate", "model", 404)
     if language and "source_lang" in slots:
         options["source_lang"] = language
+    elif language and "language" in slots:
+        options["language"] = language
     elif language:
         unused.append("language")
     if translate:
         options["target_lang"] = "en"
+        if "task" in slots:
+            options["task"] = "ast"
     elif language and "target_lang" in slots:
         options["target_lang"] = language
     if languages:
