@@ -7,7 +7,10 @@ Writes tokenizer.model, tokenizer.vocab and vocab.txt, the files a NeMo archive 
 import io
 import json
 import sys
+import tempfile
+import unicodedata
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,36 +21,73 @@ from fastconformer.checkpoint.files import atomic_file
 from fastconformer.text.sentencepiece_model import NORMAL, Piece, SentencePieceModel
 from fastconformer.text.tokenizer import SentencePieceTokenizer, sentencepiece_files
 
+NORMALIZATIONS = ("nmt_nfkc", "nfkc", "nmt_nfkc_cf", "nfkc_cf", "nfc", "identity")
 
-def train_tokenizer(texts: list[str], vocab_size: int, kind: str = "bpe") -> bytes:
+
+def train_tokenizer(
+    texts: list[str], vocab_size: int, kind: str = "bpe", normalization: str = "nmt_nfkc"
+) -> bytes:
     """The serialised SentencePiece model.
 
     Args:
         texts: one utterance each.
         vocab_size: pieces, the unknown piece included.
         kind: "bpe" or "unigram".
+        normalization: what happens to a text before it is cut into pieces, and so to what a model
+            can write: one of NORMALIZATIONS. "nmt_nfkc" (SentencePiece's and NeMo's) takes signs of
+            one look for one (a Thai vowel, an Arabic ligature in several letters, a joiner as a
+            space); "nfc" composes letters and marks (Unicode's NFC) and changes nothing else;
+            "identity" nothing at all; "..._cf" folds case too.
     Raises:
         ValueError: no text, or more pieces than the text supports.
     """
     if not any(text.strip() for text in texts):
         raise ValueError("there is no text to train a tokenizer on")
     model = io.BytesIO()
+    with tempfile.NamedTemporaryFile("w", suffix=".tsv", encoding="ascii") as rules:
+        options = {"normalization_rule_name": normalization}
+        if normalization == "nfc":  # SentencePiece has no rules of that name
+            rules.writelines(nfc_rules())
+            rules.flush()
+            options = {"normalization_rule_tsv": rules.name}
+        _train(texts, model, vocab_size=vocab_size, model_type=kind, **options)
+    return model.getvalue()
+
+
+def nfc_rules() -> Iterator[str]:
+    """Lines of SentencePiece's rules, "from\tto" in hexadecimal code points, which compose what
+    Unicode's NFC composes; marks that stand in another order than Unicode's keep theirs."""
+    rules = {}
+    for code in range(sys.maxunicode + 1):
+        char = chr(code)
+        composed = unicodedata.normalize("NFC", char)
+        kinds = {char, unicodedata.normalize("NFD", char)}
+        by_one = unicodedata.decomposition(char)
+        if by_one and not by_one.startswith("<"):  # as a letter that is half composed, and a mark
+            kinds.add("".join(chr(int(part, 16)) for part in by_one.split()))
+        rules |= {kind: composed for kind in kinds if kind != composed}
+    for source, target in rules.items():
+        yield "\t".join(" ".join(f"{ord(c):X}" for c in text) for text in (source, target)) + "\n"
+
+
+def _train(texts: list[str], model: io.BytesIO, **options) -> None:
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(texts),
             model_writer=model,
-            vocab_size=vocab_size,
-            model_type=kind,
+            # Longer lines would be left out without a word; the default is 4192.
+            max_sentence_length=max(4192, *(len(text.encode()) + 1 for text in texts)),
             character_coverage=1.0,
             bos_id=-1,
             eos_id=-1,
             unk_id=0,
             shuffle_input_sentence=False,
             minloglevel=2,
+            **options,
         )
     except (RuntimeError, OSError) as error:
-        raise ValueError(f"{vocab_size} {kind} pieces cannot be trained: {error}") from None
-    return model.getvalue()
+        size, kind = options["vocab_size"], options["model_type"]
+        raise ValueError(f"{size} {kind} pieces cannot be trained: {error}") from None
 
 
 def extend_tokenizer(model: bytes, texts: list[str]) -> tuple[bytes, list[str]]:
@@ -110,6 +150,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--size", type=int, help="number of pieces")
     parser.add_argument("--type", choices=("bpe", "unigram"), default="bpe")
     parser.add_argument(
+        "--normalization",
+        choices=NORMALIZATIONS,
+        default="nmt_nfkc",
+        help="nfc and identity keep a script's own signs (%(default)s)",
+    )
+    parser.add_argument(
         "--extend", type=Path, metavar="MODEL", help="instead: add missing characters to this one"
     )
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder to write")
@@ -120,7 +166,7 @@ def main(argv: list[str] | None = None) -> int:
     def job():
         texts = [text for path in args.inputs for text in read_texts(path)]
         if args.extend is None:
-            model = train_tokenizer(texts, args.size, args.type)
+            model = train_tokenizer(texts, args.size, args.type, args.normalization)
             made = f"{args.size} pieces"
         else:
             model, added = extend_tokenizer(args.extend.read_bytes(), texts)

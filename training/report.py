@@ -30,6 +30,7 @@ from fastconformer.text.metrics import align
 from training.data.json_lines import read_lines
 from training.data.utterances import Utterance, read_utterances
 from training.loop.keep import metrics_of
+from training.loop.validate import as_written
 from training.recipe.recipe import Recipe, load_recipe
 
 COLOURS = {"insertion": "#c50", "deletion": "#a00", "substitution": "#06c"}
@@ -109,6 +110,13 @@ def aligned(reference: str, hypothesis: str) -> str:
     return " ".join(words)
 
 
+def as_in_manifest(utterance: Utterance, written: str) -> str:
+    """The manifest's own text, where the tokenizer cannot write it."""
+    if utterance.text == written:
+        return ""
+    return f"<br><small>in the manifest: {html.escape(utterance.text)}</small>"
+
+
 def player(utterance: Utterance, sample_rate_hz: int) -> str:
     """The clip as an audio element that holds it."""
     if utterance.tar_member is not None:
@@ -162,17 +170,19 @@ def worst_utterances(model, recipe: Recipe, n_clips: int, n_worst: int) -> tuple
                 clips.append(load_audio(u.audio_path, model.sample_rate, *seconds))
                 utterances.append(u)
         for utterance, transcript in zip(utterances, model.transcribe(clips), strict=True):
-            edits = align(utterance.text.split(), transcript.text.split())
+            written = as_written(model.tokenizer, utterance)
+            edits = align(written.split(), transcript.text.split())
             errors = sum(edit.reference != edit.hypothesis for edit in edits)
-            found.append((errors, utterance, transcript.text))
-            said, heard = said + len(utterance.text), heard + len(transcript.text)
-    words = sum(len(utterance.text.split()) for _, utterance, _ in found)
-    name, advice = phase(sum(e for e, _, _ in found) / max(1, words), heard / max(1, said))
+            found.append((errors, utterance, written, transcript.text))
+            said, heard = said + len(written), heard + len(transcript.text)
+    words = sum(len(written.split()) for _, _, written, _ in found)
+    name, advice = phase(sum(e for e, *_ in found) / max(1, words), heard / max(1, said))
     found.sort(key=lambda item: -item[0])
     rows = "".join(
-        f"<tr><td>{errors}</td><td>{aligned(utterance.text, text)}</td>"
+        f"<tr><td>{errors}</td>"
+        f"<td>{aligned(written, text)}{as_in_manifest(utterance, written)}</td>"
         f"<td>{player(utterance, model.sample_rate)}</td></tr>"
-        for errors, utterance, text in found[:n_worst]
+        for errors, utterance, written, text in found[:n_worst]
     )
     heading = "<tr><th>errors</th><th>said and heard</th><th>audio</th></tr>"
     return f"<b>{name}</b>: {advice}", f"<table>{heading}{rows}</table>"

@@ -39,7 +39,7 @@ def test_a_run_leaves_what_it_promises(corpus, capsys):
     records = ledger(run)
     assert [record["step"] for record in records] == [0, 2, 4]
     assert records[0]["train_loss"] is None and records[1]["train_loss"] > 0
-    assert records[0]["sets"]["dev"]["ctc"].keys() == {"wer", "cer"}
+    assert records[0]["sets"]["dev"]["ctc"].keys() == {"wer", "cer", "raw_wer", "raw_cer"}
     names = {"recipe.yaml", "dropped.jsonl", "tensorboard", "checkpoints", "best", "last"}
     assert names <= {path.name for path in run.iterdir()}
     shown = capsys.readouterr().out

@@ -47,7 +47,7 @@ class Page(HTMLParser):
         self.feed(text)
 
     def handle_starttag(self, tag, attributes):
-        if tag != "meta":
+        if tag not in ("meta", "br"):
             self.open.append(tag)
         self.sources += [v for k, v in attributes if k in ("src", "href")]
 

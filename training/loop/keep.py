@@ -9,9 +9,12 @@ import math
 
 from training.recipe.sections import GuardRecipe, KeepRecipe
 
+RATES = ("wer", "cer", "raw_wer", "raw_cer")  # raw: beside the manifest's text as it stands
+
 
 def metrics_of(record: dict) -> dict[str, float]:
-    """{"wer", "cer", "train_loss", "wer/SET/HEAD", "cer/SET/HEAD"}; SET "all": all together."""
+    """{"wer", "cer", "train_loss", "wer/SET/HEAD", "cer/SET/HEAD", "raw_wer/SET/HEAD" ...}; SET
+    "all": all together."""
     metrics = {name: record[name] for name in ("wer", "cer", "train_loss")}
     for name, heads in {**record["sets"], "all": record["all"]}.items():
         for head, rates in heads.items():
@@ -22,7 +25,7 @@ def metrics_of(record: dict) -> dict[str, float]:
 def check_metric(metric: str, sets, heads) -> None:
     """Before a run: raises ValueError for a metric that its evaluations will not have."""
     known = ["wer", "cer", "train_loss"]
-    known += [f"{kind}/{s}/{h}" for s in (*sets, "all") for h in heads for kind in ("wer", "cer")]
+    known += [f"{kind}/{s}/{h}" for s in (*sets, "all") for h in heads for kind in RATES]
     if metric not in known:
         raise ValueError(f"keep.metric is {metric!r}; this run logs {', '.join(known)}")
 

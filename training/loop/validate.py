@@ -1,11 +1,18 @@
-"""Validation: greedy texts of each set, their word and character error rates."""
+"""Validation: greedy texts of each set, their word and character error rates.
+
+A text is compared as the tokenizer can write it, `decode(encode(text))`, so that a perfect model
+has 0 %; the manifest's own text, with what the tokenizer normalises away, gives the raw rates.
+Source: NeMo's WER, which decodes the target tokens.
+"""
 
 import logging
 
 import torch
 
 from fastconformer.text.metrics import char_errors, word_errors
+from fastconformer.text.tokenizer import Tokenizer
 from training.data.store import AudioStore, batches_ahead
+from training.data.utterances import Utterance
 from training.loop.ranks import ONE, Ranks
 from training.recipe.data_sections import DataRecipe
 
@@ -23,9 +30,9 @@ def predict(
     bf16: bool,
     check_stop,
     ranks: Ranks = ONE,
-) -> tuple[list[str], dict]:
-    """Greedy texts of a validation set: (references, {head: hypotheses}); model in eval mode. Each
-    process reads its share, and all get all."""
+) -> tuple[list[Utterance], dict[str, list[str]]]:
+    """Greedy texts of a validation set: (its clips that can be read, {head: their texts}); model in
+    eval mode. Each process reads its share, and all get all."""
     durations = [u.duration_s for u in store.utterances]
     waiting = sorted(range(len(durations)), key=lambda i: (-durations[i], i))
     batches = []
@@ -37,7 +44,7 @@ def predict(
         batches.append(waiting[:count])
         waiting = waiting[count:]
     device = next(model.parameters()).device
-    texts = {}  # line -> (reference, text of each head)
+    texts = {}  # line -> (clip, text of each head)
     for batch in batches_ahead(store, batches[ranks.rank :: ranks.world], data.num_workers):
         check_stop()
         if batch is None:
@@ -49,13 +56,23 @@ def predict(
             found = [model.decode_greedy(encoded, lengths, head) for head in heads]
         for utterance, *hypotheses in zip(batch.utterances, *found, strict=True):
             decoded = [model.tokenizer.decode(hypothesis.tokens) for hypothesis in hypotheses]
-            texts[utterance.line] = (utterance.text, *decoded)
+            texts[utterance.line] = (utterance, *decoded)
     texts = {line: text for share in ranks.gather(texts) for line, text in share.items()}
     if not texts:
         raise ValueError("no clip of a validation set can be read; see dropped.jsonl")
     # In the manifest's order, so that the samples shown stay the same from run to run.
-    references, *by_head = zip(*(texts[line] for line in sorted(texts)), strict=True)
-    return list(references), {h: list(t) for h, t in zip(heads, by_head, strict=True)}
+    utterances, *by_head = zip(*(texts[line] for line in sorted(texts)), strict=True)
+    return list(utterances), {h: list(t) for h, t in zip(heads, by_head, strict=True)}
+
+
+def as_written(tokenizer: Tokenizer, utterance: Utterance) -> str:
+    """A clip's text as the tokenizer writes it; as it stands where its language is none of the
+    tokenizer's."""
+    try:
+        tokens = tokenizer.of_language(utterance.lang).encode(utterance.text)
+    except ValueError:
+        return utterance.text
+    return tokenizer.decode(tokens)
 
 
 def validate(
@@ -67,24 +84,48 @@ def validate(
     check_stop,
     ranks: Ranks = ONE,
 ) -> dict:
-    """{"sets": {name: {head: {"wer", "cer"}}}, "all": {head: {...}}}; prints a few predictions."""
+    """{"sets": {name: {head: rates}}, "all": {head: rates}}, rates being {"wer", "cer", "raw_wer",
+    "raw_cer"}; prints a few predictions."""
     model.eval()
-    sets, all_references, all_hypotheses = {}, [], {head: [] for head in heads}
+    sets, everything = {}, Texts(heads)
     for name, store in validation.items():
-        references, hypotheses = predict(model, store, heads, data, bf16, check_stop, ranks)
-        sets[name] = {head: _rates(references, hypotheses[head]) for head in heads}
-        for head in heads:
-            all_hypotheses[head] += hypotheses[head]
-        all_references += references
-        for i in range(0, len(references), -(-len(references) // SAMPLES_SHOWN)):
-            log.info("  %s  said: %s", name, references[i])
+        utterances, hypotheses = predict(model, store, heads, data, bf16, check_stop, ranks)
+        written = [as_written(model.tokenizer, utterance) for utterance in utterances]
+        texts = Texts(heads)
+        for all_texts in (texts, everything):
+            all_texts.add(written, [utterance.text for utterance in utterances], hypotheses)
+        sets[name] = texts.rates()
+        for i in range(0, len(written), -(-len(written) // SAMPLES_SHOWN)):
+            log.info("  %s  said: %s", name, written[i])
             for head in heads:
                 log.info("  %s  %4s: %s", " " * len(name), head, hypotheses[head][i])
-    return {"sets": sets, "all": {h: _rates(all_references, all_hypotheses[h]) for h in heads}}
+    return {"sets": sets, "all": everything.rates()}
+
+
+class Texts:
+    """References and what each head wrote."""
+
+    def __init__(self, heads):
+        self.written, self.raw = [], []
+        self.hypotheses: dict[str, list[str]] = {head: [] for head in heads}
+
+    def add(self, written: list[str], raw: list[str], hypotheses: dict[str, list[str]]) -> None:
+        self.written += written
+        self.raw += raw
+        for head, texts in hypotheses.items():
+            self.hypotheses[head] += texts
+
+    def rates(self) -> dict[str, dict[str, float]]:
+        return {
+            head: _rates(self.written, texts)
+            | {f"raw_{kind}": rate for kind, rate in _rates(self.raw, texts).items()}
+            for head, texts in self.hypotheses.items()
+        }
 
 
 def results_table(record: dict, baseline: dict | None = None) -> str:
-    """Error rates in percent of every set and head, one a line, beside the untouched model's."""
+    """Error rates in percent of every set and head, one a line, beside the untouched model's; a
+    line more where the tokenizer cannot write what the manifests say."""
     rows = [("set", "head", "WER %", "CER %", "WER before", "CER before")]
     sets = {**record["sets"], "all": record["all"]}
     before = {**baseline["sets"], "all": baseline["all"]} if baseline else {}
@@ -99,6 +140,12 @@ def results_table(record: dict, baseline: dict | None = None) -> str:
     for name, head, *cells in rows if before else [row[:4] for row in rows]:
         numbers = (f"{cell:>{width}}" for cell, width in zip(cells, widths[2:], strict=False))
         lines.append("  ".join((f"  {name:<{widths[0]}}", f"{head:<{widths[1]}}", *numbers)))
+    raw = record["all"][record["head"]].get("raw_wer", record["wer"])
+    if raw != record["wer"]:
+        lines.append(
+            f"  raw WER {100 * raw:.2f} %: beside the texts as the manifests have them, which the "
+            "tokenizer cannot write"
+        )
     return "\n".join(lines)
 
 
