@@ -16,37 +16,11 @@ from ..networks.state import EncoderState, encode_chunk, first_state, why_not_in
 from ..networks.subsampling import output_length
 from ..surgery.look_ahead import with_look_ahead
 from .samples import as_float, read_samples
-from .timestamps import Span, in_seconds
 from .transcribe import evaluating, transcribe
-from .transcript import Transcript, transcript
+from .transcript import Partial, Transcript, partial, transcript
+from .window_stream import WindowState, WindowStream
 
 NORMS_OVER_A_CLIP = ("per_feature", "all_features")  # they need its end
-
-
-@dataclass(frozen=True)
-class Partial:
-    """What has been heard so far.
-
-    tokens, token_frames: ids and the encoder frame of each; stable: how many of the tokens, from
-    the first, will not change; words: with times in seconds.
-    """
-
-    tokens: list[int]
-    token_frames: list[int]
-    stable: int
-    _hypothesis: Hypothesis = field(repr=False)
-    _stream: "Stream" = field(repr=False)
-
-    @property
-    def text(self) -> str:
-        return self._stream.head.text(self._hypothesis)
-
-    @property
-    def words(self) -> list[Span]:
-        stream = self._stream
-        seconds = stream.state.n_samples / stream.model.sample_rate
-        words = stream.head.words(self._hypothesis)
-        return in_seconds(words, stream.model.config.frame_seconds, 0.0, seconds)
 
 
 @dataclass
@@ -76,12 +50,9 @@ class StreamState:
 
 
 class Stream:
-    """One stream of a model; see `open_stream`."""
+    """One stream of a causal model; see `open_stream`."""
 
     def __init__(self, model, head: str | None = None, state: StreamState | None = None):
-        reason = why_not_streamed(model, head)
-        if reason is not None:
-            raise ValueError(f"this model cannot be streamed: {reason}")
         self.model, self.head = model, model.head(head)
         self.finished = False
         encoder = model.config.encoder
@@ -105,11 +76,11 @@ class Stream:
         """Mono samples at the model's rate (float in [-1, 1] or int16), any number of them -> what
         has been heard so far. ValueError: not such samples, or the stream is finished."""
         self.take(samples)
-        advance([self])
+        self.together([self])
         return self.partial()
 
     def take(self, samples) -> None:
-        """Keeps samples for the next `advance`; see `feed`."""
+        """Keeps samples for the next `together`; see `feed`."""
         if self.finished:
             raise ValueError("this stream is finished; open another")
         samples = np.asarray(samples)
@@ -131,13 +102,7 @@ class Stream:
 
     def partial(self) -> Partial:
         """What has been heard so far; nothing of it changes later."""
-        found = self.state.hypothesis
-        kept = Hypothesis(
-            *(list(found.tokens), list(found.frames)),
-            None if found.durations is None else list(found.durations),
-            found.score,
-        )
-        return Partial(kept.tokens, kept.frames, len(kept.tokens), kept, self)
+        return partial(self, self.state.hypothesis, len(self.state.hypothesis.tokens))
 
     @torch.no_grad()
     def finish(self) -> Transcript:
@@ -150,11 +115,28 @@ class Stream:
             options = {"timestamps": True, "retry": False}
             (found,) = transcribe(self.model, [whole], self.head.name, **options)
         else:
-            advance([self], to_the_end=True)
+            self.together([self], to_the_end=True)
             seconds = state.n_samples / self.model.sample_rate
             found = transcript(self.model, state.hypothesis, self.head.name, seconds, True)
         self.finished = True
         return found
+
+    @staticmethod
+    @torch.no_grad()
+    def together(streams: "list[Stream]", to_the_end: bool = False) -> None:
+        """Encodes and decodes what streams have taken, chunks of several in a batch; they are of
+        one model, head and look-ahead. `to_the_end`: no more samples will come."""
+        if not streams:
+            return
+        model, head = streams[0].model, streams[0].head
+        with evaluating(model):
+            while True:
+                ready = [(s, s.next_features(to_the_end)) for s in streams]
+                ready = [(s, *found) for s, found in ready if found is not None]
+                if not ready:
+                    return
+                for group in _alike(ready):
+                    _advance(model, head, group)
 
     def _is_short(self, n_samples: int) -> bool:
         # such a clip is padded on both sides offline, and so told at its end only
@@ -210,11 +192,9 @@ class Stream:
         return True
 
 
-def why_not_streamed(model, head: str | None = None) -> str | None:
-    """What keeps a model from being streamed, None where nothing does."""
+def why_not_streamed(model) -> str | None:
+    """What keeps a model from going chunk by chunk, None where nothing does."""
     config = model.config.preprocessor
-    if model.head(head).first_hypothesis() is None:
-        return f"its head {model.head(head).name} reads a clip as a whole"
     if config.normalize in NORMS_OVER_A_CLIP:
         return f"its features are normalised over the clip ({config.normalize})"
     if config.exact_pad or config.frame_splicing > 1:
@@ -225,36 +205,39 @@ def why_not_streamed(model, head: str | None = None) -> str | None:
 
 
 def open_stream(
-    model, head: str | None = None, look_ahead: int | None = None, state: StreamState | None = None
-) -> Stream:
+    model,
+    head: str | None = None,
+    look_ahead: int | None = None,
+    state: StreamState | WindowState | None = None,
+    part_s: float = 1.0,
+    back_s: float = 10.0,
+) -> Stream | WindowStream:
     """A stream: `feed(samples)` gives the running text, `finish()` the transcript.
 
+    A causal model goes chunk by chunk, each frame computed once; any other one that can go on from
+    piece to piece in windows (`window_stream.py`).
+
     Args:
-        head: one of `model.heads` that can go on from piece to piece; None: the default.
-        look_ahead: in encoder frames, one of the checkpoint's att_context_size; None: the first.
-        state: of an earlier stream of the same model, head and look-ahead, to go on from.
+        head: one of `model.heads`; None: the default.
+        look_ahead: in encoder frames. Of a causal model one of the checkpoint's att_context_size,
+            None: the first; else how much is heard before a text is stable, None: 1 s.
+        state: of an earlier stream of the same model and arguments, to go on from.
+        part_s, back_s: of windows: the part that is told at a time, and what the model hears
+            before it.
     Raises:
-        ValueError: the model cannot be streamed (the message says why), no such head, no such
-            look-ahead.
+        ValueError: the head reads a clip as a whole, no such head, no such look-ahead.
     """
-    return Stream(with_look_ahead(model, look_ahead), head, state)
-
-
-@torch.no_grad()
-def advance(streams: list[Stream], to_the_end: bool = False) -> None:
-    """Encodes and decodes what the streams have taken, chunks of several streams together; they
-    are of one model, head and look-ahead. `to_the_end`: no more samples will come."""
-    if not streams:
-        return
-    model, head = streams[0].model, streams[0].head
-    with evaluating(model):
-        while True:
-            ready = [(s, s.next_features(to_the_end)) for s in streams]
-            ready = [(s, *found) for s, found in ready if found is not None]
-            if not ready:
-                return
-            for group in _alike(ready):
-                _advance(model, head, group)
+    chosen = model.head(head)
+    if chosen.first_hypothesis() is None:
+        raise ValueError(f"the head {chosen.name} reads a clip as a whole and cannot be streamed")
+    if why_not_streamed(model) is None:
+        return Stream(with_look_ahead(model, look_ahead), head, state)
+    if not (part_s > 0 and back_s >= 0 and (look_ahead is None or look_ahead >= 0)):
+        raise ValueError(
+            f"part_s is {part_s}, back_s {back_s}, look_ahead {look_ahead}: expected more than 0, "
+            "and 0 or more"
+        )
+    return WindowStream(model, head, look_ahead, state, part_s, back_s)
 
 
 def _alike(ready):

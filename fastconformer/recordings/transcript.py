@@ -98,3 +98,37 @@ def aligned_tokens(aligner, samples: np.ndarray, text: str):
     except ValueError as error:
         logger.warning("no times for %r: %s", text[:60], error)
         return [], [], []
+
+
+@dataclass(frozen=True)
+class Partial:
+    """What a stream has heard so far.
+
+    tokens, token_frames: ids and the encoder frame of each; stable: how many of the tokens, from
+    the first, will not change; text, and words with times in seconds, are made when asked for.
+    """
+
+    tokens: list[int]
+    token_frames: list[int]
+    stable: int
+    duration: float
+    hypothesis: Hypothesis = field(repr=False)
+    model: object = field(repr=False)
+    head: str = ""
+
+    @property
+    def text(self) -> str:
+        return self.model.head(self.head).text(self.hypothesis)
+
+    @property
+    def words(self) -> list[Span]:
+        words = self.model.head(self.head).words(self.hypothesis)
+        return in_seconds(words, self.model.config.frame_seconds, 0.0, self.duration)
+
+
+def partial(stream, found: Hypothesis, stable: int) -> Partial:
+    """A `Partial` of what a stream has found, whose hypothesis goes on changing."""
+    durations = None if found.durations is None else list(found.durations)
+    kept = Hypothesis(list(found.tokens), list(found.frames), durations, found.score)
+    seconds = stream.state.n_samples / stream.model.sample_rate
+    return Partial(kept.tokens, kept.frames, stable, seconds, kept, stream.model, stream.head.name)
