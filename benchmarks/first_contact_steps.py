@@ -4,62 +4,31 @@
 import contextlib
 import copy
 import platform
-import statistics
 import subprocess
-import time
-from pathlib import Path
 
 import numpy as np
 import torch
 
-GOLDEN = Path(__file__).parents[1] / "tests" / "golden"
-TINY = (2, 64, 80, 1)  # layers, width, mels, LSTM layers
-TOKENS_PER_SECOND = 3.0
-
-
-def device_of(dry: bool) -> torch.device:
-    return torch.device("cpu" if dry else "cuda")
-
-
-def check(what: str, value: float, limit: float) -> dict:
-    """A row: the value must be a number of at most the limit."""
-    return {
-        "what": what,
-        "value": float(f"{value:.3g}"),
-        "limit": limit,
-        "ok": bool(value <= limit),
-    }
-
-
-def timing(what: str, value: float, unit: str, goal: float | None = None, **more) -> dict:
-    return {"what": what, "value": float(f"{value:.4g}"), "unit": unit, "goal": goal, **more}
-
-
-def distance(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """The largest difference, relative to the largest number expected; NaN fails every limit."""
-    actual, expected = actual.detach().double().cpu(), expected.detach().double().cpu()
-    return ((actual - expected).abs().max() / expected.abs().max().clamp(min=1e-30)).item()
-
-
-def milliseconds(run, dry: bool, repeats: int = 10) -> float:
-    """Median of `repeats`, after two to warm up."""
-    repeats = 2 if dry else repeats
-    for _ in range(1 if dry else 2):
-        run()
-    times = []
-    for _ in range(repeats):
-        if dry:
-            start = time.perf_counter()
-            run()
-            times.append(1000 * (time.perf_counter() - start))
-        else:
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            run()
-            end.record()
-            end.synchronize()
-            times.append(begin.elapsed_time(end))
-    return statistics.median(times)
+from benchmarks.first_contact_times import (
+    time_long,
+    time_loss,
+    time_stages,
+    time_training,
+    time_transcription,
+    time_wkv7,
+)
+from benchmarks.first_contact_tools import (
+    GOLDEN,
+    TINY,
+    TOKENS_PER_SECOND,
+    check,
+    device_of,
+    distance,
+    loss_inputs,
+    milliseconds,
+    speech,
+    timing,
+)
 
 
 def machine(dry: bool, kept: dict) -> dict:
@@ -112,27 +81,6 @@ def peaks(dry: bool, kept: dict) -> dict:
     ms = milliseconds(lambda: x[: len(host)].copy_(host, non_blocking=True), dry)
     rows.append(timing("pinned memory to the device", len(host) / ms / 1e6, "GB/s"))
     return {"timings": rows}
-
-
-# ---- checks
-
-
-def loss_inputs(dry: bool, n_tokens: int, n_durations: int, shape=(4, 90, 30), width=640, seed=0):
-    if dry:
-        n_tokens, width, shape = 30, 20, (2, 7, 3)
-    batch, n_frames, n_rows = shape
-    generator = torch.Generator().manual_seed(seed)
-    n_outputs = n_tokens + 1 + n_durations
-    shapes = (
-        (batch, n_frames, width),
-        (batch, n_rows + 1, width),
-        (n_outputs, width),
-        (n_outputs,),
-    )
-    inputs = [0.3 * torch.randn(s, generator=generator) for s in shapes]
-    targets = torch.randint(0, n_tokens, (batch, n_rows), generator=generator)
-    lengths = torch.linspace(n_frames, 1, batch).long(), torch.linspace(n_rows, 0, batch).long()
-    return inputs, targets, *lengths
 
 
 def loss_and_gradients(inputs, batch, device, dtype, durations, eps):
@@ -199,14 +147,6 @@ def golden_case(name: str):
     from safetensors.torch import load_file
 
     return GOLDEN / name / "model.nemo", load_file(GOLDEN / name / "golden.safetensors")
-
-
-def speech(seconds: float, batch: int, seed: int = 0) -> np.ndarray:
-    """Noise with the loudness of speech, (batch, samples) float32 at 16 kHz."""
-    generator = np.random.default_rng(seed)
-    n = int(16000 * seconds)
-    envelope = np.abs(np.sin(np.arange(n) / 2000.0))
-    return (0.1 * envelope * generator.standard_normal((batch, n))).astype(np.float32)
 
 
 def check_model(dry: bool, kept: dict) -> dict:
@@ -310,204 +250,6 @@ def check_training(dry: bool, kept: dict) -> dict:
         fell = actual[-1] / actual[0]
         rows.append(check(f"{steps} steps {name}: last loss over the first", fell, 1.0))
     return {"checks": rows}
-
-
-# ---- timings
-
-
-def time_loss(dry: bool, kept: dict) -> dict:
-    """Forward and backward of the loss, bfloat16, 32 clips of 30 s with 120 tokens."""
-    rows = []
-    for n_tokens, goal in ((1024, 13.0), (8192, 100.0)):
-        inputs, *batch = loss_inputs(dry, n_tokens, 5, (32, 375, 120))
-        n_frames, n_targets = (torch.full_like(x, x.max()) for x in batch[1:])
-        batch = [x.to(device_of(dry)) for x in (batch[0], n_frames, n_targets)]
-        leaves = [x.to(device_of(dry), torch.bfloat16).requires_grad_() for x in inputs]
-        from fastconformer.losses import fused_transducer_loss
-
-        for eps in (0.0, 1e-7):
-            report: dict = {}
-
-            def step(eps=eps, report=report):
-                fused_transducer_loss(
-                    *leaves, *batch, (0, 1, 2, 3, 4), eps=eps, report=report  # noqa: B023
-                ).mean().backward()  # fmt: skip
-
-            ms = milliseconds(step, dry)
-            share = report["active_share"].mean().item()
-            name = f"tdt loss V={n_tokens} eps={eps} active {share:.3f}"
-            rows.append(timing(name, ms, "ms", goal if eps == 0.0 else None))
-    return {"timings": rows}
-
-
-def time_wkv7(dry: bool, kept: dict) -> dict:
-    from benchmarks.wkv7 import GPU_SHAPES, make_inputs
-    from rwkv_cuda import wkv7_bidirectional
-
-    rows = []
-    for shape in [(1, 40, 1, 64)] if dry else GPU_SHAPES:
-        inputs = make_inputs(shape, torch.bfloat16, device_of(dry))
-        tokens = 2 * shape[0] * shape[1] * shape[2]
-        with torch.inference_mode():
-            ms = milliseconds(lambda: wkv7_bidirectional(*inputs), dry)  # noqa: B023
-        name = "x".join(map(str, shape))
-        rows.append(timing(f"wkv7 both directions {name} forward", ms, "ms"))
-        if shape[1] < 100_000:
-            leaves = [x.requires_grad_() for x in inputs]
-
-            def step():
-                pair = wkv7_bidirectional(*leaves)  # noqa: B023
-                sum(y.float().square().mean() for y in pair).backward()
-
-            ns = 1e6 * milliseconds(step, dry) / tokens
-            rows.append(timing(f"wkv7 {name} forward and backward", ns, "ns/head-token", 1.9))
-    return {"timings": rows}
-
-
-def model_of(size: str, dry: bool, kept: dict, attention: str = "rel_pos"):
-    """The random model of this size in bfloat16 (float32 where dry), made once."""
-    from benchmarks.random_model import SIZES, random_model
-
-    key = size, attention
-    if key not in kept:
-        sizes = TINY if dry else SIZES[f"random-{size}"]
-        clips = list(speech(1.0 if dry else 10.0, 1 if dry else 2))
-        model, rate = random_model(
-            clips, TOKENS_PER_SECOND, sizes, device=device_of(dry).type,
-            attention=attention,
-        )  # fmt: skip
-        kept[key] = (model if dry else model.to(torch.bfloat16)), rate
-    return kept[key][0]
-
-
-def kernels_of(run) -> int:
-    """Kernels on the device during run()."""
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CUDA]) as measured:
-        run()
-        torch.cuda.synchronize()
-    events = [e for e in measured.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-    return len([e for e in events if not e.name.startswith("Mem")])
-
-
-def time_stages(dry: bool, kept: dict) -> dict:
-    """Features, encoder and decoding by batch, in us per second of audio; kernels a layer."""
-    rows = []
-    cases = (("0.6b", 1, 10.0), ("0.6b", 64, 30.0), ("0.6b", 256, 10.0), ("110m", 64, 30.0))
-    for size, batch, seconds in cases[:1] if dry else cases:
-        model = model_of(size, dry, kept)
-        audio = torch.from_numpy(speech(1.0 if dry else seconds, 1)).expand(batch, -1)
-        audio = audio.contiguous().to(model.device)
-        lengths = torch.full((batch,), audio.shape[1], device=model.device)
-        total_s = batch * seconds
-        with torch.inference_mode():
-            features = model.featurize(audio, lengths)
-            encoded = model.encode(*features)
-            for name, goal, work in (
-                ("features", 2.0, lambda: model.featurize(audio, lengths)),  # noqa: B023
-                ("encoder", 34.0, lambda: model.encode(*features)),  # noqa: B023
-                ("tdt decoding", 2.5, lambda: model.decode(*encoded, "tdt")),  # noqa: B023
-                ("ctc decoding", None, lambda: model.decode(*encoded, "ctc")),  # noqa: B023
-            ):
-                ms = milliseconds(work, dry)
-                what = f"{size} B={batch} {seconds:.0f} s {name}"
-                rows.append(timing(what, 1000 * ms / total_s, "us/s", goal if batch > 1 else None))
-            if not dry:
-                n = kernels_of(lambda: model.encode(*features))  # noqa: B023
-                n_layers = model.config.encoder.n_layers
-                goal = 30 if batch == 1 else 40
-                what = f"{size} B={batch} {seconds:.0f} s kernels of the encoder a layer"
-                rows.append(timing(what, n / n_layers, "kernels", goal))
-    return {"timings": rows}
-
-
-def transcribe_seconds(model, clips, batch_size: int, timestamps: bool) -> float:
-    start = time.perf_counter()
-    model.transcribe(clips, batch_size=batch_size, timestamps=timestamps)
-    return time.perf_counter() - start
-
-
-def time_transcription(dry: bool, kept: dict) -> dict:
-    """RTFx end to end from samples in memory, clips of mixed lengths; texts and word times."""
-    generator = np.random.default_rng(0)
-    rows = []
-    for size in ("110m", "0.6b"):
-        model = model_of(size, dry, kept)
-        for batch, total_s in ((1, 60.0), (64, 3600.0), (256, 7200.0))[: 1 if dry else 3]:
-            lengths = np.clip(np.exp(generator.normal(2.3, 0.6, 2000)), 1.5, 35.0)
-            lengths = lengths[: int(np.searchsorted(lengths.cumsum(), total_s))]
-            if dry:
-                lengths = np.array([1.2, 2.0])
-            noise = speech(35.0, 1)[0]
-            clips = [noise[: int(16000 * s)] for s in lengths]
-            for timestamps in (False, True):
-                transcribe_seconds(model, clips[: 2 * batch], batch, timestamps)
-                taken = transcribe_seconds(model, clips, batch, timestamps)
-                goal = {("0.6b", 256): 20000, ("0.6b", 1): 4000, ("110m", 256): 60000}
-                words = " with word times" if timestamps else ""
-                names = {"batch": batch, "series": f"{size}{words}"}
-                rtfx = float(lengths.sum()) / taken
-                what = f"{size} B={batch}{words}"
-                rows.append(timing(what, rtfx, "RTFx", goal.get((size, batch)), **names))
-    return {"timings": rows}
-
-
-def time_long(dry: bool, kept: dict) -> dict:
-    """One hour in one call: full, local attention and BiRWKV7; peak memory."""
-    rows = []
-    for attention in ("rel_pos", "rel_pos_local_attn", "rwkv7_attn"):
-        model = model_of("110m" if dry else "0.6b", dry, kept, attention)
-        clip = speech(1.0, 1)[0] if dry else np.tile(speech(20.0, 1)[0], 180)
-        if not dry:
-            torch.cuda.reset_peak_memory_stats()
-        taken = transcribe_seconds(model, [clip], 1, False)
-        rows.append(timing(f"1 h, {attention}", len(clip) / 16000 / taken, "RTFx"))
-        if not dry:
-            peak = torch.cuda.max_memory_allocated() / 2**30
-            rows.append(timing(f"1 h, {attention}, peak", peak, "GiB"))
-    return {"timings": rows}
-
-
-def time_training(dry: bool, kept: dict) -> dict:
-    """A full step of the 0.6B size: float32 weights, bfloat16 autocast, AdamW."""
-    from benchmarks.random_model import SIZES, random_model
-
-    kept.clear()
-    rows = []
-    sizes = TINY if dry else SIZES["random-0.6b"]
-    model, _ = random_model(
-        list(speech(5.0, 1)), TOKENS_PER_SECOND, sizes, device=device_of(dry).type
-    )
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-5, fused=not dry)
-    for batch in (2,) if dry else (8, 16, 32, 64):
-        audio = torch.from_numpy(speech(1.0 if dry else 15.0, 1)).expand(batch, -1).contiguous()
-        audio = audio.to(model.device)
-        lengths = torch.full((batch,), audio.shape[1], device=model.device)
-        targets = torch.randint(0, 1000, (batch, 3 if dry else 45), device=model.device)
-        n_targets = torch.full((batch,), targets.shape[1], device=model.device)
-
-        def step():
-            optimizer.zero_grad()
-            features = model.featurize(audio, lengths)  # noqa: B023
-            with torch.autocast(model.device.type, torch.bfloat16):
-                encoded, n_frames = model.encode(*features)
-                found = model.losses(encoded, n_frames, targets, n_targets, eps=1e-7)  # noqa: B023
-                loss = sum(x.mean() for x in found.values())
-            loss.backward()
-            optimizer.step()
-
-        if not dry:
-            torch.cuda.reset_peak_memory_stats()
-        ms = milliseconds(step, dry, 5)
-        seconds = batch * audio.shape[1] / 16000
-        rows.append(
-            timing(f"training step B={batch} of 15 s", 1000 * seconds / ms, "audio s/s", 7900)
-        )
-        if not dry:
-            peak = torch.cuda.max_memory_allocated() / 2**30
-            rows.append(timing(f"training step B={batch} of 15 s, peak", peak, "GiB"))
-    return {"timings": rows}
 
 
 STEPS = {

@@ -118,7 +118,8 @@ def _sherpa_onnx(folder: Path, int8: bool) -> Export:
         head = "ctc"
         client = sherpa_onnx.OfflineRecognizer.from_nemo_ctc(model=str(file(name)), **common)
     else:
-        head = "tdt" if "tdt" in metadata["url"] else "rnnt"
+        # the client's own rule: "tdt" in the address makes it one
+        head = "rnnt" if metadata["url"].find("tdt") < 0 else "tdt"
         parts = {part: str(file(part)) for part in ("encoder", "decoder", "joiner")}
         client = sherpa_onnx.OfflineRecognizer.from_transducer(
             **parts, **common, model_type="nemo_transducer"

@@ -102,7 +102,7 @@ class FunASRNano(nn.Module):
         """A head by its name, None: the default. ValueError: no such head."""
         name = name or self.heads[0]
         if name not in self.heads:
-            lacking = "; its checkpoint has no CTC weights" if name == "ctc" else ""
+            lacking = f"; its checkpoint has no {name} weights" if name in HEADS else ""
             raise ValueError(f"head is {name!r}, this model has {', '.join(self.heads)}{lacking}")
         return HEADS[name](self, name)
 

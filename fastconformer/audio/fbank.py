@@ -11,79 +11,16 @@ Source: Kaldi's feature-fbank and mel-computations, with the options of FunASR's
 """
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
+from ..config.preprocessor import FbankConfig
 
 PCM_SCALE = 32768.0  # the models were trained on 16-bit samples, not on [-1, 1]
 PREEMPHASIS = 0.97
 FLOOR = 1.1920928955078125e-07  # float32's epsilon, Kaldi's least energy
 TILE_FRAMES = 1 << 14  # of all clips, for which spectra are in memory at once
-
-
-@dataclass(frozen=True)
-class FbankConfig:
-    """The front end's numbers. `high_hz`: upper edge of the highest filter; None: half of the
-    rate. Above half of the rate, the filters are those of a front end of twice `high_hz`, of which
-    the ones beyond the spectrum stay empty; their level is that front end's, too."""
-
-    sample_rate: int = 16000
-    n_mels: int = 80
-    window: str = "hamming"
-    window_s: float = 0.025
-    hop_s: float = 0.010
-    low_hz: float = 20.0
-    high_hz: float | None = None
-    stack: int = 7  # frames in a row
-    stride: int = 6  # frames from row to row
-    dither: float = 1.0  # in 16-bit steps, in training alone
-
-    def __post_init__(self):
-        if self.window not in WINDOWS:
-            raise ValueError(f"window is {self.window!r}, expected one of {', '.join(WINDOWS)}")
-        if self.sample_rate < 1000 or self.n_mels < 1 or self.stack < 1 or self.stride < 1:
-            raise ValueError(
-                f"sample rate {self.sample_rate}, {self.n_mels} mel bins, {self.stack} frames "
-                f"stacked every {self.stride}: expected 1000 Hz or more, and 1 or more"
-            )
-        if self.hop_samples < 1 or self.window_samples < self.hop_samples:
-            raise ValueError(
-                f"frames of {self.window_s} s every {self.hop_s} s: expected more than nothing, "
-                "and the hop no longer than the frame"
-            )
-        if not 0 <= self.low_hz < self.top_hz:
-            raise ValueError(f"mel filters from {self.low_hz} to {self.top_hz} Hz are empty")
-        if self.stretch_factor != int(self.stretch_factor):
-            raise ValueError(
-                f"high_hz is {self.high_hz} at {self.sample_rate} Hz, expected a multiple of half "
-                "of the rate"
-            )
-
-    @property
-    def window_samples(self) -> int:
-        return int(self.sample_rate * self.window_s)
-
-    @property
-    def hop_samples(self) -> int:
-        return int(self.sample_rate * self.hop_s)
-
-    @property
-    def fft_size(self) -> int:
-        return 1 << (self.window_samples - 1).bit_length()
-
-    @property
-    def top_hz(self) -> float:
-        return self.sample_rate / 2 if self.high_hz is None else self.high_hz
-
-    @property
-    def stretch_factor(self) -> float:
-        """How many times higher the rate is for which the filters were made."""
-        return max(1.0, 2 * self.top_hz / self.sample_rate)
-
-    @property
-    def row_size(self) -> int:
-        return self.stack * self.n_mels
 
 
 def _hamming(size: int) -> Tensor:

@@ -1,3 +1,5 @@
+"""What every decoder gives for a clip."""
+
 from dataclasses import dataclass, field
 
 

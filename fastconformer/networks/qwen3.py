@@ -7,42 +7,12 @@ of another network can stand among them. Module names are those of transformers'
 Source: Qwen3's technical report (arXiv:2505.09388) and its config.json.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-
-@dataclass(frozen=True)
-class Qwen3Config:
-    """The numbers of Qwen3's config.json that its computation depends on."""
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    n_layers: int
-    n_heads: int
-    n_kv_heads: int
-    head_dim: int
-    rms_norm_eps: float = 1e-6
-    rope_theta: float = 1_000_000.0
-    tie_word_embeddings: bool = True
-    eos_token_id: int = 0
-    max_positions: int = 40960
-
-    def __post_init__(self):
-        sizes = ("vocab_size", "hidden_size", "intermediate_size", "n_heads", "n_kv_heads")
-        for name in (*sizes, "n_layers", "head_dim", "max_positions"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"the language model's {name} is {value!r}, expected 1 or more")
-        if self.n_heads % self.n_kv_heads or self.head_dim % 2:
-            raise ValueError(
-                f"the language model has {self.n_heads} heads, {self.n_kv_heads} for keys, of "
-                f"width {self.head_dim}; expected a multiple and an even width"
-            )
+from ..config.funasr import Qwen3Config
 
 
 class KeyValueCache:

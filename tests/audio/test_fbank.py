@@ -8,7 +8,8 @@ import soundfile
 import torch
 from conftest import golden, load_case
 
-from fastconformer.audio.fbank import FLOOR, Fbank, FbankConfig, kaldi_filters
+from fastconformer.audio.fbank import FLOOR, WINDOWS, Fbank, kaldi_filters
+from fastconformer.config.preprocessor import FBANK_WINDOWS, FbankConfig
 
 RATES = {"": 16000, "_8k": 8000}
 
@@ -132,3 +133,7 @@ def test_dither_is_for_training_alone():
 def test_a_front_end_that_makes_no_sense_is_refused(options):
     with pytest.raises(ValueError):
         FbankConfig(**options)
+
+
+def test_every_window_that_a_config_may_name_is_there():
+    assert tuple(WINDOWS) == FBANK_WINDOWS

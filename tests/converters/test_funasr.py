@@ -202,7 +202,7 @@ def test_a_part_of_the_ctc_branch_turns_it_off(folder, caplog):
     assert model.heads == ("llm",)
     assert "left the CTC branch out: 1 of its" in caplog.text
     assert [m.levelname for m in caplog.records].count("WARNING") == 1
-    with pytest.raises(ValueError, match="its checkpoint has no CTC weights"):
+    with pytest.raises(ValueError, match="its checkpoint has no ctc weights"):
         model.head("ctc")
     clip = golden(CASE) / "audio" / "clip_2.wav"
     assert model.transcribe(clip)[0].text == "The child almost hurt the small dog."

@@ -2,7 +2,8 @@
 
 import torch
 
-from fastconformer.networks.qwen3 import KeyValueCache, Qwen3, Qwen3Config
+from fastconformer.config.funasr import Qwen3Config
+from fastconformer.networks.qwen3 import KeyValueCache, Qwen3
 
 CONFIG = Qwen3Config(50, 24, 40, 2, 6, 2, 10, 1e-6, 1e4, False, 3, 64)
 

@@ -241,11 +241,9 @@ def _optimisation(left: dict, take, where: str) -> None:
 
 def _losses(left: dict, take) -> None:
     for loss in ("tdt", "warprnnt_numba", "multiblank_rnnt"):
-        section = f"model.loss.{loss}_kwargs"
-        take(f"{section}.fastemit_lambda", "loss.fastemit_lambda", float)
-        if loss == "tdt":
-            take(f"{section}.sigma", "loss.sigma", float)
-            take(f"{section}.omega", "loss.omega", float)
+        take(f"model.loss.{loss}_kwargs.fastemit_lambda", "loss.fastemit_lambda", float)
+    for key in ("sigma", "omega"):
+        take(f"model.loss.tdt_kwargs.{key}", f"loss.{key}", float)
     take("model.rnnt_reduction", "loss.transducer_reduction")
     take("model.aux_ctc.ctc_reduction", "loss.ctc_reduction")
     take("model.ctc_reduction", "loss.ctc_reduction")
