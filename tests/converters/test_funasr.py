@@ -207,7 +207,7 @@ def test_a_part_of_the_ctc_branch_turns_it_off(folder, caplog):
     clip = golden(CASE) / "audio" / "clip_2.wav"
     assert model.transcribe(clip)[0].text == "The child almost hurt the small dog."
     for ask in (lambda: model.transcribe(clip, timestamps=True), lambda: model.align(clip, "a")):
-        with pytest.raises(ValueError, match="CTC weights"):
+        with pytest.raises(ValueError, match="(?i)ctc weights"):
             ask()
 
 
