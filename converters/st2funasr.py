@@ -25,6 +25,8 @@ def convert(folder: Path, output: Path) -> None:
     from fastconformer.checkpoint.funasr_folder import write_funasr
     from fastconformer.checkpoint.read import read_checkpoint
 
+    if output.exists():
+        raise ValueError(f"{output} is there already; give the name of a new folder")
     checkpoint = read_checkpoint(folder)
     if checkpoint.kind != "funasr":
         raise ValueError(f"{folder} is no Fun-ASR-Nano model; see converters.st2nemo")
@@ -33,7 +35,7 @@ def convert(folder: Path, output: Path) -> None:
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
     kept = checkpoint.config["frontend_conf"].pop("mel_high_hz", None)
-    if kept is not None:
+    if kept is not None:  # None: FunASR spreads its filters in the same way
         # FunASR has no such front end: its own at the rate for which the filters were made is the
         # nearest, audio is resampled to it, and nothing is above half of the old rate
         print(

@@ -116,6 +116,45 @@ class FunASRNano(nn.Module):
         """Of the CTC branch."""
         return self.config.vocab_size
 
+    # --- in training -----------------------------------------------------------------------------
+
+    @property
+    def parts(self) -> dict[str, str]:
+        """Names of parts that recipes may use -> paths of modules; `ctc` is all of the branch."""
+        return {"encoder": "audio_encoder", "adaptor": "audio_adaptor", "ctc": "ctc*"}
+
+    @property
+    def encoder_blocks(self) -> list[str]:
+        """Paths of the encoder's layers, in the order of the data."""
+        lists = (
+            ("encoders0", self.audio_encoder.encoders0),
+            ("encoders", self.audio_encoder.encoders),
+        )
+        lists += (("tp_encoders", self.audio_encoder.tp_encoders),)
+        return [f"audio_encoder.{name}.{i}" for name, layers in lists for i in range(len(layers))]
+
+    @property
+    def adaptable(self) -> tuple[str, ...]:
+        """Paths of the lists of layers whose matrices may get low-rank adapters."""
+        return ("llm.model.layers",)
+
+    @property
+    def recomputable(self) -> tuple[nn.Module, ...]:
+        """Networks that can run layers again in the backward pass, where `recompute` says so."""
+        return self.audio_encoder, self.llm
+
+    def targets_of(self, batch) -> dict:
+        """What `losses` needs to know of a batch of training: texts, and what is asked for each: a
+        line of a chat says it itself, with its context."""
+        texts, prompts = [], []
+        rows = zip(batch.utterances, batch.targets, batch.target_lengths.tolist(), strict=True)
+        for line, tokens, count in rows:
+            texts.append(line.text or self.tokenizer.decode(tokens[:count].tolist()))
+            asked = line.others.get("prompt")
+            asked = self.prompt() if asked is None else asked
+            prompts.append(context_header(asked, line.others) + asked)
+        return {"texts": texts, "prompts": prompts}
+
     # --- stages ----------------------------------------------------------------------------------
 
     def featurize(self, audio: Tensor, audio_lengths: Tensor):
@@ -128,6 +167,10 @@ class FunASRNano(nn.Module):
             )
         audio = audio.float() / 32768.0 if audio.dtype == torch.int16 else audio
         return self.preprocessor(audio, audio_lengths)
+
+    def encoded_frames(self, n_samples: int) -> int:
+        """Rows that `encode` gives for a clip of so many samples."""
+        return int(self.preprocessor.feature_lengths(torch.tensor([n_samples])))
 
     def encode(self, features: Tensor, lengths: Tensor):
         """features (B, 560, T), lengths (B,) -> encoded (B, T, D) in the model's dtype, lengths.
@@ -228,7 +271,11 @@ class FunASRNano(nn.Module):
     def with_sample_rate(self, rate_hz: int, mel_edges: str = "keep") -> "FunASRNano":
         """A model over the same tensors with a front end of another rate; see
         `FunASRConfig.with_sample_rate`."""
-        config = self.config.with_sample_rate(rate_hz, mel_edges)
+        return self.changed(self.config.with_sample_rate(rate_hz, mel_edges))
+
+    def changed(self, config: FunASRConfig) -> "FunASRNano":
+        """A model of another config over the same tensors, in the same mode; this one stays as it
+        is."""
         changed = _skeleton(config, self.tokenizer_files)
         changed.load_state_dict(self.state_dict(), assign=True)
         changed.llm.tie()

@@ -16,6 +16,7 @@ from .heads import HEADS, Head, check_vocabulary
 from .networks.conformer import ConformerEncoder
 from .networks.heads import CTCHead
 from .networks.linear import Int8Weight, share_quantized
+from .networks.subsampling import encoded_length
 from .recordings.align import align
 from .recordings.retry import retry_stuck
 from .recordings.samples import as_float
@@ -106,6 +107,11 @@ class ASRModel(nn.Module):
             )
         return self.preprocessor(as_float(audio), audio_lengths)
 
+    def encoded_frames(self, n_samples: int) -> int:
+        """Frames that `encode` gives for a clip of so many samples."""
+        frames = self.preprocessor.featurizer.feature_lengths(torch.tensor([n_samples]))
+        return encoded_length(self.config.encoder, int(frames))
+
     def encode(self, features: torch.Tensor, lengths: torch.Tensor):
         """features (B, M, T), lengths (B,) -> encoded (B, T', D) in the model's dtype, lengths.
         ValueError: shapes that do not fit."""
@@ -120,6 +126,31 @@ class ASRModel(nn.Module):
     def ctc_log_probs(self, encoded: torch.Tensor) -> torch.Tensor:
         """(B, T', D) -> (B, T', V+1) float32, blank last. ValueError: the model has no CTC head."""
         return self.head("ctc").log_probs(encoded)
+
+    @property
+    def parts(self) -> dict[str, str]:
+        """Names of parts that recipes may use -> paths of modules; the heads have theirs."""
+        return {"subsampling": "encoder.pre_encode", "layers": "encoder.layers"}
+
+    @property
+    def encoder_blocks(self) -> list[str]:
+        """Paths of the encoder's subsampling and layers, in the order of the data."""
+        layers = (f"encoder.layers.{i}" for i in range(self.config.encoder.n_layers))
+        return ["encoder.pre_encode", *layers]
+
+    @property
+    def adaptable(self) -> tuple[str, ...]:
+        """Paths of the lists of layers whose matrices may get low-rank adapters."""
+        return ("encoder.layers",)
+
+    @property
+    def recomputable(self) -> tuple[nn.Module, ...]:
+        """Networks that can run layers again in the backward pass, where `recompute` says so."""
+        return (self.encoder,)
+
+    def targets_of(self, batch) -> dict:
+        """What `losses` needs to know of a batch of training."""
+        return {"targets": batch.targets, "target_lengths": batch.target_lengths}
 
     def joint_logits(self, encoded: torch.Tensor, targets: torch.Tensor, target_lengths=None):
         """Raw logits (B, T', U+1, V+1+N) of all pairs of frame and prefix; for small inputs only.

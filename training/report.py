@@ -26,6 +26,7 @@ import torch
 from fastconformer import cli, load_model
 from fastconformer.audio.files import load_audio
 from fastconformer.checkpoint.files import atomic_file
+from fastconformer.checkpoint.native import native_model
 from fastconformer.text.metrics import align
 from training.data.json_lines import read_lines
 from training.data.utterances import Utterance, read_utterances
@@ -151,9 +152,11 @@ def results(ledger: list[dict], metric: str) -> str:
     rows = []
     for name in (*best["sets"], "all"):
         for head in best["all"]:
-            records = [r["all"] if name == "all" else r["sets"][name] for r in (ledger[0], best)]
-            last = ledger[-1]["all"] if name == "all" else ledger[-1]["sets"][name]
-            cells = [f"{100 * r[head][k]:.2f}" for r in (*records, last) for k in ("wer", "cer")]
+            # an earlier stage may not have trained this head: before is when it was first measured
+            first = next(r for r in ledger if head in r["all"] and name in (*r["sets"], "all"))
+            found = [r["all"] if name == "all" else r["sets"][name] for r in (first, best)]
+            found.append(ledger[-1]["all"] if name == "all" else ledger[-1]["sets"][name])
+            cells = [f"{100 * r[head][k]:.2f}" for r in found for k in ("wer", "cer")]
             rows.append([name, head, *cells])
     header = ["set", "head", "WER before", "CER", f"WER at step {best['step']}, best", "CER"]
     return table(rows, [*header, f"WER at step {ledger[-1]['step']}, last", "CER"])
@@ -194,15 +197,14 @@ def report(run: Path, n_clips: int = 100, n_worst: int = 15) -> str:
     Raises:
         FileNotFoundError, ValueError: the folder is not that of a finished run.
     """
-    if not (run / "model.nemo").is_file():
-        raise FileNotFoundError(f"{run} has no model.nemo; give the folder of a finished run")
+    archive = native_model(run)
     recipe = load_recipe(run / "recipe.yaml")
     ledger, log = read_lines(run / "ledger.jsonl"), read_lines(run / "log.jsonl")
     dropped = read_lines(run / "dropped.jsonl")
     for stage in sorted(run.glob("stage_*")):
         log += read_lines(stage / "log.jsonl")
         dropped += read_lines(stage / "dropped.jsonl")
-    model = load_model(run / "model.nemo")
+    model = load_model(archive)
     sections = [f"<h1>{html.escape(str(run))}</h1>"]
     if ledger:
         state, worst = worst_utterances(model, recipe, n_clips, n_worst)

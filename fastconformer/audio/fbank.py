@@ -104,6 +104,27 @@ class Fbank(nn.Module):
         frames, lengths = self.frames(audio, audio_lengths)
         return self.stack(frames, lengths)
 
+    def augmented(self, features: Tensor, lengths: Tensor, mask, rows: bool = False) -> Tensor:
+        """Rows (B, 7 M, T) with zeros where `mask` puts them into log-mel frames of ones.
+
+        Args:
+            mask: (ones (B, M, N), lengths (B,)) -> the same with zeros; N is of frames of 10 ms, so
+                that a masked frame is masked in each row that holds it.
+            rows: N is of rows instead (60 ms), and bins are masked in each of their frames, as in
+                FunASR's SpecAugLFR.
+        """
+        c, n_rows = self.config, features.shape[2]
+        if rows:
+            kept = mask(features.new_ones(len(features), c.n_mels, n_rows), lengths)
+            kept = kept.repeat(1, c.stack, 1)
+        else:
+            n_frames = lengths * c.stride
+            kept = mask(features.new_ones(len(features), c.n_mels, n_rows * c.stride), n_frames)
+            kept, _ = self.stack(kept, n_frames)
+            beyond = torch.arange(n_rows, device=features.device) >= lengths[:, None]
+            kept = kept.masked_fill(beyond[:, None], 1.0)
+        return features * kept
+
     def frames(self, audio: Tensor, audio_lengths: Tensor) -> tuple[Tensor, Tensor]:
         """(B, L), (B,) -> log-mel frames (B, M, N) and (B,) their number, before stacking."""
         c, lengths = self.config, self.frame_lengths(audio_lengths)

@@ -201,6 +201,10 @@ class Preprocessor(nn.Module):
         super().__init__()
         self.featurizer = FilterbankFeatures(config, stft_pad)
 
+    def augmented(self, features, lengths, mask, rows: bool = False) -> torch.Tensor:
+        """`mask(features, lengths)`; other front ends have rows that hold several frames."""
+        return mask(features, lengths)
+
     def forward(self, audio: torch.Tensor, audio_lengths: torch.Tensor, pad: bool = True):
         """(B, L) samples in [-1, 1], (B,) -> (B, M, T) features, (B,) valid frames. With `pad`, T
         is a multiple of the config's `pad_to`."""

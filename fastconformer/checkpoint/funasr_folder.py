@@ -155,15 +155,15 @@ def _tensors(path: Path) -> dict[str, torch.Tensor]:
 
 def write_funasr(folder: str | os.PathLike, checkpoint: Checkpoint) -> None:
     """Writes a folder that FunASR's AutoModel reads, the language model's tensors always inside.
-    It appears whole or not at all.
+    It appears whole or not at all; one that was written before is replaced.
 
     Raises:
-        ValueError: the checkpoint is of another kind of model, or the folder is there already.
+        ValueError: the checkpoint is of another kind of model, or what is there is something else.
     """
     folder = Path(folder)
     if checkpoint.kind != "funasr":
         raise ValueError("this is no Fun-ASR-Nano model")
-    if folder.exists():
+    if folder.exists() and not (is_funasr_folder(folder) and (folder / WEIGHTS_FILE).is_file()):
         raise ValueError(f"{folder} is there already; give the name of a new folder")
     config = {key: value for key, value in checkpoint.config.items() if key not in OURS}
     names = checkpoint.config["files"]
@@ -196,6 +196,8 @@ def write_funasr(folder: str | os.PathLike, checkpoint: Checkpoint) -> None:
         torch.save({"state_dict": dense_tensors(checkpoint.state_dict)}, new / WEIGHTS_FILE)
         sync(new / WEIGHTS_FILE)
         sync(new)
+        if folder.exists():
+            os.rename(folder, work / "old")  # goes with the work folder
         os.rename(new, folder)
         sync(folder.parent)
 

@@ -63,6 +63,7 @@ class SANMConfig:
     dropout: float = 0.1
     attention_dropout: float = 0.0
 
+    att_contexts = ((-1, -1),)  # of all rows, as `EncoderConfig` says it
     attends_to_all = True
     takes_local_attention = False
     mixes_clips = False
@@ -100,9 +101,16 @@ class FunASRConfig:
     system_prompt: bool = True
     think: bool = True
     ctc_weight: float = 0.3
+    llm_reduction: str = "mean_volume"  # over all tokens of a batch, as FunASR
+    ctc_reduction: str = "mean_volume"
 
     segment_separators = (".", "?", "!", "。", "？", "！")
     segment_gap_frames = None
+
+    @property
+    def record(self) -> dict:
+        """The config as a checkpoint holds it."""
+        return self.funasr
 
     @property
     def heads(self) -> tuple[str, ...]:
@@ -122,6 +130,17 @@ class FunASRConfig:
     def vocab_size(self) -> int:
         """CTC's tokens without blank."""
         return self.ctc_classes - 1
+
+    def changed(self, **options) -> "FunASRConfig":
+        """The config with these keys of its record, such as ctc_weight."""
+        changed = FunASRConfig.from_funasr(copy.deepcopy(self.funasr) | options)
+        return changed if self.ctc else changed.without_ctc()
+
+    def with_dropout(self, probability: float) -> "FunASRConfig":
+        """Of the encoder's layers and their attention."""
+        names = "dropout_rate", "positional_dropout_rate", "attention_dropout_rate"
+        section = self.funasr["audio_encoder_conf"] | dict.fromkeys(names, probability)
+        return self.changed(audio_encoder_conf=section)
 
     def without_ctc(self) -> "FunASRConfig":
         """The same model whose CTC weights are not there."""
@@ -146,14 +165,10 @@ class FunASRConfig:
                 f"the sample rate is {rate_hz}, the model's is {self.sample_rate}; give a half or "
                 "a quarter of it, or leave it out: data of another rate is resampled"
             )
-        config = copy.deepcopy(self.funasr)
-        section = config["frontend_conf"]
-        section["fs"] = rate_hz
-        section.pop("mel_high_hz", None)
+        section = self.funasr["frontend_conf"] | {"fs": rate_hz, "mel_high_hz": None}
         if mel_edges == "keep":
             section["mel_high_hz"] = self.frontend.top_hz
-        changed = FunASRConfig.from_funasr(config)
-        return changed if self.ctc else changed.without_ctc()
+        return self.changed(frontend_conf=section)
 
     @staticmethod
     def from_funasr(config: dict) -> "FunASRConfig":
@@ -206,6 +221,8 @@ def _read(config: dict) -> FunASRConfig:
         system_prompt=bool(dataset.get("sys_prompt", True)),
         think=bool(dataset.get("do_think", True)),
         ctc_weight=float(config.get("ctc_weight", 0.3)),
+        llm_reduction=config.get("llm_reduction", "mean_volume"),  # ours, as the next
+        ctc_reduction=config.get("ctc_reduction", "mean_volume"),
     )
 
 

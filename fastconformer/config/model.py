@@ -33,6 +33,11 @@ class ModelConfig:
     aed: AEDConfig | None = None
 
     @property
+    def record(self) -> dict:
+        """The config as a checkpoint holds it."""
+        return self.nemo
+
+    @property
     def sample_rate(self) -> int:
         return self.preprocessor.sample_rate
 

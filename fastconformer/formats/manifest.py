@@ -4,17 +4,29 @@
 
 `audio_filepath` is absolute or relative to the manifest's folder; with `offset` it is the section
 [offset, offset + duration), else the whole file. `_skipme` leaves a line out, everywhere.
+
+A line may be a chat of one turn instead, as FunASR trains on:
+
+    {"messages": [{"role": "user", "content": "ASK<|startofspeech|>!a.wav<|endofspeech|>"},
+                  {"role": "assistant", "content": "TEXT"}], "speech_length": 250}
+
+ASK is what the model is asked, `others["prompt"]`; a system message may stand before it.
 """
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..text.chat import SYSTEM
+
 ABSURD_DURATION_S = 7 * 24 * 3600.0
 # Sound that is this many times longer or shorter than its line says belongs to another line.
 DURATION_MISMATCH = 2.0
+CHAT_FRAME_S = 0.01  # of a chat's speech_length
+_SPEECH = re.compile(r"(?P<prompt>.*)<\|startofspeech\|>!(?P<path>[^!].*)<\|endofspeech\|>", re.S)
 
 
 @dataclass(frozen=True)
@@ -87,7 +99,7 @@ def manifest_lines(path: str | os.PathLike, lang: str | None = None) -> Iterator
                 continue
             name = ""
             try:
-                entry = _entry(line)
+                entry = _of_chat(_entry(line))
                 name = str(entry.get("audio_filepath", ""))
                 if lang is not None and entry.get("lang") not in (None, lang):
                     raise BadLine("other_language", f"lang is {entry['lang']!r}")
@@ -106,6 +118,36 @@ def _entry(line: bytes) -> dict:
     if not isinstance(entry, dict):
         raise BadLine("not_json", f"not a JSON object: {line.decode()[:80].strip()}")
     return entry
+
+
+def _of_chat(entry: dict) -> dict:
+    """A chat as a line with `audio_filepath`; any other line as it is."""
+    messages = entry.get("messages")
+    if messages is None or "audio_filepath" in entry:
+        return entry
+    if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
+        raise BadLine("bad_chat", "messages is no list of messages with role and content")
+    said = {"system": [], "user": [], "assistant": []}
+    for message in messages:
+        role, content = message.get("role"), message.get("content")
+        if role not in said or not isinstance(content, str):
+            raise BadLine("bad_chat", f"a message of role {role!r} whose content is {content!r}")
+        said[role].append(content)
+    if len(said["user"]) != 1 or len(said["assistant"]) != 1:
+        raise BadLine("bad_chat", f"{len(said['user'])} turns, expected one")
+    if said["system"] not in ([], [SYSTEM]):
+        raise BadLine("bad_chat", f"the system message is {said['system']}, expected {SYSTEM!r}")
+    found = _SPEECH.fullmatch(said["user"][0])
+    if found is None:
+        raise BadLine("no_audio_filepath", f"no <|startofspeech|>!PATH in {said['user'][0]!r}")
+    rest = {key: value for key, value in entry.items() if key != "messages"}
+    frames = rest.pop("speech_length", None)
+    if "duration" not in rest and frames is not None:
+        if not isinstance(frames, int | float) or isinstance(frames, bool) or frames <= 0:
+            raise BadLine("bad_duration", f"speech_length is {frames!r}, expected frames of 10 ms")
+        rest["duration"] = frames * CHAT_FRAME_S
+    text = {"text": said["assistant"][0], "prompt": found["prompt"]}
+    return rest | text | {"audio_filepath": found["path"]}
 
 
 def _clip(entry: dict, manifest: Path, number: int) -> Clip:

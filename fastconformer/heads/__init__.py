@@ -26,6 +26,7 @@ Training:
     check(encoded, lengths, targets, target_lengths)    ValueError before torch reads what is wrong
     loss(encoded, lengths, targets, target_lengths, **those of loss_arguments)  -> (B,) nats
     loss_arguments                  further arguments that its loss takes, of `ASRModel.losses`
+    target_counts(lengths, texts)   tokens of each clip that count in its loss, for `reduction`
     reduction, share                how clips' losses become one, and its weight beside other heads
     has_lattice                     its loss sums over frames and tokens: eps, `active_share`
     needs_frame_per_token           a text needs a frame for each token, and one between equal ones
@@ -59,11 +60,18 @@ from ..text.tokenizer import Tokenizer
 from .aed import AED
 from .ctc import CTC
 from .head import Head
+from .llm import LLM
 from .transducer import Transducer
 
-HEADS: dict[str, type[Head]] = {"ctc": CTC, "rnnt": Transducer, "tdt": Transducer, "aed": AED}
+HEADS: dict[str, type[Head]] = {
+    "ctc": CTC,
+    "rnnt": Transducer,
+    "tdt": Transducer,
+    "aed": AED,
+    "llm": LLM,
+}
 
-__all__ = ["AED", "CTC", "HEADS", "Head", "Transducer", "check_vocabulary"]
+__all__ = ["AED", "CTC", "HEADS", "LLM", "Head", "Transducer", "check_vocabulary"]
 
 
 def check_vocabulary(config: ModelConfig, tokenizer: Tokenizer) -> None:

@@ -1,6 +1,6 @@
 """What a model asks its output heads, and the answers that most heads give."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -110,6 +110,10 @@ class Head:
     def share(self) -> float:
         """Of the total loss, where other heads are trained beside it."""
         return 1.0
+
+    def target_counts(self, target_lengths: torch.Tensor, texts: Sequence[str]) -> torch.Tensor:
+        """Tokens that count in each clip's loss, (B,)."""
+        return target_lengths
 
     def check(self, encoded, encoded_lengths, targets, target_lengths) -> None:
         """Raises ValueError unless these shapes, lengths and targets are what `loss` takes."""

@@ -60,7 +60,7 @@ class LLM(Head):
 
     @property
     def reduction(self) -> str:
-        return "mean_volume"
+        return self.model.config.llm_reduction
 
     @property
     def share(self) -> float:
@@ -128,9 +128,10 @@ class LLM(Head):
         loss = F.cross_entropy(logits, labels[counts], reduction="none")
         return loss.new_zeros(labels.shape).masked_scatter(counts, loss).sum(1)
 
-    def target_counts(self, texts: Sequence[str]) -> Tensor:
-        """Tokens that count in the loss of each text, its end included, (B,)."""
-        return torch.tensor([len(answer_ids(self.model.tokenizer, text)) for text in texts])
+    def target_counts(self, target_lengths: Tensor, texts: Sequence[str]) -> Tensor:
+        """Of each text and its end."""
+        counts = [len(answer_ids(self.model.tokenizer, text)) for text in texts]
+        return torch.tensor(counts, device=target_lengths.device)
 
     def decode(
         self,
@@ -250,7 +251,11 @@ class AttendedCTC(CTC):
 
     @property
     def reduction(self) -> str:
-        return "mean_batch"
+        return self.model.config.ctc_reduction
+
+    def target_counts(self, target_lengths: Tensor, texts: Sequence[str]) -> Tensor:
+        counts = [len(self.tokenizer.encode(text)) for text in texts]
+        return torch.tensor(counts, device=target_lengths.device)
 
     @property
     def share(self) -> float:

@@ -10,12 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from fastconformer import ASRModel
 from fastconformer.checkpoint.files import atomic_file
 from fastconformer.heads import HEADS
-from fastconformer.networks.subsampling import encoded_length
 from training.augment.waveform import WaveAugment
 from training.data.batching import Source, mixture_shares
 from training.data.json_lines import append_line, json_line
@@ -124,9 +122,7 @@ def _frame_counter(model: ASRModel, fastest: float, pad_to_s: float) -> Callable
 
     def encoder_frames(seconds: float) -> int:
         shortest_s = max(seconds / max(fastest, 1.0), pad_to_s)
-        samples = torch.tensor([int(shortest_s * model.sample_rate)])
-        frames = int(model.preprocessor.featurizer.feature_lengths(samples))
-        return encoded_length(model.config.encoder, frames)
+        return model.encoded_frames(int(shortest_s * model.sample_rate))
 
     return encoder_frames
 

@@ -3,6 +3,7 @@
 import dataclasses
 from pathlib import Path
 
+from fastconformer.audio.files import audio_duration
 from fastconformer.formats.manifest import Clip, LeftOut, manifest_lines
 from training.data.tarred import shard_number
 
@@ -20,6 +21,7 @@ class Utterance:
     tokens: tuple[int, ...] = ()
     tar_member: str | None = None
     lang: str | None = None
+    others: dict = dataclasses.field(default_factory=dict, compare=False)  # the line's other keys
 
     @property
     def audio_name(self) -> str:
@@ -84,17 +86,21 @@ def read_utterances(
 def _utterance(clip: Clip, tars: dict[int, str] | None, needs_text: bool) -> Utterance:
     if clip.text is None and needs_text:
         raise UnusableLine("no_text", "text is None")
-    if clip.duration_s is None:
+    seconds = clip.duration_s
+    if seconds is None and "prompt" in clip.others and not tars:  # a chat need not say it
+        seconds = _length_of(_audio_file(clip.path))
+    if seconds is None:
         raise UnusableLine("bad_duration", "duration is None seconds")
     return Utterance(
         audio_path=_tar_of(clip, tars) if tars else str(_audio_file(clip.path)),
         text=clip.text or "",
-        duration_s=clip.duration_s,
+        duration_s=seconds,
         offset_s=clip.offset_s,
         manifest=clip.manifest,
         line=clip.line,
         tar_member=clip.audio if tars else None,
         lang=clip.lang,
+        others=clip.others,
     )
 
 
@@ -106,6 +112,13 @@ def _audio_file(path: Path) -> Path:
     if not found:
         raise UnusableLine("missing_audio", f"no such file: {path}")
     return path
+
+
+def _length_of(path: Path) -> float:
+    try:
+        return audio_duration(path)
+    except (OSError, ValueError) as error:
+        raise UnusableLine("unreadable_audio", str(error)) from None
 
 
 def _tar_of(clip: Clip, tars: dict[int, str]) -> str:

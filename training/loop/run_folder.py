@@ -91,7 +91,7 @@ def save_checkpoint(
         "ema": None if ema is None else gathered(ema.state_dict()),
         "progress": dataclasses.asdict(progress),
         "recipe": dataclasses.asdict(recipe),
-        "config": model.config.nemo,
+        "config": model.config.record,
         "tokenizer_files": model.tokenizer_files,
     }
     if ranks.is_main:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fastconformer.checkpoint.files import atomic_file
 from fastconformer.checkpoint.folder import write_folder
-from fastconformer.checkpoint.nemo_archive import write_nemo
+from fastconformer.checkpoint.native import write_native
 from fastconformer.checkpoint.read import read_checkpoint
 from training.data.json_lines import append_line, json_line, read_lines
 from training.loop.console import Stopped
@@ -58,14 +58,14 @@ def gather_stages(out: Path, stages: list[Recipe]) -> None:
         if (last / name).is_dir():
             write_folder(out / name, read_checkpoint(last / name))
     best = out / "best" if (last / "best").is_dir() else out / "last"
-    write_nemo(out / "model.nemo", read_checkpoint(best))
+    archive = write_native(out, read_checkpoint(best))
     lines = []
     for number, stage in enumerate(stages, start=1):
         records = read_lines(Path(stage.output) / "ledger.jsonl")
         lines += [json_line({"stage": number} | record) for record in records]
     with atomic_file(out / "ledger.jsonl") as temporary:
         temporary.write_text("".join(lines), encoding="utf-8")
-    log.info("all stages are done: %s is %s", out / "model.nemo", best)
+    log.info("all stages are done: %s is %s", archive, best)
 
 
 @contextlib.contextmanager

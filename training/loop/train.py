@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from fastconformer.checkpoint.nemo_archive import write_nemo
+from fastconformer.checkpoint.native import write_native
 from fastconformer.checkpoint.read import read_checkpoint
 from training.data.json_lines import append_line, read_lines
 from training.data.store import Batch
@@ -82,13 +82,13 @@ def train_stage(recipe: Recipe, ranks: Ranks, baseline: dict | None, entry: dict
     if "steps" in entry:  # something was done in this call
         entry |= summary(progress, recipe)
     best = run.out / "best" if run.validation else run.out / "last"
-    archive = run.out / "model.nemo"
     if ranks.is_main:
-        write_nemo(archive, read_checkpoint(best))
+        archive = write_native(run.out, read_checkpoint(best))
     if progress.best:
         table = results_table(progress.best, progress.baseline)
         log.info("best, step %d:\n%s", progress.best["step"], table)
-    log.info("done in %.1f minutes: %s is %s", progress.seconds / 60, archive, best)
+    if ranks.is_main:
+        log.info("done in %.1f minutes: %s is %s", progress.seconds / 60, archive, best)
     return progress
 
 

@@ -53,9 +53,12 @@ def predict(
         features, lengths = model.featurize(batch.audio, batch.audio_lengths)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
             encoded, lengths = model.encode(features, lengths)
-            found = [model.decode_greedy(encoded, lengths, head) for head in heads]
+            found = [model.decode(encoded, lengths, head) for head in heads]
         for utterance, *hypotheses in zip(batch.utterances, *found, strict=True):
-            decoded = [model.tokenizer.decode(hypothesis.tokens) for hypothesis in hypotheses]
+            decoded = [
+                model.head(head).text(hypothesis)
+                for head, hypothesis in zip(heads, hypotheses, strict=True)
+            ]
             texts[utterance.line] = (utterance, *decoded)
     texts = {line: text for share in ranks.gather(texts) for line, text in share.items()}
     if not texts:

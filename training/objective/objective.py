@@ -49,12 +49,16 @@ class Objective:
     kept_weights: dict[str, float] = dataclasses.field(default_factory=dict)
 
     @property
+    def has_lattice(self) -> bool:
+        """Whether a loss sums over frames and tokens, and may skip cells."""
+        return any(HEADS[head].has_lattice for head in self.heads)
+
+    @property
     def parts(self) -> tuple[str, ...]:
         """Names of what is logged: the losses, and how much of the transducer's lattice the
         gradient visits."""
         consistent = () if self.cr_weight is None else ("cr",)
-        lattice = any(HEADS[head].has_lattice for head in self.heads)
-        visits = ("active_share",) if self.eps and lattice else ()
+        visits = ("active_share",) if self.eps and self.has_lattice else ()
         inner = (f"interctc_{layer}" for layer in self.interctc)
         return (*self.heads, *inner, *consistent, *self.kept_weights, *visits)
 
@@ -75,7 +79,7 @@ def objective_of(
     if not heads:
         known = ", ".join(dict.fromkeys(("all", *families.values())))
         raise ValueError(f"loss.heads is {loss.heads!r}, this model has {known}")
-    section = model.config.nemo.get("interctc") or {}
+    section = model.config.record.get("interctc") or {}
     layers, weights = section.get("apply_at_layers") or (), section.get("loss_weights") or ()
     interctc = dict(zip(layers, weights, strict=True))
     last = len(model.encoder.layers) - 1
@@ -102,7 +106,14 @@ def objective_of(
             ", ".join(f"{head} by {reduction}" for head, reduction in reductions.items()),
         )
     more_time = loss.cr_ctc_time_mask_ratio if loss.use_cr_ctc else 1.0
-    augment = augmentation(spec_augment_recipe, model.config.nemo, more_time)
+    mask = augmentation(spec_augment_recipe, model.config.record, more_time)
+    augment = None
+    if mask is not None:
+
+        def augment(features: Tensor, lengths: Tensor) -> Tensor:
+            front_end = model.preprocessor
+            return front_end.augmented(features, lengths, mask, spec_augment_recipe.lfr)
+
     if loss.use_cr_ctc and augment is None:
         raise ValueError(
             "loss.use_cr_ctc compares two SpecAugment views; set spec_augment.time_masks, "
@@ -127,7 +138,7 @@ def augmentation(
     section = config.get("spec_augment") or {}
     defaults = {"freq_masks": 0, "time_masks": 0, "freq_width": 10, "time_width": 10}  # NeMo's
     defaults |= {"rect_masks": 0, "rect_time": 5, "rect_freq": 20}
-    given = {k: v for k, v in dataclasses.asdict(recipe).items() if v is not None}
+    given = {k: v for k, v in dataclasses.asdict(recipe).items() if v is not None and k != "lfr"}
     options = {k: given.get(k, section.get(k, v)) for k, v in defaults.items()}
     options["time_masks"] = round(options["time_masks"] * more_time)
     if not any(options[name] for name in ("freq_masks", "time_masks", "rect_masks")):
@@ -157,7 +168,7 @@ class Views:
     """A batch's features as the losses take them; `batch` is the one its clips come from.
 
     features (N * B, M, T): N = 2 views of each clip for CR-CTC, else 1; all clips of the first
-    view, then all of the second. weights: {reduction: (B,)} of the whole batch.
+    view, then all of the second. weights: {head: (B,)} of the whole batch, and "mean_batch".
     """
 
     features: Tensor
@@ -187,8 +198,11 @@ def make_views(model: ASRModel, batch: Batch, objective: Objective) -> Views:
         features, lengths = features.repeat(2, 1, 1), lengths.repeat(2)
     if objective.augment is not None:
         features = objective.augment(features, lengths)
-    reductions = {model.head(head).reduction for head in model.heads} | {"mean_batch"}
-    weights = {name: clip_weights(batch.target_lengths, name) for name in reductions}
+    texts = [utterance.text for utterance in batch.utterances]
+    weights = {"mean_batch": clip_weights(batch.target_lengths, "mean_batch")}
+    for head in map(model.head, model.heads):
+        counts = head.target_counts(batch.target_lengths, texts)
+        weights[head.name] = clip_weights(counts, head.reduction)
     return Views(features, lengths, batch, weights)
 
 
@@ -199,23 +213,20 @@ def views_loss(
     clip is finite."""
     batch, frame_head, report = views.batch, model.frame_head, {}
     n_views = len(views.lengths) // len(batch.target_lengths)
-    targets, target_lengths = (
-        t.repeat(n_views, *[1] * (t.ndim - 1)) for t in (batch.targets, batch.target_lengths)
-    )
+    targets = {name: _repeated(t, n_views) for name, t in model.targets_of(batch).items()}
     with (
         torch.autocast(views.features.device.type, dtype=torch.bfloat16, enabled=objective.bf16),
         layer_outputs(model, tuple(objective.interctc)) as inner,
     ):
         encoded, lengths = model.encode(views.features, views.lengths)
-        by_clip = model.losses(
-            encoded, lengths, targets, target_lengths, objective.heads, objective.eps, report
-        )
+        lattice = {"eps": objective.eps, "report": report} if objective.has_lattice else {}
+        by_clip = model.losses(encoded, lengths, **targets, heads=objective.heads, **lattice)
         for layer in objective.interctc:
             inner_encoded = inner[layer]
             if model.encoder.out_proj is not None:
                 inner_encoded = model.encoder.out_proj(inner_encoded)
             name = frame_head.name
-            losses = model.losses(inner_encoded, lengths, targets, target_lengths, heads=(name,))
+            losses = model.losses(inner_encoded, lengths, **targets, heads=(name,))
             by_clip[f"interctc_{layer}"] = losses[name]
         if objective.cr_weight is not None:
             by_clip["cr"] = consistency(frame_head.log_probs(encoded), lengths)
@@ -229,10 +240,10 @@ def views_loss(
     parts = {}
     for name, losses in by_clip.items():
         if name in objective.kept_weights:
-            reduction = "mean_batch"
+            weight = "mean_batch"
         else:  # InterCTC's and CR-CTC's are of the frames' head
-            reduction = (model.head(name) if name in model.heads else frame_head).reduction
-        parts[name] = (views.weights[reduction] * losses).sum()
+            weight = name if name in model.heads else frame_head.name
+        parts[name] = (views.weights[weight] * losses).sum()
     trained = {head: parts[head] for head in objective.heads}
     if objective.cr_weight is not None:
         name = frame_head.name
@@ -251,6 +262,13 @@ def views_loss(
     for name, weight in objective.kept_weights.items():
         total = total + weight * parts[name]
     return total, parts, finite
+
+
+def _repeated(values: Tensor | list, times: int) -> Tensor | list:
+    """Values of the clips, for so many views of each."""
+    if isinstance(values, list):
+        return values * times
+    return values.repeat(times, *[1] * (values.ndim - 1))
 
 
 def batch_loss(

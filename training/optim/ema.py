@@ -73,14 +73,20 @@ def plain_state_dict(model: ASRModel, ema: EMA | None = None) -> dict[str, Tenso
 def plain_tensors(
     state: dict[str, Tensor], average: dict[str, Tensor] | None, lora_scale: float
 ) -> dict[str, Tensor]:
-    """`plain_state_dict` of a checkpoint's tensors."""
-    state = merge_lora(state | (average or {}), lora_scale)
+    """`plain_state_dict` of a checkpoint's tensors. Of tensors that are one under several names the
+    average has only the first."""
+    average, first = dict(average or {}), {}
+    for name, tensor in state.items():
+        same = first.setdefault((tensor.data_ptr(), tensor.shape), name)
+        if same != name and tensor.numel() and same in average:
+            average[name] = average[same]
+    state = merge_lora(state | average, lora_scale)
     return {k: v.float() if v.dtype == torch.bfloat16 else v for k, v in state.items()}
 
 
 def plain_checkpoint(model: ASRModel, ema: EMA | None = None) -> Checkpoint:
     """What `fastconformer.checkpoint.folder.write_folder` and `write_nemo` take."""
-    return Checkpoint(model.config.nemo, plain_state_dict(model, ema), model.tokenizer_files)
+    return Checkpoint(model.config.record, plain_state_dict(model, ema), model.tokenizer_files)
 
 
 @contextlib.contextmanager

@@ -91,7 +91,7 @@ def facts(run: Prepared) -> dict[str, str]:
 
 def lr_beside_scratch(model: ASRModel, recipe: Recipe) -> float | None:
     """The recipe's highest rate over that of the checkpoint's own training; None if unknown."""
-    own = model.config.nemo.get("optim") or {}
+    own = model.config.record.get("optim") or {}
     peak = peak_lr(own, model.config.encoder.d_model)
     mine = recipe.optim.lr
     if recipe.schedule.name == "noam":
@@ -113,7 +113,7 @@ def peak_lr(optim: dict, d_model: int) -> float | None:
 
 
 def _spec_augment(run: Prepared) -> str:
-    section = run.model.config.nemo.get("spec_augment") or {}
+    section = run.model.config.record.get("spec_augment") or {}
     given = dataclasses.asdict(run.recipe.spec_augment)
     options = {k: v if v is not None else section.get(k) for k, v in given.items()}
     if run.objective.augment is None:
@@ -144,7 +144,7 @@ def meaning(key: str) -> str:
 def beside_checkpoint(run: Prepared, config: dict) -> list[tuple[str, str, str, str]]:
     """(what, theirs, ours, meaning) where a recipe departs from the training that a checkpoint's
     own config tells of."""
-    ours, rows = run.model.config.nemo, []
+    ours, rows = run.model.config.record, []
     theirs_optim, sched = config.get("optim") or {}, (config.get("optim") or {}).get("sched") or {}
     width = run.model.config.encoder.d_model
     peak = peak_lr(theirs_optim, width)

@@ -86,6 +86,7 @@ class SpecAugmentRecipe:
     rect_masks: int | None = key(None, at_least=0)  # cut-out rectangles
     rect_time: int | None = key(None, at_least=0)  # frames
     rect_freq: int | None = key(None, at_least=0)  # mel bins
+    lfr: bool = False  # Fun-ASR-Nano: widths in rows of 60 ms, after stacking, as FunASR's
 
 
 @dataclasses.dataclass(frozen=True)

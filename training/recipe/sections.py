@@ -17,6 +17,8 @@ class ModelRecipe:
     new_rows: str = key("mean", one_of=("mean", "zeros", "random"))  # of pieces without a row
     dropout: float | None = key(None, share=True)  # of all encoder layers; null: the checkpoint's
     sample_rate: int | None = key(None, at_least=1000)  # e.g. 8000: a front end of this rate
+    # Of its mel filters: where they were, or (Fun-ASR-Nano) all below half of the new rate.
+    mel_edges: str = key("keep", one_of=("keep", "stretch"))
 
     @property
     def changes_vocabulary(self) -> bool:
@@ -71,6 +73,7 @@ class FreezeRecipe:
     until: dict[str, int] = dataclasses.field(default_factory=dict)  # part -> its first step
     # Of frozen parts: fixed, adapt (its statistics move) or affine (its weights too).
     batch_norm: str = key("fixed", one_of=("fixed", "adapt", "affine"))
+    dropout: bool = False  # in frozen parts too, as FunASR's training has it
 
     def __post_init__(self):
         layers = self.encoder_layers

@@ -20,10 +20,10 @@ from training.setup.lora import lora_paths
 
 def friendly_names(model: ASRModel) -> dict[str, str]:
     """Names for parts that a recipe may use beside module paths -> paths."""
-    names = {"subsampling": "encoder.pre_encode", "layers": "encoder.layers"}
+    names = {}
     for head in map(model.head, model.heads):
         names |= head.modules
-    return names
+    return names | model.parts
 
 
 def matching(model: ASRModel, name: str, key: str) -> list[str]:
@@ -54,11 +54,9 @@ def matching(model: ASRModel, name: str, key: str) -> list[str]:
 def depth_of(model: ASRModel, name: str) -> int:
     """Layers above a parameter: 0 for the heads, 1 for the last encoder layer, up to the number of
     layers + 1 for the subsampling."""
-    n_layers = len(model.encoder.layers)
-    if name.startswith("encoder.pre_encode."):
-        return n_layers + 1
-    layer = re.match(r"encoder\.layers\.(\d+)\.", name)
-    return n_layers - int(layer[1]) if layer else 0
+    blocks = model.encoder_blocks
+    below = (i for i, path in enumerate(blocks) if name.startswith(f"{path}."))
+    return len(blocks) - next(below, len(blocks))
 
 
 # --- what moves ---------------------------------------------------------------------------------
@@ -72,12 +70,14 @@ class Freezing:
     modules: {path: first step}, for what a module does in training, such as dropout.
     batch_norm: of BatchNorm that is frozen: "fixed", "adapt" or "affine".
     unused: paths of the parts that the loss cannot reach; they never move.
+    dropout: whether what is frozen drops as if it moved.
     """
 
     parameters: dict[str, int | None]
     modules: dict[str, int | None]
     batch_norm: str = "fixed"
     unused: tuple[str, ...] = ()
+    dropout: bool = False
 
     def changes(self) -> list[int]:
         """Steps after 0 at which something begins to move."""
@@ -133,7 +133,8 @@ def freeze(
     count = n_layers // 2 if recipe.encoder_layers == "half" else recipe.encoder_layers
     if count > n_layers:
         raise ValueError(f"freeze.encoder_layers is {count}, the encoder has {n_layers} layers")
-    bottom = ["encoder.pre_encode", *(f"encoder.layers.{i}" for i in range(count))] if count else []
+    blocks = model.encoder_blocks
+    bottom = blocks[: count + len(blocks) - n_layers] if count else []
     # The most specific path that covers a part decides; what none covers moves from step 0.
     since = dict.fromkeys(bottom)
     for name in recipe.modules:
@@ -161,7 +162,7 @@ def freeze(
                 parameters |= {f"{path}.{name}": 0 for name, _ in module.named_parameters()}
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(parameters[name] is not None)
-    return Freezing(parameters, modules, recipe.batch_norm, unused)
+    return Freezing(parameters, modules, recipe.batch_norm, unused, recipe.dropout)
 
 
 def new_rows_first(freezing: Freezing, rows: list[str], n_steps: int) -> Freezing:
@@ -197,9 +198,11 @@ def train_mode(model: ASRModel, freezing: Freezing | None = None, step: int = 0)
         parameter.requires_grad_(moves(freezing.parameters[name]))
     for path, module in model.named_modules():
         adapts = freezing.batch_norm != "fixed" and is_batch_norm(module)
-        module.training = adapts or moves(freezing.modules[path])
+        drops = freezing.dropout and not is_batch_norm(module)
+        module.training = adapts or drops or moves(freezing.modules[path])
     # These two draw for a whole step: omega, and attention contexts and skipped layers.
     model.training = True
+    encoder = f"{model.encoder_blocks[0].partition('.')[0]}."
     model.encoder.training = any(
-        moves(first) for path, first in freezing.modules.items() if path.startswith("encoder.")
+        moves(first) for path, first in freezing.modules.items() if path.startswith(encoder)
     )

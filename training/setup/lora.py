@@ -69,16 +69,17 @@ def add_lora(model: ASRModel, recipe: LoraRecipe, seed: int) -> list[str]:
 
 
 def linear_layers(model: ASRModel) -> list[str]:
-    """Paths of the linear layers inside the encoder's layers."""
-    modules = model.named_modules()
-    return [p for p, m in modules if p.startswith("encoder.layers.") and isinstance(m, nn.Linear)]
+    """Paths of the linear layers inside the layers that may be adapted: the encoder's, or those of
+    a language model."""
+    lists = tuple(f"{path}." for path in model.adaptable)
+    return [p for p, m in model.named_modules() if p.startswith(lists) and isinstance(m, nn.Linear)]
 
 
 def is_target(path: str, target: str) -> bool:
     if target == "attention":
         return ".self_attn." in path
     if target == "feed_forward":
-        return ".feed_forward1." in path or ".feed_forward2." in path
+        return any(part in path for part in (".feed_forward1.", ".feed_forward2.", ".mlp."))
     return f"{path}.".endswith(f".{target}.")
 
 

@@ -13,6 +13,7 @@ from yaml import YAMLError
 from fastconformer import ASRModel, ModelConfig, load_model
 from fastconformer.checkpoint.yaml_config import check_yaml_depth
 from fastconformer.config.changes import with_encoder_dropout, with_loss_options, with_vocabulary
+from fastconformer.funasr import FunASRNano
 from fastconformer.load import model_of
 from fastconformer.surgery.birwkv7 import to_birwkv7
 from fastconformer.surgery.sample_rate import with_sample_rate
@@ -34,6 +35,7 @@ from training.recipe.sections import (
     TrainerRecipe,
 )
 from training.setup.freeze import Freezing, freeze, is_batch_norm, unreached
+from training.setup.funasr import as_asked
 from training.setup.lora import add_lora
 
 
@@ -50,6 +52,8 @@ def build_model(
     """
     if recipe.init_from is not None:
         model = load_model(recipe.init_from)
+        if isinstance(model, FunASRNano):
+            return as_asked(model, recipe, loss, encoder)
         if recipe.tokenizer is not None:
             tokenizer, files = read_tokenizer(recipe.tokenizer)
             model, _ = change_vocabulary(
@@ -59,6 +63,8 @@ def build_model(
         config, files = scratch_config(recipe.config, recipe.tokenizer)
         torch.manual_seed(seed)
         model = ASRModel(ModelConfig.from_nemo(config), load_tokenizer(config, files), files)
+    if recipe.mel_edges != "keep":
+        raise ValueError(f"model.mel_edges {recipe.mel_edges} is for Fun-ASR-Nano")
     if recipe.sample_rate is not None:
         model = with_sample_rate(model, recipe.sample_rate)
     if encoder.attention is not None:
@@ -184,7 +190,8 @@ def ready_to_train(
     freezing = freeze(model, freeze_recipe, lora, unreached(model, objective))
     if trainer.precision == "bf16_pure":
         to_bfloat16(model)
-    model.encoder.recompute = trainer.activation_checkpointing
+    for network in model.recomputable:
+        network.recompute = trainer.activation_checkpointing
     if trainer.compile:
         for layer in model.encoder.layers:
             layer.compile(dynamic=True)

@@ -1,0 +1,25 @@
+"""A model in the form that the project which it comes from reads."""
+
+from pathlib import Path
+
+from .contents import Checkpoint
+from .funasr_folder import write_funasr
+from .nemo_archive import write_nemo
+
+FORMS = {"nemo": ("model.nemo", write_nemo), "funasr": ("model_funasr", write_funasr)}
+
+
+def write_native(folder: Path, checkpoint: Checkpoint) -> Path:
+    """Writes `model.nemo` into the folder, or `model_funasr`, in the place of an older one; gives
+    its path."""
+    name, write = FORMS[checkpoint.kind]
+    write(folder / name, checkpoint)
+    return folder / name
+
+
+def native_model(folder: Path) -> Path:
+    """What `write_native` wrote there. FileNotFoundError: nothing."""
+    for name, _ in FORMS.values():
+        if (folder / name).exists():
+            return folder / name
+    raise FileNotFoundError(f"{folder} has no model.nemo; give the folder of a finished run")
