@@ -43,6 +43,9 @@ def parse_arguments(argv=None):
         help="requests that may wait (%(default)s)",
     )
     parser.add_argument(
+        "--max-streams", type=int, default=32, metavar="N", help="live at a time (%(default)s)"
+    )
+    parser.add_argument(
         "--timeout-s", type=float, default=600.0, help="for one request (%(default)s)"
     )
     return parser.parse_args(argv)
@@ -66,7 +69,7 @@ def main(argv=None) -> int:
 
 
 def serve(args) -> int:
-    for name in ("max_upload_mb", "max_duration_s", "max_queue", "timeout_s"):
+    for name in ("max_upload_mb", "max_duration_s", "max_queue", "max_streams", "timeout_s"):
         if not getattr(args, name) > 0:
             flag = name.replace("_", "-")
             raise cli.UsageError(f"--{flag} is {getattr(args, name)}, expected more than 0")
@@ -78,9 +81,12 @@ def serve(args) -> int:
 
     from .serving.app import Limits, Service, make_app
     from .serving.batcher import Batcher
+    from .serving.live import LARGEST_EVENT
 
     model = cli.load_model(args)
-    limits = Limits(int(args.max_upload_mb * 2**20), args.max_duration_s, args.timeout_s)
+    limits = Limits(
+        int(args.max_upload_mb * 2**20), args.max_duration_s, args.timeout_s, args.max_streams
+    )
     name = args.name or Path(args.model).name.removesuffix(".nemo")
     batcher = Batcher(model, args.batch_size, args.max_queue)
     app = make_app(Service(batcher, name, args.head, keys, limits))
@@ -97,6 +103,7 @@ def serve(args) -> int:
         timeout_graceful_shutdown=int(args.timeout_s),
         h11_max_incomplete_event_size=1 << 16,
         server_header=False,
+        ws_max_size=LARGEST_EVENT,
     )
     return 0
 

@@ -21,11 +21,13 @@ from starlette.formparsers import MultiPartException
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
-from starlette.routing import Route
+from starlette.routing import Route, WebSocketRoute
+from starlette.websockets import WebSocket
 
 from ..audio import load_audio
 from . import openai
 from .batcher import Batcher, Full
+from .live import serve_session
 from .openai import BadRequest
 
 OPEN_PATHS = ("/", "/health", "/page/")  # without a key
@@ -40,12 +42,13 @@ class Limits:
     """What a client may ask of the server.
 
     upload_bytes: of one request's file. duration_s: of its audio. timeout_s: from its first byte to
-    its answer.
+    its answer, and of silence on a websocket. streams: live ones at a time.
     """
 
     upload_bytes: int = 25 << 20
     duration_s: float = 4 * 3600.0
     timeout_s: float = 600.0
+    streams: int = 32
 
 
 class Service:
@@ -56,6 +59,7 @@ class Service:
         self.keys = tuple(key.encode() for key in keys)
         self.requests: Counter[tuple[str, int]] = Counter()
         self.started = time.time()
+        self.streams = 0  # live now
         self.decoders = concurrent.futures.ThreadPoolExecutor(DECODERS, "decode")
 
     def admits(self, key: str | None) -> bool:
@@ -113,6 +117,18 @@ def make_app(service: Service) -> Starlette:
     async def translations(request: Request) -> Response:
         return await _serve(service, request, translate=True)
 
+    async def realtime(socket: WebSocket) -> None:
+        if service.streams >= service.limits.streams:
+            await socket.close(1013, "too many streams")
+            return
+        service.streams += 1
+        try:
+            limits = service.limits
+            longest = limits.duration_s, limits.timeout_s
+            await serve_session(socket, service.batcher, service.head, *longest)
+        finally:
+            service.streams -= 1
+
     async def models(request: Request) -> Response:
         return JSONResponse({"object": "list", "data": [_model_card(service)]})
 
@@ -147,6 +163,7 @@ def make_app(service: Service) -> Starlette:
             Route("/v1/models", models),
             Route("/v1/models/{name:path}", one_model),
             Route("/v1/audio/transcriptions", transcriptions, methods=["POST"]),
+            WebSocketRoute("/v1/realtime", realtime),
             Route("/v1/audio/translations", translations, methods=["POST"]),
         ],
         middleware=[Middleware(Gate, service=service)],
@@ -169,10 +186,14 @@ class Gate:
         self.app, self.service = app, service
 
     async def __call__(self, scope, receive, send):
+        service, status = self.service, 500
+        headers = dict(scope.get("headers", ()))
+        if scope["type"] == "websocket":
+            if not service.admits(_bearer(headers) or _key_protocol(scope)) or _is_foreign(headers):
+                return await send({"type": "websocket.close", "code": 1008})
+            return await self.app(scope, receive, send)
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        service, status = self.service, 500
-        headers = dict(scope["headers"])
         limit = service.limits.upload_bytes + FORM_OVERHEAD
         arrived = 0
 
@@ -208,6 +229,19 @@ class Gate:
 def _bearer(headers: dict[bytes, bytes]) -> str | None:
     kind, _, key = headers.get(b"authorization", b"").decode("latin-1").partition(" ")
     return key.strip() if kind.lower() == "bearer" else None
+
+
+def _key_protocol(scope) -> str | None:
+    # a browser cannot set headers on a websocket; OpenAI's clients name the key as a subprotocol
+    prefix = "openai-insecure-api-key."
+    names = scope.get("subprotocols") or ()
+    return next((name[len(prefix) :] for name in names if name.startswith(prefix)), None)
+
+
+def _is_foreign(headers: dict[bytes, bytes]) -> bool:
+    """Whether a page of another host opens the websocket: browsers let it, and say so."""
+    origin = headers.get(b"origin")
+    return origin is not None and origin.partition(b"://")[2] != headers.get(b"host")
 
 
 async def _serve(service: Service, request: Request, translate: bool) -> Response:
@@ -266,6 +300,7 @@ def _metrics(service: Service) -> str:
     batcher = service.batcher
     rows = [
         ("requests_total", "counter", "Requests by path and status.", None),
+        ("live_streams", "gauge", "Websockets that transcribe.", service.streams),
         ("waiting_requests", "gauge", "Requests in the line.", batcher.waiting),
         ("batches_total", "counter", "Passes of the model.", batcher.batches),
         ("audio_seconds_total", "counter", "Audio transcribed.", batcher.audio_s),

@@ -2,7 +2,8 @@
 
 Samples come in, `Transcript`s go out. A request waits in a line of bounded length; the thread takes
 the oldest and, with it, all others in the line that ask for the same options, up to a batch. A
-request that is given up before its turn leaves the line at once.
+request that is given up before its turn leaves the line at once. Live streams go first, all that
+have something new together.
 """
 
 import collections
@@ -13,6 +14,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from ..recordings.stream import Stream, WindowStream
 from ..recordings.transcript import Transcript
 
 
@@ -31,6 +33,13 @@ class _Job:
     done: concurrent.futures.Future = field(default_factory=concurrent.futures.Future)
 
 
+@dataclass(eq=False)
+class _Feed:
+    stream: Stream | WindowStream
+    samples: np.ndarray | None  # None: the stream's end
+    done: concurrent.futures.Future = field(default_factory=concurrent.futures.Future)
+
+
 class Batcher:
     """Transcribes what is submitted, in batches, on one thread.
 
@@ -45,6 +54,7 @@ class Batcher:
         self.batches = 0  # passes so far
         self.audio_s = self.busy_s = 0.0  # transcribed so far, and the time it took
         self._waiting: collections.deque[_Job] = collections.deque()
+        self._feeds: list[_Feed] = []
         self._change = threading.Condition()
         self._closed = False
         self._thread = threading.Thread(target=self._work, name="model", daemon=True)
@@ -70,6 +80,17 @@ class Batcher:
         job.done.add_done_callback(lambda done: done.cancelled() and self._remove(job))
         return job.done
 
+    def feed(self, stream, samples: np.ndarray | None) -> concurrent.futures.Future:
+        """Samples for a live stream: the future gives its `Partial`; None: its end, and the future
+        gives its Transcript. Feeds of one stream are taken in their order."""
+        feed = _Feed(stream, samples)
+        with self._change:
+            if self._closed:
+                raise Full(1)
+            self._feeds.append(feed)
+            self._change.notify()
+        return feed.done
+
     def close(self) -> None:
         """Finishes what was accepted, and ends the thread."""
         with self._change:
@@ -88,11 +109,14 @@ class Batcher:
             if job in self._waiting:
                 self._waiting.remove(job)
 
-    def _take(self) -> list[_Job]:
-        """The oldest request and those that can go with it; empty when all is done."""
+    def _take(self) -> tuple[list[_Feed], list[_Job]]:
+        """All feeds, or the oldest request and those that can go with it; nothing at the end."""
         with self._change:
-            while not self._waiting and not self._closed:
+            while not (self._waiting or self._feeds or self._closed):
                 self._change.wait()
+            if self._feeds:
+                feeds, self._feeds = self._feeds, []
+                return feeds, []
             batch: list[_Job] = []
             for job in list(self._waiting):
                 if len(batch) == self.batch_size:
@@ -101,18 +125,45 @@ class Batcher:
                     self._waiting.remove(job)
                     if job.done.set_running_or_notify_cancel():
                         batch.append(job)
-            return batch
+            return [], batch
 
     def _work(self) -> None:
         while True:
-            batch = self._take()
-            if batch:
-                began = time.monotonic()
-                self._transcribe(batch)
-                self.busy_s += time.monotonic() - began
-                self.batches += 1
-            elif self._closed and not self.waiting:
+            feeds, batch = self._take()
+            if not (feeds or batch or self.waiting) and self._closed:
                 return
+            began = time.monotonic()
+            if feeds:
+                self._hear(feeds)
+            if batch:
+                self._transcribe(batch)
+                self.batches += 1
+            self.busy_s += time.monotonic() - began
+
+    def _hear(self, feeds: list[_Feed]) -> None:
+        """Advances the streams together; one that fails is the fault of its own samples."""
+        streams = []
+        for feed in feeds:
+            try:
+                if feed.samples is not None:
+                    feed.stream.take(feed.samples)
+                    self.audio_s += len(feed.samples) / self.model.sample_rate
+            except ValueError as error:
+                feed.done.set_exception(error)
+                continue
+            if feed.stream not in streams:
+                streams.append(feed.stream)
+        try:
+            if streams:
+                streams[0].together(streams)
+            for feed in feeds:
+                if not feed.done.done():
+                    ends = feed.samples is None
+                    feed.done.set_result(feed.stream.finish() if ends else feed.stream.partial())
+        except Exception as error:  # whoever waits is told, and the thread goes on
+            for feed in feeds:
+                if not feed.done.done():
+                    feed.done.set_exception(error)
 
     def _transcribe(self, batch: list[_Job]) -> None:
         try:

@@ -1,0 +1,198 @@
+"""Live transcription over a websocket, by OpenAI's realtime protocol (intent=transcription).
+
+The client sends `input_audio_buffer.append` with base64 of 16-bit PCM and hears
+`...transcription.delta` as text becomes stable; `input_audio_buffer.commit` ends an utterance with
+`...transcription.completed`. A session that asks for `include: ["words"]` also hears, after every
+append, what may still change and the times of words (`transcript.partial`, ours).
+
+Source: the OpenAI API reference, Realtime, and the `openai` client 3.57.
+"""
+
+import asyncio
+import base64
+import binascii
+import itertools
+import json
+
+import numpy as np
+import soxr
+from starlette.websockets import WebSocket, WebSocketDisconnect
+
+from .batcher import Batcher, Full
+
+LARGEST_EVENT = 16 << 20  # bytes, as OpenAI's
+DEFAULT_RATE_HZ = 24000
+ITEM = "conversation.item.input_audio_transcription"
+
+
+class Refused(ValueError):
+    """An event that cannot be served; `param` names the field."""
+
+    def __init__(self, message: str, param: str | None = None):
+        super().__init__(message)
+        self.param = param
+
+
+class Session:
+    """One websocket: its settings, and the stream of the utterance that is being said."""
+
+    def __init__(self, socket: WebSocket, batcher: Batcher, head: str | None, longest_s: float):
+        self.socket, self.batcher, self.head, self.longest_s = socket, batcher, head, longest_s
+        self.rate_hz, self.wants_words = DEFAULT_RATE_HZ, False
+        self._numbers = itertools.count(1)
+        self._items = itertools.count(1)
+        self.previous = None  # the item before
+        self._begin()
+
+    def _begin(self) -> None:
+        self.item = f"item_{next(self._items)}"
+        self.stream = self.batcher.model.stream(self.head)
+        self.resampler, self.sent, self.heard_s = None, "", 0.0
+
+    async def send(self, kind: str, **fields) -> None:
+        event = {"type": kind, "event_id": f"event_{next(self._numbers)}"} | fields
+        await self.socket.send_text(json.dumps(event, ensure_ascii=False))
+
+    def described(self) -> dict:
+        """The session as events show it."""
+        audio = {"format": {"type": "audio/pcm", "rate": self.rate_hz}, "turn_detection": None}
+        return {
+            "type": "transcription",
+            "object": "realtime.transcription_session",
+            "audio": {"input": audio},
+            "include": ["words"] if self.wants_words else None,
+        }
+
+    def update(self, session: dict) -> None:
+        """Takes a `session.update`. Refused: what this server has not."""
+        audio = (session.get("audio") or {}).get("input") or {}
+        form = audio.get("format") or {}
+        if form.get("type", "audio/pcm") != "audio/pcm":
+            raise Refused(f"the format is {form['type']!r}, expected audio/pcm", "session.audio")
+        rate = form.get("rate", self.rate_hz)
+        if not isinstance(rate, int) or not 8000 <= rate <= 96000:
+            raise Refused(f"the rate is {rate!r}, expected 8000 to 96000", "session.audio")
+        if audio.get("turn_detection") is not None:
+            raise Refused(
+                "turn_detection is not available; set it to null and commit each utterance",
+                "session.audio.input.turn_detection",
+            )
+        self.rate_hz = rate
+        self.wants_words = "words" in (session.get("include") or ())
+
+    async def append(self, audio) -> None:
+        """Takes samples into the utterance, and tells what is new."""
+        try:
+            data = base64.b64decode(audio, validate=True)
+        except (TypeError, ValueError, binascii.Error):
+            raise Refused("audio is not base64", "audio") from None
+        if len(data) % 2:
+            raise Refused(f"audio has {len(data)} bytes, expected 16-bit samples", "audio")
+        samples = np.frombuffer(data, "<i2").astype(np.float32) / 32768
+        self.heard_s += len(samples) / self.rate_hz
+        if self.heard_s > self.longest_s:
+            raise Refused(f"an utterance is at most {self.longest_s:g} s long; commit it", "audio")
+        await self._tell(await self._hear(samples, last=False))
+
+    async def _hear(self, samples: np.ndarray, last: bool):
+        model_hz = self.batcher.model.sample_rate
+        if self.rate_hz != model_hz:
+            if self.resampler is None:
+                self.resampler = soxr.ResampleStream(self.rate_hz, model_hz, 1, dtype="float32")
+            samples = self.resampler.resample_chunk(samples, last=last).reshape(-1)
+        return await asyncio.wrap_future(self.batcher.feed(self.stream, samples))
+
+    async def _tell(self, partial) -> None:
+        head = self.batcher.model.head(self.head)
+        text = partial.text
+        stable = text
+        if partial.stable < len(partial.tokens):
+            stable = head.tokenizer.decode(partial.tokens[: partial.stable])
+        # A word may still go on, so that its end is told with what comes after it.
+        stable = stable[: max(stable.rfind(" "), 0)]
+        if stable.startswith(self.sent) and len(stable) > len(self.sent):
+            delta, self.sent = stable[len(self.sent) :], stable
+            await self.send(f"{ITEM}.delta", item_id=self.item, content_index=0, delta=delta)
+        if self.wants_words:
+            words = [
+                {"word": word.text, "start": round(word.start, 3), "end": round(word.end, 3)}
+                for word in partial.words
+            ]
+            fields = {"text": text, "stable_text": stable, "words": words}
+            await self.send("transcript.partial", item_id=self.item, **fields)
+
+    async def commit(self) -> None:
+        """Ends the utterance, tells the rest of it, and begins the next."""
+        if not self.heard_s:
+            raise Refused("the input audio buffer is empty")
+        item, previous = self.item, self.previous
+        await self.send("input_audio_buffer.committed", item_id=item, previous_item_id=previous)
+        if self.resampler is not None:
+            await self._hear(np.zeros(0, np.float32), last=True)
+        found = await asyncio.wrap_future(self.batcher.feed(self.stream, None))
+        rest = found.text[len(self.sent) :] if found.text.startswith(self.sent) else ""
+        if rest:
+            await self.send(f"{ITEM}.delta", item_id=item, content_index=0, delta=rest)
+        words = [
+            {"word": word.text, "start": round(word.start, 3), "end": round(word.end, 3)}
+            for word in found.words
+        ]
+        fields = {"words": words} if self.wants_words else {}
+        await self.send(
+            f"{ITEM}.completed",
+            item_id=item,
+            content_index=0,
+            transcript=found.text,
+            usage={"type": "duration", "seconds": round(found.duration, 3)},
+            **fields,
+        )
+        self.previous = item
+        self._begin()
+
+    async def take(self, message: str) -> None:
+        """One event of the client's."""
+        try:
+            event = json.loads(message)
+            kind = event["type"]
+        except (ValueError, TypeError, KeyError, RecursionError):
+            raise Refused("an event is a JSON object with a type") from None
+        if kind in ("session.update", "transcription_session.update"):
+            session = event.get("session")
+            self.update(session if isinstance(session, dict) else {})
+            await self.send("session.updated", session=self.described())
+        elif kind == "input_audio_buffer.append":
+            await self.append(event.get("audio"))
+        elif kind == "input_audio_buffer.commit":
+            await self.commit()
+        elif kind == "input_audio_buffer.clear":
+            self._begin()
+            await self.send("input_audio_buffer.cleared")
+        else:
+            raise Refused(f"there is no event {kind!r} here", "type")
+
+
+async def serve_session(
+    socket: WebSocket, batcher: Batcher, head: str | None, longest_s: float, idle_s: float
+) -> None:
+    """Talks to one client until it leaves, or says nothing for `idle_s`."""
+    protocols = socket.scope.get("subprotocols") or ()
+    await socket.accept("realtime" if "realtime" in protocols else None)
+    try:
+        session = Session(socket, batcher, head, longest_s)
+        await session.send("session.created", session=session.described())
+        while True:
+            message = await asyncio.wait_for(socket.receive_text(), idle_s)
+            try:
+                await session.take(message)
+            except (Refused, Full) as error:
+                fields = {"type": "invalid_request_error", "message": str(error), "code": None}
+                if isinstance(error, Full):
+                    fields["type"] = "server_error"
+                fields["param"] = getattr(error, "param", None)
+                await session.send("error", error=fields)
+    except WebSocketDisconnect:
+        return
+    except TimeoutError:
+        await socket.close(1001, "nothing was said")
+    except (KeyError, ValueError) as error:  # a binary message, or a model that cannot be streamed
+        await socket.close(1003, " ".join(str(error).split())[:100])
