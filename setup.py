@@ -48,6 +48,9 @@ TRAIN = [
 ]
 EXPORT = ["onnx>=1.16", "onnxruntime>=1.18"]
 QUICKSTART = [*TRAIN, "espeakng-loader>=0.2.4"]
+MEDIA = ["av>=14"]  # PyAV: its wheels bring FFmpeg
+HUB = ["huggingface_hub>=0.30"]
+EVAL = ["whisper-normalizer>=0.1.10"]
 SERVE = ["starlette>=0.45", "uvicorn>=0.30", "python-multipart>=0.0.18", "websockets>=13"]
 LLM = ["tokenizers>=0.20"]  # Qwen's tokenizer, of Fun-ASR-Nano
 
@@ -99,11 +102,17 @@ setup(
         "export": EXPORT,
         "serve": SERVE,
         "llm": LLM,
+        "media": MEDIA,
+        "hub": HUB,
+        "eval": EVAL,
         # Triton's interpreter runs the GPU kernels' tests where there is no GPU.
         "test": [
             *QUICKSTART,
             *EXPORT,
             *SERVE,
+            *MEDIA,
+            *HUB,
+            *EVAL,
             "httpx>=0.27",
             *LLM,
             "pytest>=8",

@@ -13,6 +13,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from .formats.transcripts import escaped
+
 DTYPES = ("float32", "bfloat16", "float16", "int8")
 DEVICES = ("cpu", "cuda", "xpu", "mps")
 
@@ -84,17 +86,7 @@ def report(command: str, name: str, reason: object) -> None:
 
 def one_line(text: object) -> str:
     """A message on one line, without what would steer a terminal."""
-    return printable(" ".join(str(text).split()))
-
-
-def printable(text: str) -> str:
-    """Control characters, which a file's name may hold, as escapes; tab and newline stay."""
-    if text.isprintable():
-        return text
-    return "".join(
-        c if c in "\t\n" or not (c < " " or "\x7f" <= c < "\xa0") else f"\\x{ord(c):02x}"
-        for c in text
-    )
+    return escaped(" ".join(str(text).split()))
 
 
 def check_output(path: Path, *inputs: str | Path) -> None:

@@ -1,42 +1,34 @@
-"""Audio files to text with times: `python -m fastconformer.transcribe AUDIO... --model M`.
+"""Recordings to text with times: `python -m fastconformer.transcribe AUDIO... --model M`.
 
-    python -m fastconformer.transcribe talk.wav --model model.nemo --format srt -o talk.srt
-    python -m fastconformer.transcribe recordings/ more.flac --model FOLDER --timestamps
+    python -m fastconformer.transcribe talk.wav --model model.nemo -o talk.srt
+    python -m fastconformer.transcribe recordings/ more.m4a --model FOLDER --format text,srt -o out
     python -m fastconformer.transcribe archive/ --model FOLDER --format jsonl -o archive.jsonl
+    python -m fastconformer.transcribe call.flac --model FOLDER --channels each --format vtt
 
 AUDIO are files, folders (searched for audio, deeply), patterns in quotes ("calls/**/*.wav"), NeMo
-manifests (.jsonl, .json) and `-`: names from stdin, one a line. What cannot be read is told on
-stderr, one line each; the rest goes on, and the exit status is 1.
+manifests (.jsonl, .json) and `-`: a recording from stdin, or names, one a line. What cannot be read
+is told on stderr, one line each; the rest goes on, and the exit status is 1.
 
 Formats: `text` (several inputs: path, tab, text; with --timestamps then a line a word), `json` (all
 fields of every Transcript), `jsonl` (the same, a line a clip, written as they come: started again,
-a job that was killed goes on where it was; under torchrun the processes share the clips), `srt` and
-`vtt` (subtitles), `ctm` (NIST word times).
+a job that was killed goes on where it was, and tries again what failed; under torchrun the
+processes share the clips), `srt` and `vtt` (subtitles), `ctm` (NIST word times). The suffix of the
+output names one; several of them need a folder, or --beside.
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 from . import cli
-from .checkpoint.files import write_text
 from .cli import UsageError
 from .decoding import Confidence
-from .formats.inputs import find_clips
-from .formats.manifest import Clip
-from .formats.subtitles import (
-    CUE_LINES,
-    LINE_CHARACTERS,
-    READING_SPEED,
-    cues,
-    to_srt,
-    to_vtt,
-)
-from .formats.transcripts import to_ctm, to_json, to_text
-from .jobs.archive import processes, run_job
+from .formats.inputs import Found, find_clips, read_names
+from .formats.subtitles import CUE_LINES, LINE_CHARACTERS, READING_SPEED, cues
+from .jobs.archive import fingerprint, processes, run_job
+from .jobs.outputs import SUBTITLES, SUFFIXES, WITH_TIMES, Outputs, formats_of
 from .jobs.results import Progress
-from .jobs.rounds import transcribe_clips
+from .jobs.rounds import Channels, transcribe_clips
 from .recordings.transcript import Transcript
 
 __all__ = ["Transcript", "cues", "main"]
@@ -49,11 +41,24 @@ def parse_arguments(argv=None) -> argparse.Namespace:
         "talk.wav --model model.nemo --format srt -o talk.srt",
     )
     parser.add_argument(
-        "audio", nargs="+", metavar="AUDIO", help="file, folder, pattern, manifest, -"
+        "audio", nargs="*", metavar="AUDIO", help="file, folder, pattern, manifest, -"
+    )
+    parser.add_argument(
+        "--from-file", metavar="FILE", help="names of further recordings, one a line; - is stdin"
     )
     cli.add_model_arguments(parser)
     cli.add_decoding_arguments(parser)
     parser.add_argument("--timestamps", action="store_true", help="times of words and segments")
+    parser.add_argument(
+        "--channels",
+        type=_channels,
+        default="mix",
+        metavar="mix|each|0|1,3",
+        help="their average, or each of all or of these as a transcript of its own (%(default)s)",
+    )
+    parser.add_argument(
+        "--track", type=int, default=0, metavar="N", help="which sound of a video, from 0"
+    )
     parser.add_argument(
         "--workers", type=int, default=2, help="threads that read audio ahead (%(default)s)"
     )
@@ -67,13 +72,17 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--format",
-        choices=["text", "json", "jsonl", "srt", "vtt", "ctm"],
-        default="text",
-        help="srt, vtt and ctm imply --timestamps (%(default)s)",
+        type=_formats,
+        metavar="LIST",
+        help=f"of {', '.join(SUFFIXES)}; srt, vtt and ctm imply --timestamps (what the suffix of "
+        "-o names, else text)",
     )
     group = parser.add_argument_group("subtitles")
     group.add_argument(
-        "--line-characters", type=int, default=LINE_CHARACTERS, help="of a line (%(default)s)"
+        "--line-characters",
+        type=int,
+        default=LINE_CHARACTERS,
+        help="of a line, of which Chinese ones take two (%(default)s)",
     )
     group.add_argument("--lines", type=int, default=CUE_LINES, help="of a subtitle (%(default)s)")
     group.add_argument(
@@ -82,13 +91,41 @@ def parse_arguments(argv=None) -> argparse.Namespace:
         default=READING_SPEED,
         help="characters a second that a subtitle stays for (%(default)s)",
     )
+    group.add_argument(
+        "--highlight-words", action="store_true", help="underline each word as it is said"
+    )
     parser.add_argument(
         "-o",
         "--output",
         type=Path,
-        help="file instead of stdout; for srt and vtt of several inputs a folder, a file for each",
+        help="file instead of stdout; or a folder, for a file a recording, in the inputs' tree",
     )
-    return parser.parse_args(argv)
+    parser.add_argument(
+        "--beside", action="store_true", help="write a file beside each recording instead"
+    )
+    args = parser.parse_args(argv)
+    if not args.audio and args.from_file is None:
+        parser.error("name at least one AUDIO, or --from-file")
+    return args
+
+
+def _formats(text: str) -> tuple[str, ...]:
+    names = tuple(dict.fromkeys(text.split(",")))
+    for name in names:
+        if name not in SUFFIXES:
+            raise argparse.ArgumentTypeError(
+                f"invalid choice: {name!r} (choose from {', '.join(SUFFIXES)})"
+            )
+    return names
+
+
+def _channels(text: str) -> Channels:
+    if text in ("mix", "each"):
+        return text
+    numbers = text.split(",")
+    if not all(number.isascii() and number.isdigit() for number in numbers):
+        raise argparse.ArgumentTypeError(f"{text!r} is not mix, each, or numbers from 0: 0 or 1,3")
+    return tuple(dict.fromkeys(map(int, numbers)))
 
 
 def main(argv=None) -> int:
@@ -97,32 +134,89 @@ def main(argv=None) -> int:
 
 def run(args) -> int:
     found = find_clips(args.audio)
-    clips, problems = found.clips, found.problems
-    several = len(clips) + len(problems) > 1 or Path(args.audio[0]).is_dir()
-    subtitles = args.format in ("srt", "vtt")
-    folder = args.output if subtitles and (several or _is_folder(args.output)) else None
-    if subtitles and several and (folder is None or folder.is_file() or folder.suffix):
-        raise UsageError(
-            f"{len(clips)} recordings give as many {args.format} files; "
-            "name a folder for them with -o FOLDER"
-        )
-    if args.output and not folder:
-        cli.check_output(args.output, args.model, *args.audio, *(clip.path for clip in clips))
-    if processes()[1] > 1 and (args.format != "jsonl" or args.output is None):
+    if args.from_file is not None:
+        found.add(find_clips(read_names(args.from_file)))
+    outputs = choose_outputs(args, found)
+    is_job = outputs.formats == ("jsonl",)
+    if processes()[1] > 1 and not (is_job and args.output):
         raise UsageError("several processes need --format jsonl and -o FILE")
-    for name, reason in problems:
+    for name, reason in found.problems:
         cli.report("transcribe", name, reason)
     if found.n_skipme:
         print(f"transcribe: {found.n_skipme} lines say _skipme, left out", file=sys.stderr)
-    failed = len(problems)
-    if not clips:
+    if not found.clips:
         return 1
-    model = cli.load_model(args)
-    decoding = cli.decoding_options(args, model)
-    if args.confidence:
-        decoding["confidence"] = Confidence(args.confidence)
     if args.workers < 0:
         raise UsageError(f"--workers is {args.workers}, expected 0 or more")
+    model = cli.load_model(args)
+    options = cli.decoding_options(args, model) | {
+        "head": args.head,
+        "batch_size": args.batch_size,
+        "timestamps": args.timestamps or any(name in WITH_TIMES for name in outputs.formats),
+        "workers": args.workers,
+        "channels": args.channels,
+        "track": args.track,
+    }
+    if args.confidence:
+        options["confidence"] = Confidence(args.confidence)
+    progress = Progress(len(found.clips), None if args.output or args.beside else False)
+
+    def tell(clip, reason):
+        progress.clear()
+        cli.report("transcribe", clip.place or clip.audio, reason)
+
+    if is_job:
+        made = made_by(args, model)
+        failed = run_job(model, found.clips, args.output, made, tell, progress, **options)
+    else:
+        failed = write_all(transcribe_clips(model, found.clips, **options), outputs, tell, progress)
+    progress.close()
+    failed += len(found.problems)
+    total = len(found.clips) + len(found.problems)
+    if failed and total > 1 and processes()[0] == 0:
+        print(f"transcribe: {failed} of {total} inputs failed", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def write_all(results, outputs: Outputs, tell, progress: Progress) -> int:
+    """Writes results as they come; the number of those that failed. Where all did, nothing is
+    written: what an earlier run wrote stays."""
+    failed = written = 0
+    for clip, transcript, reason in results:
+        for note in clip.notes:
+            tell(clip, note)
+        if transcript is None:
+            tell(clip, reason)
+            failed += 1
+            continue
+        outputs.add(clip, transcript)
+        progress.add(transcript.duration)
+        written += 1
+    if written:
+        outputs.close()
+    return failed
+
+
+def choose_outputs(args, found: Found) -> Outputs:
+    """What --format, -o and --beside mean for these inputs. UsageError: they do not fit."""
+    n_inputs, output = len(found.clips) + len(found.problems), args.output
+    several = n_inputs > 1 or any(Path(name).is_dir() for name in args.audio)
+    if args.beside and output:
+        raise UsageError("--beside writes beside each recording; leave out -o")
+    try:
+        formats = formats_of(args.format, output)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    subtitles = any(name in SUBTITLES for name in formats)
+    if "jsonl" in formats and (len(formats) > 1 or args.beside or (output and output.is_dir())):
+        raise UsageError("jsonl is one file for all recordings; write it alone, with -o FILE")
+    is_folder = bool(output) and (output.is_dir() or len(formats) > 1 or (subtitles and several))
+    if not args.beside and not is_folder and (len(formats) > 1 or (subtitles and several)):
+        what = f"{len(found.clips)} recordings give as many {formats[0]} files"
+        what = "several formats are several files" if len(formats) > 1 else what
+        raise UsageError(f"{what}; name a folder for them with -o FOLDER")
+    if is_folder and not output.is_dir() and (output.exists() or output.suffix):
+        raise UsageError(f"-o {output} is no folder; name one for all files with -o FOLDER")
     limits = {
         "line_characters": args.line_characters,
         "lines": args.lines,
@@ -130,85 +224,38 @@ def run(args) -> int:
     }
     if subtitles and not all(value >= 1 for value in limits.values()):
         raise UsageError("--line-characters, --lines and --reading-speed are at least 1")
-    decoding |= {
-        "head": args.head,
-        "batch_size": args.batch_size,
-        "timestamps": args.timestamps or args.format in ("srt", "vtt", "ctm"),
-        "workers": args.workers,
-    }
-    if args.format == "jsonl":
-        failed += run_job(model, clips, args.output, _report_clip, **decoding)
-        return 1 if failed else 0
-    progress = Progress(len(clips), False if args.output is None else None)
-    results = transcribe_clips(model, clips, **decoding)
-    names = _Names()
-    pieces, objects = [], []
-    for clip, transcript, reason in results:
-        if transcript is None:
-            _report_clip(clip, reason)
-            failed += 1
-            continue
-        progress.add(transcript.duration)
-        if args.format == "json":
-            section = {} if clip.offset_s is None else {"offset": clip.offset_s}
-            objects.append(to_json(transcript, audio=clip.audio, **section))
-        elif args.format == "ctm":
-            name = names.of_recording(clip.path)
-            pieces.append(to_ctm(transcript, name, clip.offset_s or 0.0))
-        elif subtitles:
-            text = {"srt": to_srt, "vtt": to_vtt}[args.format](transcript, **limits)
-            if folder:
-                folder.mkdir(parents=True, exist_ok=True)
-                write_text(folder / f"{names.fresh(clip.path.stem)}.{args.format}", text)
-            else:
-                pieces.append(text)
-        else:
-            pieces.append(to_text(transcript, clip.audio if several else None))
-            if args.output is None:  # a long run shows what it has
-                print(pieces.pop(), end="", flush=True)
-    progress.close()
-    total = len(clips) + len(problems)
-    if failed and total > 1:
-        print(f"transcribe: {failed} of {total} inputs failed", file=sys.stderr)
-    if failed == total:  # nothing to write: what an earlier run wrote stays
-        return 1
-    if args.format == "json":
-        lines = (json.dumps(item, ensure_ascii=False, allow_nan=False) for item in objects)
-        pieces.append("[\n" + ",\n".join(lines) + "\n]\n")
-    if args.output is None:
-        print("".join(pieces), end="", flush=True)
-    elif not folder:
-        write_text(args.output, "".join(pieces))
-    return 1 if failed else 0
+    named = several or args.channels != "mix"
+    folder = is_folder or args.beside
+    outputs = Outputs(
+        formats,
+        output,
+        is_folder=is_folder,
+        beside=args.beside,
+        named=named,
+        timed=args.timestamps,
+        highlight=args.highlight_words,
+        limits=limits,
+    )
+    inputs = [args.model, *args.audio, *(clip.path for clip in found.clips)]
+    if output and not folder:
+        cli.check_output(output, *inputs)
+    for path in outputs.paths(found.clips) if folder else ():
+        if args.beside and path.exists():
+            raise UsageError(f"{path} is there already; move it, or name a folder with -o FOLDER")
+        if path.exists():
+            cli.check_output(path, *inputs)
+    return outputs
 
 
-class _Names:
-    """Names of recordings in a CTM or a folder: file stems, numbered where they repeat."""
-
-    def __init__(self):
-        self.taken: set[str] = set()
-        self.recordings: dict[Path, str] = {}
-
-    def fresh(self, stem: str) -> str:
-        name, number = stem, 1
-        while name in self.taken:
-            number += 1
-            name = f"{stem}-{number}"
-        self.taken.add(name)
-        return name
-
-    def of_recording(self, path: Path) -> str:
-        if path not in self.recordings:
-            self.recordings[path] = self.fresh(path.stem)
-        return self.recordings[path]
-
-
-def _is_folder(path: Path | None) -> bool:
-    return path is not None and path.is_dir()
-
-
-def _report_clip(clip: Clip, reason: str) -> None:
-    cli.report("transcribe", clip.place or clip.audio, reason)
+def made_by(args, model) -> dict:
+    """What the lines of a job tell of the model and of the options that change a text."""
+    names = ("dtype", "beam", "lm", "lm_weight", "lm_bonus", "boost", "boost_weight", "languages")
+    names += ("long", "window_s", "timestamps", "confidence", "track", "channels")
+    given = {name: getattr(args, name) for name in names}
+    given = {name: str(v) if isinstance(v, Path) else v for name, v in given.items()}
+    options = {name: list(v) if isinstance(v, tuple) else v for name, v in given.items() if v}
+    head = args.head or model.heads[0]
+    return {"model": args.model, "model_id": fingerprint(model), "head": head, "options": options}
 
 
 if __name__ == "__main__":

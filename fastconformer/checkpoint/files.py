@@ -6,6 +6,25 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+try:
+    import fcntl
+except ModuleNotFoundError:  # Windows
+    fcntl = None
+
+
+ESCAPES = "backslashreplace"  # a file's name may hold bytes that are no text; in JSON it stays one
+
+
+@contextmanager
+def naming_file(path: Path) -> Iterator[None]:
+    """An OSError inside names this file: a full disk does not say which it was."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
@@ -13,14 +32,11 @@ def atomic_file(path: Path) -> Iterator[Path]:
     well, and gone otherwise."""
     temporary = path.with_name(f".{path.name}.tmp")  # a killed run's is written over
     try:
-        yield temporary
-        sync(temporary)
-        os.replace(temporary, path)
-        sync(path.parent)  # the rename, too
-    except OSError as error:
-        if error.filename is None:  # a full disk does not say which file it was
-            raise OSError(error.errno, error.strerror, str(path)) from error
-        raise
+        with naming_file(path):
+            yield temporary
+            sync(temporary)
+            os.replace(temporary, path)
+            sync(path.parent)  # the rename, too
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -28,8 +44,29 @@ def atomic_file(path: Path) -> Iterator[Path]:
 def write_text(path: Path, text: str) -> None:
     """Writes a file whole or not at all, in UTF-8. Raises OSError."""
     with atomic_file(path) as temporary:
-        # a file's name may hold bytes that are no text: as escapes, in JSON too
-        temporary.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
+        temporary.write_text(text, encoding="utf-8", errors=ESCAPES, newline="\n")
+
+
+@contextmanager
+def only_process(path: Path) -> Iterator[None]:
+    """ValueError where another process writes this file; it is made if it is not there, and taken
+    away again if nothing was written. The lock ends with its process, however that ends."""
+    is_new = not path.exists()
+    with open(path, "a") as file:
+        try:
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise ValueError(
+                f"{path}: another process is writing it; wait for it, or name another file"
+            ) from None
+        except OSError:  # a disk that knows no locks
+            pass
+        try:
+            yield
+        finally:
+            if is_new and path.exists() and path.stat().st_size == 0:
+                path.unlink()
 
 
 @contextmanager

@@ -45,6 +45,10 @@ class Clip:
     manifest: str | None = None
     line: int | None = None  # from 1
     others: dict = field(default_factory=dict, compare=False, repr=False)
+    folder: Path | None = field(default=None, compare=False)  # that was searched for it
+    n_channels: int | None = field(default=None, compare=False)  # of those that are taken apart
+    content: bytes | None = field(default=None, repr=False)  # of what is no file
+    notes: tuple[str, ...] = field(default=(), compare=False)  # what is odd about the recording
 
     @property
     def place(self) -> str | None:

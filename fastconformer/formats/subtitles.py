@@ -22,22 +22,74 @@ LEAST_CUE_SECONDS = 0.002  # whatever the times: players drop a cue that ends wh
 def to_srt(transcript: "Transcript", **limits) -> str:
     """SubRip subtitles; empty for an empty text. `limits`: see `cues`. ValueError: the transcript
     has no times."""
-    blocks = [
-        f"{number}\n{_clock(cue.start, ',')} --> {_clock(cue.end, ',')}\n{cue.text}\n"
-        for number, cue in enumerate(cues(transcript, **limits), start=1)
-    ]
-    return "\n".join(blocks)
+    return subtitles_of([("", transcript)], "srt", **limits)
 
 
 def to_vtt(transcript: "Transcript", **limits) -> str:
     """WebVTT subtitles. `limits`: see `cues`. ValueError: the transcript has no times."""
-    blocks = ["WEBVTT\n"]
-    blocks += [
-        f"{_clock(cue.start, '.')} --> {_clock(cue.end, '.')}\n"
-        f"{html.escape(cue.text, quote=False)}\n"
-        for cue in cues(transcript, **limits)
+    return subtitles_of([("", transcript)], "vtt", **limits)
+
+
+def _srt(found: list[Span]) -> str:
+    """SubRip of cues whose texts are ready."""
+    blocks = [
+        f"{number}\n{_clock(cue.start, ',')} --> {_clock(cue.end, ',')}\n{cue.text}\n"
+        for number, cue in enumerate(found, start=1)
     ]
     return "\n".join(blocks)
+
+
+def _vtt(found: list[Span]) -> str:
+    """WebVTT of cues whose texts are ready."""
+    blocks = [f"{_clock(cue.start, '.')} --> {_clock(cue.end, '.')}\n{cue.text}\n" for cue in found]
+    return "\n".join(["WEBVTT\n", *blocks])
+
+
+def _escape(text: str) -> str:
+    """What WebVTT would take for markup."""
+    return html.escape(text, quote=False)
+
+
+def subtitles_of(
+    parts: list[tuple[str, "Transcript"]], style: str, highlight: bool = False, **limits
+) -> str:
+    """Subtitles ("srt" or "vtt") of one recording: of each channel (its name, or "", transcript).
+
+    Several are merged by time, and each cue says whose it is. `highlight`: a cue for each word,
+    in which that word is underlined.
+    """
+    mark = _escape if style == "vtt" else str
+    found = []
+    for name, transcript in parts:
+        told = f"<v {_escape(name)}>" if style == "vtt" else f"{name}: "
+        for cue in cues(transcript, **limits):
+            spans = _highlighted(cue, transcript, mark) if highlight else [cue]
+            for span in spans:
+                text = span.text if highlight else mark(span.text)
+                found.append(Span(f"{told if name else ''}{text}", span.start, span.end))
+    found.sort(key=lambda cue: (cue.start, cue.end))
+    return _vtt(found) if style == "vtt" else _srt(found)
+
+
+def _highlighted(cue: Span, transcript: "Transcript", mark) -> list[Span]:
+    """The cue once for each of its words, that word underlined, until the next one begins."""
+    words = [w for w in transcript.words if w.text.strip() and cue.start <= w.start < cue.end]
+    places, at = [], 0
+    for word in words:  # where each stands in the cue's lines
+        at = cue.text.find(word.text, at)
+        if at < 0:
+            return [Span(mark(cue.text), cue.start, cue.end)]
+        places.append(at)
+        at += len(word.text)
+    spans = []
+    for k, (word, at) in enumerate(zip(words, places)):
+        end = at + len(word.text)
+        text = f"{mark(cue.text[:at])}<u>{mark(word.text)}</u>{mark(cue.text[end:])}"
+        start = cue.start if k == 0 else word.start
+        until = words[k + 1].start if k + 1 < len(words) else cue.end
+        if until > start:
+            spans.append(Span(text, start, until))
+    return spans or [Span(mark(cue.text), cue.start, cue.end)]
 
 
 def cues(

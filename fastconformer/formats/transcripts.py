@@ -7,22 +7,34 @@ if TYPE_CHECKING:
     from ..recordings.transcript import Transcript
 
 
+def escaped(text: str) -> str:
+    """Control characters, which a file's name may hold, as escapes; tab and newline stay."""
+    if text.isprintable():
+        return text
+    return "".join(
+        c if c in "\t\n" or not (c < " " or "\x7f" <= c < "\xa0") else f"\\x{ord(c):02x}"
+        for c in text
+    )
+
+
 def to_text(transcript: "Transcript", name: str | None = None) -> str:
     """The text on a line, after `name` and a tab if there is a name. Where words have times, one
     line for each follows: start, end (seconds), word, after tabs where there is a name."""
     prefix = "" if name is None else "\t"
-    lines = [f"{name or ''}{prefix}{transcript.text}"]
+    name = escaped(name or "").replace("\n", "\\n").replace("\t", "\\t")
+    lines = [f"{name}{prefix}{transcript.text}"]
     lines += [f"{prefix}{w.start:.2f}\t{w.end:.2f}\t{w.text}" for w in transcript.words or ()]
     return "\n".join(lines) + "\n"
 
 
-def to_ctm(transcript: "Transcript", name: str, offset_s: float = 0.0) -> str:
-    """NIST CTM, a line a word: `name 1 start duration word`, seconds counted from the start of the
-    recording, in which the clip begins at `offset_s`. ValueError: the transcript has no times."""
+def to_ctm(transcript: "Transcript", name: str, offset_s: float = 0.0, channel: int = 1) -> str:
+    """NIST CTM, a line a word: `name channel start duration word`, seconds counted from the start
+    of the recording, in which the clip begins at `offset_s`; channels from 1. ValueError: the
+    transcript has no times."""
     need_times(transcript)
-    name = "_".join(name.split()) or "-"
+    name = escaped("_".join(name.split()) or "-")
     return "".join(
-        f"{name} 1 {offset_s + w.start:.3f} {max(w.end - w.start, 0):.3f} {w.text}\n"
+        f"{name} {channel} {offset_s + w.start:.3f} {max(w.end - w.start, 0):.3f} {w.text}\n"
         for w in transcript.words
         if w.text.strip()
     )

@@ -1,10 +1,13 @@
-"""A transcription job over an archive: a JSON line a clip, appended as they come, resumable.
+"""A transcription job over an archive: a JSON line a clip, written as they are done, resumable.
 
-Clips that already have a line are not transcribed again. Under torchrun each process has every n-th
-clip and a file of its own, which the first process merges at the end, in the order of the clips.
+A line holds the transcript, or the reason why there is none, with the model and the options. Clips
+that have a transcript are not transcribed again; those that failed are. Under torchrun, on one
+machine or on several that share the disk, each process has every n-th clip and a file of its own,
+which the first process merges at the end, in the order of the clips.
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import sys
@@ -12,8 +15,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..checkpoint.files import ESCAPES, naming_file, only_process
 from ..formats.manifest import Clip
-from ..formats.transcripts import to_json
+from .outputs import json_line, naming
 from .results import Progress, all_results, merge_results, part_path, read_results
 from .rounds import transcribe_clips
 
@@ -30,58 +34,112 @@ def run_job(
     model: "ASRModel",
     clips: list[Clip],
     output: Path | None,
-    on_failure: Callable[[Clip, str], None],
+    made_by: dict,
+    on_told: Callable[[Clip, str], None],
+    progress: Progress,
     **options,
 ) -> int:
-    """Appends a line to `output` (None: stdout) for each clip that has none; returns the number of
-    clips that failed. `options`: see `transcribe_clips`.
+    """Appends a line to `output` (None: stdout) for each clip that has no transcript there; returns
+    how many have none at the end.
 
-    Every process of several takes its share and waits for the others, the first then merges.
+    made_by: the model and the options, as the lines tell them; on_told: called with each failure
+    and each note; options: see `transcribe_clips`. ValueError: another process is writing there, or
+    what is there was made by another model or with other options.
     """
+    if output is None:
+        return _append(model, clips, sys.stdout, made_by, on_told, progress, options)
     rank, world_size = processes()
-    keys = list(dict.fromkeys(map(_key, clips)))
-    clips = list({_key(clip): clip for clip in reversed(clips)}.values())[::-1]
-    done = {} if output is None else all_results(output, mend=world_size == 1)
-    if world_size > 1:
-        import torch.distributed as dist
-
-        dist.init_process_group("gloo")
-        dist.barrier()  # everyone has read what was there before anyone writes
-    waiting = [clip for clip in clips if _key(clip) not in done]
-    if len(waiting) < len(clips) and rank == 0:
-        n_done = len(clips) - len(waiting)
-        print(f"transcribe: {n_done} of {len(clips)} clips are in {output}", file=sys.stderr)
-    waiting = waiting[rank::world_size]
-    progress, failed = Progress(len(waiting), False if output is None else None), 0
+    part = part_path(output, rank, world_size)
     with contextlib.ExitStack() as stack:
-        out = sys.stdout
-        if output is not None:
-            part = part_path(output, rank, world_size)
-            read_results(part, mend=True)
-            out = stack.enter_context(open(part, "a", encoding="utf-8", errors="backslashreplace"))
-        for clip, transcript, reason in transcribe_clips(model, waiting, **options):
-            if transcript is None:
-                on_failure(clip, reason)
-                failed += 1
-                continue
-            section = {}
-            if clip.offset_s is not None:
-                section = {"offset": clip.offset_s, "clip_duration": clip.duration_s}
-            fields = {"audio": clip.audio, "path": str(clip.path)} | section
-            line = json.dumps(to_json(transcript, **fields), ensure_ascii=False, allow_nan=False)
-            print(line, file=out, flush=True)
-            progress.add(transcript.duration)
-    progress.close()
-    if world_size > 1:
-        failed = _sum_of_all(failed)  # also waits for all
         if rank == 0:
-            merge_results(output, keys)
-        dist.destroy_process_group()
-    elif output is not None and any(output.parent.glob(f"{output.name}.part-*")):
-        merge_results(output, keys)  # of processes that were killed
-    if failed and rank == 0:
-        print(f"transcribe: {failed} of {len(clips)} inputs failed", file=sys.stderr)
+            stack.enter_context(only_process(output))
+        if part != output:
+            stack.enter_context(only_process(part))
+        clips = list({_key(clip): clip for clip in reversed(clips)}.values())[::-1]
+        done = all_results(output, mend=world_size == 1)
+        _check_same(output, done, made_by)
+        there = _transcribed(done)
+        waiting = [clip for clip in clips if _key(clip) not in there]
+        if len(waiting) < len(clips) and rank == 0:
+            n_done = len(clips) - len(waiting)
+            print(f"transcribe: {n_done} of {len(clips)} clips are in {output}", file=sys.stderr)
+        if world_size > 1:
+            import torch.distributed as dist
+
+            dist.init_process_group("gloo")
+            dist.barrier()  # everyone has read what was there before anyone writes
+        waiting = waiting[rank::world_size]
+        progress.n_clips = len(waiting)
+        read_results(part, mend=True)
+        with naming_file(part), open(part, "a", encoding="utf-8", errors=ESCAPES) as out:
+            failed = _append(model, waiting, out, made_by, on_told, progress, options)
+        if world_size > 1:
+            failed = _sum_of_all(failed)  # also waits for all
+        if rank == 0:
+            merge_results(output, [_key(clip) for clip in clips])
+        if world_size > 1:
+            dist.destroy_process_group()
     return failed
+
+
+def _append(model, clips, out, made_by, on_told, progress, options) -> int:
+    """Writes a line for each of these clips; the number of those that failed."""
+    failed = 0
+    for clip, transcript, reason in transcribe_clips(model, clips, in_order=False, **options):
+        for note in clip.notes:
+            on_told(clip, note)
+        fields = {"path": str(clip.path)}
+        if clip.offset_s is not None:
+            fields["clip_duration"] = clip.duration_s
+        if transcript is None:
+            on_told(clip, reason)
+            failed += 1
+            line = json.dumps(naming(clip) | fields | {"error": reason} | made_by)
+        else:
+            line = json_line(clip, transcript, **fields, **made_by)
+            progress.add(transcript.duration)
+        print(line, file=out, flush=True)
+    return failed
+
+
+def fingerprint(model: "ASRModel") -> str:
+    """What tells two models apart, wherever their files lie: a digest of the config and of some
+    values of each tensor."""
+    digest = hashlib.sha256(json.dumps(model.config.nemo, sort_keys=True, default=str).encode())
+    for name, tensor in model.named_parameters():
+        some = tensor.detach().flatten()[:16].float().cpu()
+        digest.update(name.encode() + some.numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
+def _check_same(output: Path, done: dict[tuple, str], made_by: dict) -> None:
+    for line in done.values():
+        found = json.loads(line)
+        for name in ("model_id", "head", "options"):
+            if name in found and name in made_by and found[name] != made_by[name]:
+                raise ValueError(
+                    f"{output} holds transcripts with {name} {_short(found[name])}, this is "
+                    f"{_short(made_by[name])}; name another file with -o"
+                )
+
+
+def _short(value) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _key(clip: Clip) -> tuple:
+    return str(clip.path), clip.offset_s, None if clip.offset_s is None else clip.duration_s
+
+
+def _transcribed(done: dict[tuple, str]) -> set[tuple]:
+    """Keys of clips that have a transcript; of all channels, where they are apart."""
+    n_missing: dict[tuple, int] = {}
+    for key, line in done.items():
+        result = json.loads(line)
+        if "error" not in result:
+            clip = key[:3]
+            n_missing[clip] = n_missing.get(clip, result.get("n_channels", 1)) - 1
+    return {key for key, number in n_missing.items() if number <= 0}
 
 
 def _sum_of_all(number: int) -> int:
@@ -91,7 +149,3 @@ def _sum_of_all(number: int) -> int:
     total = torch.tensor(number)
     dist.all_reduce(total)
     return int(total)
-
-
-def _key(clip: Clip) -> tuple:
-    return str(clip.path), clip.offset_s, None if clip.offset_s is None else clip.duration_s

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from ..checkpoint.files import atomic_file
+from ..checkpoint.files import write_text
 
 
 def read_results(path: Path, mend: bool = False) -> dict[tuple, str]:
@@ -42,8 +42,10 @@ def read_results(path: Path, mend: bool = False) -> dict[tuple, str]:
 
 
 def key_of(result: dict) -> tuple:
-    """What names a clip in a results file: its path, and its section."""
-    return result["path"], result.get("offset"), result.get("clip_duration")
+    """What names a clip in a results file: its path, its section, its channel."""
+    channel = result.get("channel")
+    channel = tuple(channel) if isinstance(channel, list) else channel
+    return result["path"], result.get("offset"), result.get("clip_duration"), channel
 
 
 def part_path(path: Path, rank: int, world_size: int) -> Path:
@@ -60,15 +62,22 @@ def all_results(path: Path, mend: bool = False) -> dict[tuple, str]:
 
 
 def merge_results(path: Path, keys: Iterable[tuple]) -> int:
-    """One file of all parts, in the order of `keys`, then whatever else was there; the parts go.
-    Returns the number of lines."""
+    """One file of all parts, in the order of the clips' `keys` (channels in theirs), then whatever
+    else was there; the parts go. Returns the number of lines."""
     lines = all_results(path)
-    ordered = {key: lines.pop(key) for key in keys if key in lines} | lines
-    with atomic_file(path) as temporary:
-        temporary.write_text("".join(ordered.values()), encoding="utf-8")
+    places = {key: place for place, key in enumerate(keys)}
+    whole = {key[:3] for key in lines if key[3] is not None and key[:3] in places}
+    for clip in whole:  # a recording that could not be read, and then was, channel by channel
+        lines.pop((*clip, None), None)
+    order = sorted(
+        lines, key=lambda key: (places.get(key[:3], len(places)), key[3] is not None, key[3] or 0)
+    )
+    text = "".join(lines[key] for key in order)
+    if not path.exists() or path.read_text(encoding="utf-8") != text:
+        write_text(path, text)
     for part in path.parent.glob(f"{path.name}.part-*-of-*"):
         part.unlink()
-    return len(ordered)
+    return len(order)
 
 
 class Progress:
@@ -78,6 +87,7 @@ class Progress:
         self.n_clips, self.done, self.seconds = n_clips, 0, 0.0
         self.live = sys.stderr.isatty() if show is None else show
         self.started = self.printed = time.monotonic()
+        self.line_is_open = False
 
     def add(self, audio_s: float) -> None:
         self.done += 1
@@ -85,6 +95,13 @@ class Progress:
         if self.live and time.monotonic() - self.printed > 0.5:
             self.printed = time.monotonic()
             print(f"\r\033[K{self}", end="", file=sys.stderr, flush=True)
+            self.line_is_open = True
+
+    def clear(self) -> None:
+        """Takes the line away, before another is printed."""
+        if self.line_is_open:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+            self.line_is_open = False
 
     def close(self) -> None:
         if self.live:

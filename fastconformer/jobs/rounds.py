@@ -1,14 +1,15 @@
-"""Many recordings through a model: read ahead by threads, sorted into batches, given in order."""
+"""Recordings through a model: read ahead by threads, sorted into batches, told as they are done."""
 
+import dataclasses
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from ..audio.files import load_audio
+from ..audio.files import read_audio
 from ..formats.manifest import Clip
 
 if TYPE_CHECKING:
@@ -16,6 +17,26 @@ if TYPE_CHECKING:
     from ..recordings.transcript import Transcript
 
 ROUND_SECONDS = 3600.0  # of audio that is read into memory and sorted at a time
+ROUND_BATCHES = 16  # of clips, at most, in a round; the first rounds are shorter
+
+Channels = str | tuple[int, ...]  # "mix", "each", or the numbers of those that are taken, from 0
+
+
+class Result(NamedTuple):
+    """A clip with its transcript, or with the reason why it has none. Of a recording whose channels
+    are taken apart there is one for each, with a clip that names it."""
+
+    clip: Clip
+    transcript: "Transcript | None"
+    reason: str
+
+
+class Read(NamedTuple):
+    """A clip as the threads read it: samples, or the reason why there are none."""
+
+    clip: Clip
+    samples: np.ndarray | None
+    reason: str
 
 
 def transcribe_clips(
@@ -25,57 +46,94 @@ def transcribe_clips(
     batch_size: int = 16,
     timestamps: bool = False,
     workers: int = 2,
+    channels: Channels = "mix",
+    track: int = 0,
+    in_order: bool = True,
     **options,
-) -> Iterator[tuple[Clip, "Transcript | None", str]]:
-    """(clip, transcript, "") of each clip in order, or (clip, None, reason) where it has no text.
+) -> Iterator[Result]:
+    """The result of each clip, in order, or else (`in_order`) as its batch is done.
 
-    `workers` threads read about an hour of audio ahead; it is sorted by length into batches of at
-    most `batch_size` clips. `options`: see `ASRModel.transcribe`.
+    `workers` threads read ahead, at first a batch and then up to an hour of audio; it is sorted by
+    length into batches of at most `batch_size` clips. `channels` holds where a clip names none; a
+    clip that names several gets their average. `track` is the sound of a video that is taken. What
+    is odd about a recording stands in its clip's `notes`. `options`: see `ASRModel.transcribe`.
     """
     options = {"head": head, "timestamps": timestamps} | options
+    n_rounds = 0
 
-    def read(clip: Clip) -> tuple[Clip, np.ndarray | None, str]:
-        duration_s = None if clip.offset_s is None else clip.duration_s
-        try:
-            samples = load_audio(clip.path, model.sample_rate, clip.offset_s or 0.0, duration_s)
-            return clip, samples, ""
-        except (OSError, ValueError) as error:
-            return clip, None, str(error)
+    def full(round_: list[list[Read]]) -> bool:
+        reads = [read for several in round_ for read in several]
+        n_samples = sum(len(read.samples) for read in reads if read.samples is not None)
+        most = min(2**n_rounds, ROUND_BATCHES) * batch_size
+        return n_samples >= ROUND_SECONDS * model.sample_rate or len(reads) >= most
 
-    def full(round_) -> bool:
-        n_samples = sum(len(samples) for _, samples, _ in round_ if samples is not None)
-        return n_samples >= ROUND_SECONDS * model.sample_rate or len(round_) >= 16 * batch_size
+    def read(clip: Clip) -> list[Read]:
+        return _read(clip, model.sample_rate, channels, track)
 
     for round_ in read_ahead(clips, read, full, workers):
-        yield from _transcribe_round(model, round_, batch_size, options)
+        n_rounds += 1
+        reads = [read for several in round_ for read in several]
+        done: dict[int, Result] = {}
+        told = 0
+        for found in _transcribe_round(model, reads, batch_size, options):
+            if not in_order:
+                yield from found.values()
+                continue
+            done |= found
+            while told in done:
+                yield done.pop(told)
+                told += 1
 
 
-def _transcribe_round(model, round_, batch_size, options):
-    results = {k: (None, reason) for k, (_, _, reason) in enumerate(round_) if reason}
-    order = sorted(
-        (k for k in range(len(round_)) if k not in results), key=lambda k: -len(round_[k][1])
-    )
+def _read(clip: Clip, sample_rate_hz: int, channels: Channels, track: int) -> list[Read]:
+    duration_s = None if clip.offset_s is None else clip.duration_s
+    apart = clip.channel is None and channels != "mix"
+    wanted = clip.channel if channels in ("mix", "each") or clip.channel else channels
+    try:
+        audio = read_audio(
+            clip.path if clip.content is None else clip.content,
+            *(sample_rate_hz, clip.offset_s or 0.0, duration_s, wanted, apart, track),
+        )
+    except (OSError, ValueError) as error:
+        return [Read(clip, None, str(error))]
+    clip = dataclasses.replace(clip, notes=tuple(audio.notes))
+    if not apart:
+        return [Read(clip, audio.samples, "")]
+    numbers = wanted or range(len(audio.samples))
+    reads = [
+        Read(dataclasses.replace(clip, channel=(number,), n_channels=len(numbers)), samples, "")
+        for number, samples in zip(numbers, audio.samples)
+    ]
+    later = [dataclasses.replace(read.clip, notes=()) for read in reads[1:]]  # said once
+    return reads[:1] + [read._replace(clip=clip) for read, clip in zip(reads[1:], later)]
+
+
+def _transcribe_round(model, reads: list[Read], batch_size: int, options) -> Iterator[dict]:
+    """{place in the round: result} of those that could not be read, then of each batch."""
+    yield {
+        k: Result(read.clip, None, read.reason)
+        for k, read in enumerate(reads)
+        if read.samples is None
+    }
+    order = [k for k, read in enumerate(reads) if read.samples is not None]
+    order.sort(key=lambda k: -len(reads[k].samples))
     for first in range(0, len(order), batch_size):
         batch = order[first : first + batch_size]
-        results |= _transcribe_batch(model, batch, round_, options)
-    for k, (clip, _, _) in enumerate(round_):
-        yield clip, *results[k]
+        found = _transcribe_batch(model, [reads[k] for k in batch], options)
+        yield dict(zip(batch, found, strict=True))
 
 
-def _transcribe_batch(model, batch, round_, options):
+def _transcribe_batch(model, reads: list[Read], options) -> list[Result]:
     try:
-        samples = [round_[k][1] for k in batch]
-        own = own_prompts(model, [round_[k][0] for k in batch], options)
-        transcripts = model.transcribe(samples, batch_size=len(batch), **options, **own)
+        samples = [read.samples for read in reads]
+        own = own_prompts(model, [read.clip for read in reads], options)
+        transcripts = model.transcribe(samples, batch_size=len(reads), **options, **own)
     except (RuntimeError, ValueError) as error:  # out of memory, mostly: then one by one
-        if len(batch) == 1:
+        if len(reads) == 1:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            return {batch[0]: (None, f"transcription failed: {reason}")}
-        results = {}
-        for k in batch:
-            results |= _transcribe_batch(model, [k], round_, options)
-        return results
-    return {k: (transcript, "") for k, transcript in zip(batch, transcripts, strict=True)}
+            return [Result(reads[0].clip, None, f"transcription failed: {reason}")]
+        return [result for read in reads for result in _transcribe_batch(model, [read], options)]
+    return [Result(read.clip, t, "") for read, t in zip(reads, transcripts, strict=True)]
 
 
 def own_prompts(model: "ASRModel", clips: list[Clip], options: dict) -> dict:

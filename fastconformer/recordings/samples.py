@@ -5,17 +5,26 @@ import os
 import numpy as np
 import torch
 
-from ..audio.files import load_audio
+from ..audio.files import load_audio, resample
 
 
 def read_samples(item, sample_rate_hz: int) -> np.ndarray:
-    """A path, or mono samples (numpy or torch, float in [-1, 1] or int16) -> (L,) float32 or int16.
+    """A path, a recording's bytes, a binary file, mono samples (numpy or torch, float in [-1, 1] or
+    int16), or a pair (samples, their rate in Hz) -> (L,) float32 or int16.
 
     Raises:
         ValueError, FileNotFoundError: unreadable, empty, not finite, or not one-dimensional.
     """
-    if isinstance(item, (str, os.PathLike)):
+    if isinstance(item, (str, os.PathLike, bytes, bytearray, memoryview)) or hasattr(item, "read"):
         return load_audio(item, sample_rate_hz)
+    if isinstance(item, tuple):
+        samples, rate_hz = item
+        samples = read_samples(samples, sample_rate_hz)
+        if rate_hz == sample_rate_hz:
+            return samples
+        if samples.dtype == np.int16:
+            samples = samples / np.float32(32768)
+        return resample(samples, rate_hz, sample_rate_hz)
     if isinstance(item, torch.Tensor):
         item = item.detach().cpu()
         item = (item.float() if item.dtype == torch.bfloat16 else item).numpy()

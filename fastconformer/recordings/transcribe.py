@@ -34,13 +34,15 @@ def transcribe(
     memory_gb: float | None = None,
     window_s: float | None = None,
     look_ahead: int | None = None,
+    errors: str = "raise",
     **decoding,
 ) -> list[Transcript]:
     """Text of each input, in their order. Threads may call it together.
 
     Args:
-        inputs: paths, or mono sample arrays at `sample_rate` (numpy or torch, float in [-1, 1]
-            or int16); a single one is taken as a list of one.
+        inputs: paths, bytes or binary files of recordings, mono sample arrays at `sample_rate`
+            (numpy or torch, float in [-1, 1] or int16), or pairs (samples, their rate in Hz); a
+            single one is taken as a list of one.
         head: one of `model.heads`; None: the model's default.
         batch_size: most clips per pass; clips of similar length go together.
         timestamps: also give words and segments with times.
@@ -61,6 +63,8 @@ def transcribe(
             all that is longer: for full attention that was trained on clips no longer.
         look_ahead: in encoder frames, one of a streaming checkpoint's att_context_size; None: the
             first.
+        errors: "raise", or "keep": an input that cannot be read gets a Transcript with an empty
+            text and its `error`.
         decoding: fields of DecodingOptions (beam, lm, lm_weight, boost, allow, confidence ...) and
             slots of the head's prompt (source_lang, target_lang, pnc, prompt; language, hotwords
             ...), see its `asked`.
@@ -84,9 +88,16 @@ def transcribe(
         raise ValueError(f"window_s is {window_s}, expected seconds, more than 0")
     if long not in longform.MODES:
         raise ValueError(f"long is {long!r}, expected one of {', '.join(longform.MODES)}")
-    if isinstance(inputs, (str, os.PathLike, np.ndarray, torch.Tensor)):
+    if errors not in ("raise", "keep"):
+        raise ValueError(f"errors is {errors!r}, expected raise or keep")
+    if isinstance(inputs, (str, os.PathLike, bytes, np.ndarray, torch.Tensor)) or hasattr(
+        inputs, "read"
+    ):
         inputs = [inputs]
     rate, device, dtype = model.sample_rate, model.device, model.dtype
+    if errors == "keep":
+        arguments = head, batch_size, timestamps, min_duration_s, long, memory_gb, window_s
+        return _keep_errors(model, inputs, *arguments, **decoding)
     whole = [read_samples(item, rate) for item in inputs]
     cuts, overlap = [[(0, len(clip))] for clip in whole], False
     if long == "quiet" or (chosen.longest_s is not None and long != "full"):
@@ -152,6 +163,27 @@ def transcribe(
             frame_s, duration_s = model.config.frame_seconds, len(clip) / rate
             results.append(join_pieces(of_clip, starts_s, frame_s, duration_s))
     return results
+
+
+def _keep_errors(model, inputs, head, *arguments, **options) -> list[Transcript]:
+    """`transcribe` of what can be read; an empty Transcript with its `error` for the rest."""
+    read = []
+    for item in inputs:
+        try:
+            read.append(read_samples(item, model.sample_rate))
+        except (ValueError, OSError) as error:
+            read.append(str(error))
+    good = [item for item in read if not isinstance(item, str)]
+    prompts = options.get("prompt")
+    if isinstance(prompts, list) and len(prompts) == len(read):  # one for each input
+        options["prompt"] = [p for p, item in zip(prompts, read) if not isinstance(item, str)]
+    found = iter(transcribe(model, good, head, *arguments, **options))
+    return [
+        Transcript("", [], [], None, None, None, 0.0, head, 0.0, error=item)
+        if isinstance(item, str)
+        else next(found)
+        for item in read
+    ]
 
 
 def _encode_batch(model, features: torch.Tensor, lengths: torch.Tensor):

@@ -22,7 +22,8 @@ class Transcript:
     RNNT); words and segments: times in seconds, None unless asked for; score: log-probability of
     the path that was taken; head: which head spoke; duration: the clip's seconds; confidences: of
     each token, None unless asked for (words then have theirs); retries: stretches of speech over
-    which the head had gone silent, with the text that a second try found there.
+    which the head had gone silent, with the text that a second try found there; error: why there
+    is no text, where that was asked for.
     """
 
     text: str
@@ -36,6 +37,7 @@ class Transcript:
     duration: float
     confidences: list[float] | None = None
     retries: list[Span] = field(default_factory=list)
+    error: str | None = None
 
 
 def transcript(

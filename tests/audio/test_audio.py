@@ -107,8 +107,9 @@ def refused(path, message, error=ValueError, **section):
             audio_duration(path)
 
 
-def test_a_flac_without_a_length_is_named(tmp_path):
+def test_a_flac_without_a_length_is_named(tmp_path, monkeypatch):
     """As encoders leave it when they write to a pipe: 36 bits of sample count are zero."""
+    monkeypatch.setattr("fastconformer.audio.containers.is_installed", lambda: False)
     path = write(tmp_path / "a.flac", tone())
     content = bytearray(path.read_bytes())
     content[21] &= 0xF0

@@ -15,10 +15,10 @@ import soundfile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastconformer import transcribe
+from fastconformer import load_model, transcribe
 from fastconformer.formats.inputs import find_clips
 from fastconformer.jobs.results import all_results, merge_results, read_results
-from fastconformer.jobs.rounds import read_ahead
+from fastconformer.jobs.rounds import read_ahead, transcribe_clips
 
 ROOT = Path(__file__).resolve().parents[2]
 BASE = ROOT / "models" / "base_tiny.nemo"
@@ -48,13 +48,17 @@ def command(archive, out, *more):
     ]
 
 
+def lines_of(out: Path) -> list[dict]:
+    return [json.loads(line) for line in out.read_text().splitlines()]
+
+
 def names(out: Path) -> list[str]:
-    return [Path(json.loads(line)["path"]).name for line in out.read_text().splitlines()]
+    return [Path(result["path"]).name for result in lines_of(out)]
 
 
 def said(out: Path) -> list[tuple]:
     """Scores left out: their last digits depend on the number of threads."""
-    results = map(json.loads, out.read_text().splitlines())
+    results = [result for result in lines_of(out) if "error" not in result]
     return [(r["path"], r["text"], r["tokens"], r["token_frames"]) for r in results]
 
 
@@ -102,7 +106,8 @@ def test_a_killed_job_goes_on_where_it_was(archive, tmp_path):
             file.write(b'{"audio": "00.w')
     assert kills >= 2
     assert transcribe.main(command(archive, out)[3:]) == 1
-    assert names(out) == [f"{i:02d}.wav" for i in range(40)]
+    assert names(out) == [f"{i:02d}.wav" for i in range(40)] + ["torn.wav"]
+    assert "damaged" in lines_of(out)[-1]["error"]
     assert said(out) == said(whole)
 
 
@@ -157,3 +162,73 @@ def test_globs_and_stdin(archive, monkeypatch, capsys):
     monkeypatch.setattr("sys.stdin", [str(archive / "05.wav") + "\n", "\n"])
     found = find_clips(["-"])
     assert [clip.path.name for clip in found.clips] == ["05.wav"] and not found.problems
+
+
+def test_a_line_says_what_made_it_and_another_start_must_agree(archive, tmp_path, capsys):
+    out = tmp_path / "out.jsonl"
+    inputs = [str(archive / "00.wav"), str(archive / "01.wav")]
+    base = ["--model", str(BASE), "--format", "jsonl", "-o", str(out)]
+    assert transcribe.main([inputs[0], *base]) == 0
+    (line,) = lines_of(out)
+    assert line["model"] == str(BASE) and line["head"] == "tdt" and len(line["model_id"]) == 12
+    assert line["options"]["beam"] == 1
+    before = out.read_text()
+    for other in (["--head", "ctc"], ["--beam", "2"], ["--timestamps"]):
+        assert transcribe.main([*inputs, *base, *other]) == 1
+        assert "name another file with -o" in capsys.readouterr().err
+        assert out.read_text() == before
+    assert transcribe.main([*inputs, *base, "--batch-size", "3"]) == 0
+    assert names(out) == ["00.wav", "01.wav"]
+
+
+def test_what_failed_is_tried_again(archive, tmp_path, capsys):
+    clip, out = tmp_path / "clip.wav", tmp_path / "out.jsonl"
+    clip.write_bytes(b"RIFF")
+    arguments = [str(tmp_path), "--model", str(BASE), "-o", str(out)]
+    assert transcribe.main(arguments) == 1
+    assert "damaged" in lines_of(out)[0]["error"] and "text" not in lines_of(out)[0]
+    clip.write_bytes((archive / "00.wav").read_bytes())
+    assert transcribe.main(arguments) == 0
+    assert len(lines_of(out)) == 1 and "text" in lines_of(out)[0]
+    capsys.readouterr()
+    assert transcribe.main(arguments) == 0
+    assert "1 of 1 clips are in" in capsys.readouterr().err and len(lines_of(out)) == 1
+
+
+def test_a_second_process_on_the_same_output_is_refused(archive, tmp_path):
+    out = tmp_path / "out.jsonl"
+    first = subprocess.Popen(command(archive, out), cwd=ROOT, stderr=subprocess.DEVNULL)
+    while first.poll() is None and not (out.exists() and out.stat().st_size):
+        time.sleep(0.01)
+    first.send_signal(signal.SIGSTOP)
+    second = subprocess.run(command(archive, out), cwd=ROOT, capture_output=True, text=True)
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    assert second.returncode == 1 and second.stderr.count("\n") == 1
+    assert "another process is writing it" in second.stderr
+    assert transcribe.main(command(archive, out)[3:]) == 1  # torn.wav; the lock went with the first
+    assert len(names(out)) == 41
+
+
+def test_lines_come_as_clips_are_done(archive, tmp_path):
+    """The first is there long before the last: rounds begin with a batch."""
+    model = load_model(BASE)
+    clips = find_clips([str(archive)]).clips
+    seen = []
+    results = transcribe_clips(model, (seen.append(c) or c for c in clips), batch_size=1, workers=1)
+    next(results)
+    assert len(seen) < 12
+    results.close()
+
+
+def test_channels_of_a_job(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    soundfile.write(tmp_path / "call.wav", 0.1 * rng.standard_normal((16000, 2)), 16000)
+    out = tmp_path / "out.jsonl"
+    arguments = [str(tmp_path / "call.wav"), "--model", str(BASE), "--channels", "each"]
+    assert transcribe.main([*arguments, "-o", str(out)]) == 0
+    assert [(r["channel"], r["n_channels"]) for r in lines_of(out)] == [(0, 2), (1, 2)]
+    whole = out.read_text()
+    out.write_text(whole.splitlines(keepends=True)[1])  # killed between the two
+    assert transcribe.main([*arguments, "-o", str(out)]) == 0
+    assert [r["channel"] for r in lines_of(out)] == [0, 1]
