@@ -33,6 +33,12 @@ from .recordings.transcript import Transcript
 
 __all__ = ["Transcript", "cues", "main"]
 
+# Arguments that say what is transcribed, where and how fast, not what is heard in it.
+SAME_TEXT = frozenset([
+    "audio", "from_file", "model", "head", "batch_size", "device", "memory_gb", "workers", "format",
+    "output", "beside", "line_characters", "lines", "reading_speed", "highlight_words",
+])  # fmt: skip
+
 
 def parse_arguments(argv=None) -> argparse.Namespace:
     parser = cli.parser(
@@ -249,11 +255,9 @@ def choose_outputs(args, found: Found) -> Outputs:
 
 def made_by(args, model) -> dict:
     """What the lines of a job tell of the model and of the options that change a text."""
-    names = ("dtype", "beam", "lm", "lm_weight", "lm_bonus", "boost", "boost_weight", "languages")
-    names += ("long", "window_s", "timestamps", "confidence", "track", "channels")
-    given = {name: getattr(args, name) for name in names}
+    given = {name: value for name, value in vars(args).items() if name not in SAME_TEXT and value}
     given = {name: str(v) if isinstance(v, Path) else v for name, v in given.items()}
-    options = {name: list(v) if isinstance(v, tuple) else v for name, v in given.items() if v}
+    options = {name: list(v) if isinstance(v, tuple) else v for name, v in given.items()}
     head = args.head or model.heads[0]
     return {"model": args.model, "model_id": fingerprint(model), "head": head, "options": options}
 
