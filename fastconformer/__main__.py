@@ -23,6 +23,10 @@ COMMANDS = {
     "convert": {
         "nemo2st": ("converters.nemo2st", "a NeMo archive to a folder"),
         "st2nemo": ("converters.st2nemo", "a folder to a NeMo archive"),
+        "st2onnx": ("converters.st2onnx", "a model to ONNX, for sherpa-onnx or onnx-asr"),
+        "st2hf": ("converters.st2hf", "a model to a Hugging Face folder"),
+        "hf2st": ("converters.hf2st", "a Hugging Face folder to one of ours"),
+        "check_export": ("converters.check_export", "an export's texts beside the model's"),
         "funasr2st": ("converters.funasr2st", "a Fun-ASR-Nano folder to one of ours"),
         "st2funasr": ("converters.st2funasr", "a folder to one that FunASR loads"),
         "to_birwkv7": ("converters.to_birwkv7", "a model's attention to BiRWKV7"),
