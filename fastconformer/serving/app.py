@@ -32,6 +32,7 @@ from .openai import BadRequest
 
 OPEN_PATHS = ("/", "/health", "/page/")  # without a key
 KINDS = {400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error"}
+PAGE = ("index.html", "page.js", "page.css", "worklet.js")
 DECODERS = 2  # threads that turn uploads into samples
 WATCH_S = 0.25  # how often a waiting request looks whether its client is still there
 FORM_OVERHEAD = 1 << 16  # bytes of an upload's form beside its file
@@ -286,13 +287,13 @@ def _model_card(service: Service) -> dict:
 
 def _page_file(request: Request) -> Response:
     name = request.path_params.get("name", "index.html")
-    kinds = {"index.html": "text/html", "page.js": "text/javascript", "page.css": "text/css"}
-    if name not in kinds:
+    kinds = {"html": "text/html", "js": "text/javascript", "css": "text/css"}
+    if name not in PAGE:
         raise HTTPException(404, "there is no such page")
     content = resources.files(__package__).joinpath("page", name).read_bytes()
-    policy = "default-src 'self'; media-src 'self' blob:; connect-src 'self' ws: wss:"
+    policy = "default-src 'self'; img-src 'self' data:; media-src 'self' blob:"
     headers = {"content-security-policy": policy, "x-content-type-options": "nosniff"}
-    return Response(content, media_type=kinds[name], headers=headers)
+    return Response(content, media_type=kinds[name.rpartition(".")[2]], headers=headers)
 
 
 def _metrics(service: Service) -> str:
