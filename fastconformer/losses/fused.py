@@ -63,7 +63,6 @@ from torch import Tensor
 
 from .checks import check_classes, check_durations, check_options, check_reduction, describe, reduce
 from .fused_cells import Options
-from .fused_operator import transducer_forward
 
 ACTIVATIONS = ("relu", "tanh", "sigmoid")
 
@@ -157,6 +156,9 @@ def fused_transducer_loss(
     options = Options(
         sigma, omega, fastemit_lambda, clamp if clamp > 0.0 else math.inf, dropout, eps
     )
+    # Here: it makes operators known to torch, which takes as long as all other imports together.
+    from .fused_operator import transducer_forward
+
     losses, activity, *_ = transducer_forward(
         enc_proj,
         pred_proj,
