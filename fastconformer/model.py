@@ -150,7 +150,10 @@ class ASRModel(nn.Module):
 
     def targets_of(self, batch) -> dict:
         """What `losses` needs to know of a batch of training."""
-        return {"targets": batch.targets, "target_lengths": batch.target_lengths}
+        inputs = {"targets": batch.targets, "target_lengths": batch.target_lengths}
+        for head in map(self.head, self.heads):
+            inputs |= head.loss_inputs(batch.prompt_lengths)
+        return inputs
 
     def joint_logits(self, encoded: torch.Tensor, targets: torch.Tensor, target_lengths=None):
         """Raw logits (B, T', U+1, V+1+N) of all pairs of frame and prefix; for small inputs only.

@@ -25,13 +25,15 @@ def with_loss_options(config: dict, heads: tuple[str, ...], loss) -> dict:
             continue
         if name != "fastemit_lambda" and "tdt" not in heads:
             raise ValueError(f"loss.{name} belongs to TDT, this model has {', '.join(heads)}")
-        if heads == ("ctc",):
-            raise ValueError(f"loss.{name} belongs to a transducer, this model has ctc only")
+        if heads in (("ctc",), ("aed",)):
+            raise ValueError(f"loss.{name} belongs to a transducer, this model has {heads[0]} only")
         section = config.setdefault("loss", {})
         default = "tdt" if "tdt" in heads else "warprnnt_numba"
         names = [f"{section.get('loss_name')}_kwargs", f"{default}_kwargs"]
         kwargs = next((key for key in names if section.get(key) is not None), names[1])
         section[kwargs] = {**(section.get(kwargs) or {}), name: value}
+    if heads == ("aed",) and (loss.reduction or loss.transducer_reduction):
+        raise ValueError("loss.reduction: an attention decoder's loss is a mean over tokens")
     if loss.transducer_reduction is not None and heads == ("ctc",):
         raise ValueError("loss.transducer_reduction: this model has ctc only")
     if loss.ctc_reduction is not None and "ctc" not in heads:
@@ -40,6 +42,19 @@ def with_loss_options(config: dict, heads: tuple[str, ...], loss) -> dict:
         config["rnnt_reduction"] = reduction
     if (reduction := loss.ctc_reduction or loss.reduction) and "ctc" in heads:
         config.get("aux_ctc", config)["ctc_reduction"] = reduction
+    for name, value in (
+        ("label_smoothing", loss.label_smoothing),
+        ("mask_prompt", loss.mask_prompt),
+    ):
+        if value is not None and heads != ("aed",):
+            raise ValueError(
+                f"loss.{name} belongs to attention decoders, this model has {heads[0]}"
+            )
+    if loss.label_smoothing is not None:  # NeMo's interpolation is resolved: it stands twice
+        config["label_smoothing"] = loss.label_smoothing
+        config["loss"] = (config.get("loss") or {}) | {"label_smoothing": loss.label_smoothing}
+    if loss.mask_prompt is not None:
+        config["use_loss_mask_for_prompt"] = loss.mask_prompt
     if loss.interctc_layers is not None:
         config["interctc"] = {
             "loss_weights": list(loss.interctc_weights),
@@ -49,6 +64,20 @@ def with_loss_options(config: dict, heads: tuple[str, ...], loss) -> dict:
         if len(heads) < 2:
             raise ValueError(f"loss.ctc_weight belongs to hybrids, this model has {heads[0]} only")
         config["aux_ctc"]["ctc_loss_weight"] = loss.ctc_weight
+    return config
+
+
+def with_prompt_values(config: dict, values: dict) -> dict:
+    """With further values of a prompt's slots, {slot: {value: special token}}, beside those that it
+    has. ValueError: the model takes no prompt."""
+    if not values:
+        return config
+    if "prompt_format" not in config:
+        raise ValueError("prompt.values: this model takes no prompt")
+    config = copy.deepcopy(config)
+    kept = config.setdefault("prompt_values", {})
+    for slot, added in values.items():
+        kept[slot] = {**(kept.get(slot) or {}), **added}
     return config
 
 

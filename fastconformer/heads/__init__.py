@@ -26,7 +26,9 @@ Training:
     check(encoded, lengths, targets, target_lengths)    ValueError before torch reads what is wrong
     loss(encoded, lengths, targets, target_lengths, **those of loss_arguments)  -> (B,) nats
     loss_arguments                  further arguments that its loss takes, of `ASRModel.losses`
-    target_counts(lengths, texts)   tokens of each clip that count in its loss, for `reduction`
+    target_counts(batch)            tokens of each clip that count in its loss, for `reduction`
+    training_ids(line), language_of(line)  a manifest line's targets, prompt included
+    loss_inputs(prompt_lengths)     of a batch of such lines
     reduction, share                how clips' losses become one, and its weight beside other heads
     has_lattice                     its loss sums over frames and tokens: eps, `active_share`
     needs_frame_per_token           a text needs a frame for each token, and one between equal ones
@@ -42,6 +44,7 @@ Decoding:
     prompt, decoder_ids(line)       slots and their values, where it is told what to do
     slots                           names of its prompt's slots
     slots_of(line)                  those that a manifest line brings
+    for_lines(lines)                arguments of `decode` for manifest lines
     for_clips(arguments, clips)     of `asked`'s answer, what is for some of the clips
     aligner                         a model that times its words, from the audio
     asked(slots, timestamps)        arguments of `decode` for what a caller of `transcribe` wants

@@ -172,6 +172,9 @@ class AED(Head):
             )
         return self.prompt.ids(**slots)
 
+    def for_lines(self, lines: Sequence[Mapping]) -> dict:
+        return {"prompt": [self.prompt.ids(**self.slots_of(line)) for line in lines]}
+
     def for_clips(self, arguments: dict, clips: list[int]) -> dict:
         prompts = arguments["prompt"]
         return {"prompt": [prompts[i] for i in clips] if _is_nested(prompts) else prompts}
@@ -237,6 +240,20 @@ class AED(Head):
     @property
     def reduction(self) -> str:
         return "mean_volume"  # over the tokens that count
+
+    def language_of(self, line: Mapping) -> str | None:
+        return self.prompt.language_of(line)
+
+    def training_ids(self, line: Mapping) -> tuple[list[int], int]:
+        return self.decoder_ids(line)
+
+    def loss_inputs(self, prompt_lengths: torch.Tensor | None) -> dict:
+        masked = self.model.config.loss.mask_prompt and prompt_lengths is not None
+        return {"prompt_lengths": prompt_lengths} if masked else {}
+
+    def target_counts(self, batch) -> torch.Tensor:
+        masked = self.loss_inputs(batch.prompt_lengths)
+        return self.counts(batch.targets, batch.target_lengths, **masked).sum(1)
 
     def counts(self, targets, target_lengths, prompt_lengths=None) -> torch.Tensor:
         """(B, U-1): True for the tokens of targets[:, 1:] that are trained on. Without prompt

@@ -111,9 +111,9 @@ class Head:
         """Of the total loss, where other heads are trained beside it."""
         return 1.0
 
-    def target_counts(self, target_lengths: torch.Tensor, texts: Sequence[str]) -> torch.Tensor:
-        """Tokens that count in each clip's loss, (B,)."""
-        return target_lengths
+    def target_counts(self, batch) -> torch.Tensor:
+        """Tokens that count in each clip's loss, (B,), of a batch of training."""
+        return batch.target_lengths
 
     def check(self, encoded, encoded_lengths, targets, target_lengths) -> None:
         """Raises ValueError unless these shapes, lengths and targets are what `loss` takes."""
@@ -134,6 +134,20 @@ class Head:
         """Negative log-likelihood of each clip in nats, (B,), of a batch that passed `check`. A
         head that takes more names it in `loss_arguments`."""
         raise NotImplementedError
+
+    def language_of(self, line: Mapping) -> str | None:
+        """In which a training line's text is written, for the tokenizer; None: not said."""
+        return line.get("lang")
+
+    def training_ids(self, line: Mapping) -> tuple[list[int], int]:
+        """A manifest line -> the targets of `loss`, and how many of them are a prompt's.
+        ValueError: the line lacks what the head needs, or is too long for it."""
+        return self.tokenizer.of_language(self.language_of(line)).encode(line["text"]), 0
+
+    def loss_inputs(self, prompt_lengths: torch.Tensor | None) -> dict:
+        """Of `loss_arguments` those that a batch of training lines brings, as the config says;
+        prompt_lengths: (B,) what `training_ids` counted."""
+        return {}
 
     # --- in decoding -----------------------------------------------------------------------------
 
@@ -168,6 +182,11 @@ class Head:
         first of which is its `first_frames`th. `state`: what the call before gave, None at the
         start; clips stand in its tensors' last dimension but one."""
         raise NotImplementedError
+
+    def for_lines(self, lines: Sequence[Mapping]) -> dict:
+        """Arguments of `decode` for clips of manifest lines, each as the line wants it. ValueError:
+        a slot or value that there is not."""
+        return {}
 
     def asked(self, slots: Mapping, timestamps: bool) -> dict:
         """What `decode` needs to be told for a transcription with these slots of a prompt (None:

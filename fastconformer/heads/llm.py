@@ -128,10 +128,11 @@ class LLM(Head):
         loss = F.cross_entropy(logits, labels[counts], reduction="none")
         return loss.new_zeros(labels.shape).masked_scatter(counts, loss).sum(1)
 
-    def target_counts(self, target_lengths: Tensor, texts: Sequence[str]) -> Tensor:
+    def target_counts(self, batch) -> Tensor:
         """Of each text and its end."""
-        counts = [len(answer_ids(self.model.tokenizer, text)) for text in texts]
-        return torch.tensor(counts, device=target_lengths.device)
+        tokenizer = self.model.tokenizer
+        counts = [len(answer_ids(tokenizer, utterance.text)) for utterance in batch.utterances]
+        return torch.tensor(counts, device=batch.target_lengths.device)
 
     def decode(
         self,
@@ -253,9 +254,9 @@ class AttendedCTC(CTC):
     def reduction(self) -> str:
         return self.model.config.ctc_reduction
 
-    def target_counts(self, target_lengths: Tensor, texts: Sequence[str]) -> Tensor:
-        counts = [len(self.tokenizer.encode(text)) for text in texts]
-        return torch.tensor(counts, device=target_lengths.device)
+    def target_counts(self, batch) -> Tensor:
+        counts = [len(self.tokenizer.encode(utterance.text)) for utterance in batch.utterances]
+        return torch.tensor(counts, device=batch.target_lengths.device)
 
     @property
     def share(self) -> float:

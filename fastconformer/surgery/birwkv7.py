@@ -5,6 +5,7 @@ The new time mixing starts from the attention's projections and has to be traine
 """
 
 import copy
+import dataclasses
 import math
 
 import torch
@@ -67,7 +68,7 @@ def to_birwkv7(
             if warm_start:
                 warm_up(block, old, before.n_heads)
             state |= {prefix + name: tensor for name, tensor in block.state_dict().items()}
-    return Checkpoint(config, state, checkpoint.tokenizer_files, checkpoint.dropped)
+    return dataclasses.replace(checkpoint, config=config, state_dict=state)
 
 
 def default_head_size(d_model: int, n_heads: int) -> int:

@@ -36,6 +36,7 @@ DEFAULTS = {
     "timestamp": "no",
     "diarize": "no",
 }
+SLOTS = (*DEFAULTS, "taskname")  # all names that a manifest line may give to slots
 LANGUAGES, TEXTS = ("source_lang", "target_lang"), ("decodercontext",)
 _OTHER_NAMES = {"taskname": "task"}
 _SWITCHES = ("pnc", "itn", "timestamp", "diarize")
@@ -133,8 +134,11 @@ class Prompt:
         text = line.get("text") or ""
         if not isinstance(text, str):
             raise ValueError(f"text is {text!r}, expected a string")
-        lang = line.get("lang") or _bare(str(line.get("target_lang")))
-        return self.tokenizer.of_language(lang).encode(text + EOS)
+        return self.tokenizer.of_language(self.language_of(line)).encode(text + EOS)
+
+    def language_of(self, line: Mapping) -> str | None:
+        """Of a line's text."""
+        return line.get("lang") or (line.get("target_lang") and _bare(str(line["target_lang"])))
 
     def _encode(self, tokens: dict[str, str]) -> list[int]:
         text = "".join(tokens.get(part, part) for part in FORMATS[self.format])

@@ -28,29 +28,47 @@ def check_for_training(
     tokenizer,
     limits: Limits,
     encoder_frames: Callable[[float], int] | None = None,
+    head=None,
+    prompt: dict | None = None,
 ) -> tuple[list[Utterance], list[Dropped]]:
     """Tokenize and keep what a model can be trained on.
 
     Args:
         tokenizer: `of_language(lang)`, and of what it gives `encode(text) -> ids`, `unk_id`.
         encoder_frames: seconds -> T' of the encoder; None: tokens are not held against frames.
+        head: that is trained; one that takes a prompt makes the tokens of it and the text.
+        prompt: {slot: value} for lines that lack a slot.
     Returns:
         Usable utterances with their tokens, and what is left out.
     """
     kept, dropped = [], []
     for utterance in utterances:
         try:
-            tokens = _tokens_of(utterance, tokenizer, limits)
+            line = utterance.as_line(prompt or {})
+            lang = utterance.lang if head is None else head.language_of(line)
+            tokens, n_prompt = _tokens_of(utterance, lang, tokenizer, limits, head), 0
             if encoder_frames is not None:
                 _check_frames(tokens, encoder_frames(utterance.duration_s), limits)
+            if head is not None and head.prompt is not None:
+                tokens, n_prompt = _with_prompt(head, line)
         except UnusableLine as error:
             dropped.append(dropped_line(utterance, *error.args))
         else:
-            kept.append(dataclasses.replace(utterance, tokens=tokens))
+            kept.append(dataclasses.replace(utterance, tokens=tokens, prompt_length=n_prompt))
     return kept, dropped
 
 
-def _tokens_of(utterance: Utterance, tokenizer, limits: Limits) -> tuple[int, ...]:
+def _with_prompt(head, line: dict) -> tuple[tuple[int, ...], int]:
+    try:
+        ids, n_prompt = head.training_ids(line)
+    except ValueError as error:
+        raise UnusableLine("bad_prompt", str(error)) from None
+    return tuple(ids), n_prompt
+
+
+def _tokens_of(
+    utterance: Utterance, lang: str | None, tokenizer, limits: Limits, head
+) -> tuple[int, ...]:
     seconds = utterance.duration_s
     if seconds < limits.min_duration_s:
         raise UnusableLine("too_short", f"{seconds} s is below data.min_duration_s")
@@ -59,10 +77,12 @@ def _tokens_of(utterance: Utterance, tokenizer, limits: Limits) -> tuple[int, ..
     if not limits.needs_text:
         return ()
     if not utterance.text.strip():
+        if head is not None and head.prompt is not None:
+            return ()  # silence: the end follows the prompt
         raise UnusableLine("empty_text", "text is empty")
     _check_rate("chars", len(utterance.text.strip()), seconds, limits)
     try:
-        tokenizer = tokenizer.of_language(utterance.lang)
+        tokenizer = tokenizer.of_language(lang)
     except ValueError as error:
         raise UnusableLine("unknown_lang", str(error)) from None
     tokens = tuple(tokenizer.encode(utterance.text))

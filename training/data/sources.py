@@ -20,7 +20,7 @@ from training.data.json_lines import append_line, json_line
 from training.data.limits import Limits, check_for_training
 from training.data.store import AudioStore
 from training.data.tarred import expand_braces, tar_shards
-from training.data.utterances import Dropped, Utterance, read_utterances
+from training.data.utterances import Dropped, Utterance, dropped_line, read_utterances
 from training.recipe.data_sections import AugmentRecipe, DataRecipe, SourceRecipe
 
 log = logging.getLogger("finetune")
@@ -59,10 +59,13 @@ def load_data(
     """
     limits = training_limits(data, heads)
     encoder_frames = _frame_counter(model, max(augment.speeds, default=1.0), data.pad_to_s)
+    trained = model.head(heads[0]) if heads else None
     utterances, sources, dropped, n_lines = [], [], [], 0
     for number, source in enumerate(data.sources):
         found, bad = read_source(source, data.lang, limits.needs_text)
-        usable, unusable = check_for_training(found, model.tokenizer, limits, encoder_frames)
+        usable, unusable = check_for_training(
+            *(found, model.tokenizer, limits, encoder_frames, trained, data.prompt)
+        )
         n_lines += len(found) + len(bad)
         usable, over = cap(usable, source, seed, number)
         dropped += bad + unusable + over
@@ -76,6 +79,8 @@ def load_data(
     validation = {}
     for name, manifest in data.validation.items():
         validation[name], bad = read_utterances(manifest, data.lang)
+        validation[name], unasked = _askable(validation[name], trained, data.prompt)
+        bad += unasked
         dropped += bad
         if not validation[name] and limits.needs_text:
             raise ValueError(f"validation set {name}: no usable line in {manifest}; {_why(bad)}")
@@ -115,6 +120,21 @@ def load_data(
     if len(sources) > 1:
         log.info("%s", mixture_table(train, data.temperature))
     return train, {name: store(clips) for name, clips in validation.items()}
+
+
+def _askable(
+    utterances: list[Utterance], head, prompt: dict
+) -> tuple[list[Utterance], list[Dropped]]:
+    """Lines of which the head can be asked, and those whose slots it does not have."""
+    kept, dropped = [], []
+    for utterance in utterances:
+        try:
+            if head is not None:
+                head.for_lines([utterance.as_line(prompt)])
+            kept.append(utterance)
+        except ValueError as error:
+            dropped.append(dropped_line(utterance, "bad_prompt", str(error)))
+    return kept, dropped
 
 
 def _frame_counter(model: ASRModel, fastest: float, pad_to_s: float) -> Callable[[float], int]:

@@ -32,6 +32,14 @@ class Batch:
     targets: Tensor  # (B, U), zero-padded
     target_lengths: Tensor  # (B,)
 
+    @property
+    def prompt_lengths(self) -> Tensor | None:
+        """(B,) tokens of each clip's targets that are a prompt's; None: of an unnamed batch."""
+        if not self.utterances:
+            return None
+        lengths = [utterance.prompt_length for utterance in self.utterances]
+        return torch.tensor(lengths, device=self.targets.device)
+
     def to(self, device: torch.device) -> "Batch":
         tensors = (self.audio, self.audio_lengths, self.targets, self.target_lengths)
         return Batch(self.utterances, *(t.to(device, non_blocking=True) for t in tensors))

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from fastconformer.audio.files import audio_duration
 from fastconformer.formats.manifest import Clip, LeftOut, manifest_lines
+from fastconformer.text.prompt import SLOTS
 from training.data.tarred import shard_number
 
 
@@ -22,11 +23,18 @@ class Utterance:
     tar_member: str | None = None
     lang: str | None = None
     others: dict = dataclasses.field(default_factory=dict, compare=False)  # the line's other keys
+    prompt_length: int = 0  # of `tokens`, those of a prompt
 
     @property
     def audio_name(self) -> str:
         member = f":{self.tar_member}" if self.tar_member else ""
         return self.audio_path + member
+
+    def as_line(self, defaults: dict) -> dict:
+        """Text, language and slots as a manifest line has them; `defaults` are for slots that it
+        lacks."""
+        slots = {name: self.others[name] for name in SLOTS if name in self.others}
+        return {**defaults, **slots, "text": self.text, "lang": self.lang}
 
     @property
     def name(self) -> str:

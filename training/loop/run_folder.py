@@ -135,7 +135,7 @@ def save_model(checkpoint: Checkpoint, folder: Path, ranks: Ranks = ONE) -> None
     """A model folder, from tensors that may lie in shards."""
     state = gathered(checkpoint.state_dict)
     if ranks.is_main:
-        write_folder(folder, Checkpoint(checkpoint.config, state, checkpoint.tokenizer_files))
+        write_folder(folder, dataclasses.replace(checkpoint, state_dict=state))
     ranks.barrier()
 
 

@@ -53,12 +53,14 @@ def predict(
         features, lengths = model.featurize(batch.audio, batch.audio_lengths)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
             encoded, lengths = model.encode(features, lengths)
-            found = [model.decode(encoded, lengths, head) for head in heads]
-        for utterance, *hypotheses in zip(batch.utterances, *found, strict=True):
-            decoded = [
-                model.head(head).text(hypothesis)
-                for head, hypothesis in zip(heads, hypotheses, strict=True)
+            lines = [utterance.as_line(data.prompt) for utterance in batch.utterances]
+            chosen = [model.head(head) for head in heads]
+            found = [
+                model.decode(encoded, lengths, head.name, **head.for_lines(lines))
+                for head in chosen
             ]
+        for utterance, *hypotheses in zip(batch.utterances, *found, strict=True):
+            decoded = [head.text(h) for head, h in zip(chosen, hypotheses, strict=True)]
             texts[utterance.line] = (utterance, *decoded)
     texts = {line: text for share in ranks.gather(texts) for line, text in share.items()}
     if not texts:

@@ -198,11 +198,9 @@ def make_views(model: ASRModel, batch: Batch, objective: Objective) -> Views:
         features, lengths = features.repeat(2, 1, 1), lengths.repeat(2)
     if objective.augment is not None:
         features = objective.augment(features, lengths)
-    texts = [utterance.text for utterance in batch.utterances]
     weights = {"mean_batch": clip_weights(batch.target_lengths, "mean_batch")}
     for head in map(model.head, model.heads):
-        counts = head.target_counts(batch.target_lengths, texts)
-        weights[head.name] = clip_weights(counts, head.reduction)
+        weights[head.name] = clip_weights(head.target_counts(batch), head.reduction)
     return Views(features, lengths, batch, weights)
 
 

@@ -1,6 +1,7 @@
 """The mean of several checkpoints' weights. BatchNorm's statistics are averaged like weights; its
 counter is the highest."""
 
+import dataclasses
 import pickle
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,7 +40,7 @@ def average_checkpoints(paths: Sequence[str | Path]) -> Checkpoint:
         name: (sums[name] / len(paths)).to(tensor.dtype) if name in sums else highest[name]
         for name, tensor in first.state_dict.items()
     }
-    return Checkpoint(first.config, state, first.tokenizer_files)
+    return dataclasses.replace(first, state_dict=state)
 
 
 def read_any(path: str | Path) -> Checkpoint:

@@ -5,6 +5,7 @@ and `plain_checkpoint` gives them to be written, always as an ordinary model.
 """
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 
 import torch
@@ -86,7 +87,7 @@ def plain_tensors(
 
 def plain_checkpoint(model: ASRModel, ema: EMA | None = None) -> Checkpoint:
     """What `fastconformer.checkpoint.folder.write_folder` and `write_nemo` take."""
-    return Checkpoint(model.config.record, plain_state_dict(model, ema), model.tokenizer_files)
+    return dataclasses.replace(model.to_checkpoint(), state_dict=plain_state_dict(model, ema))
 
 
 @contextlib.contextmanager

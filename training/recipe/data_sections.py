@@ -29,6 +29,8 @@ class DataRecipe:
     temperature: float = key(1.0, at_least=0)  # shares are weight ** this; 0: all equal, as in NeMo
     validation: dict[str, str] = dataclasses.field(default_factory=dict)  # name -> manifest
     lang: str | None = None  # only lines of this `lang` (or without one); null: all
+    # {slot: value} of a prompt (Canary), for lines that lack a slot: {source_lang: de, pnc: yes}
+    prompt: dict = dataclasses.field(default_factory=dict)
     min_duration_s: float = key(0.1, at_least=0)
     max_duration_s: float = key(40.0, above=0)
     min_tokens_per_s: float | None = key(None, at_least=0)

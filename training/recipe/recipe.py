@@ -28,6 +28,7 @@ from training.recipe.sections import (
     LossRecipe,
     ModelRecipe,
     OptimRecipe,
+    PromptRecipe,
     RetainRecipe,
     ScheduleRecipe,
     TrainerRecipe,
@@ -57,6 +58,7 @@ class Recipe:
     model: ModelRecipe = ModelRecipe()
     encoder: EncoderRecipe = EncoderRecipe()
     data: DataRecipe = DataRecipe()
+    prompt: PromptRecipe = PromptRecipe()
     loss: LossRecipe = LossRecipe()
     freeze: FreezeRecipe = FreezeRecipe()
     lora: LoraRecipe = LoraRecipe()

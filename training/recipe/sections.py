@@ -51,6 +51,8 @@ class LossRecipe:
     cr_ctc_weight: float = key(0.2, at_least=0)  # of the consistency, beside CTC
     cr_ctc_time_mask_ratio: float = key(2.5, above=0)  # times as many time masks
     cr_ctc_time_warp: int = key(80, at_least=0)  # frames, shared by both views; 0: none
+    label_smoothing: float | None = key(None, share=True)  # Canary; null: the checkpoint's
+    mask_prompt: bool | None = None  # Canary: the prompt is not trained; null: the checkpoint's
 
     def __post_init__(self):
         if self.reduction and (self.transducer_reduction or self.ctc_reduction):
@@ -64,6 +66,14 @@ class LossRecipe:
             raise ValueError(
                 f"loss.interctc_weights is {weights}, expected shares of at most 1 together"
             )
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptRecipe:
+    """Canary's prompt: further values of its slots, kept in the checkpoint."""
+
+    # {slot: {value: special token}}, such as {pnc: {verse: "<|spltoken0|>"}}
+    values: dict[str, dict] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)

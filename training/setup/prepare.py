@@ -92,7 +92,7 @@ def prepare_run(
     if trainer.threads is not None:
         torch.set_num_threads(trainer.threads)
     device = choose_device(trainer.device)
-    model = build_model(recipe.model, recipe.loss, trainer.seed, recipe.encoder)
+    model = build_model(recipe.model, recipe.loss, trainer.seed, recipe.encoder, recipe.prompt)
     objective = objective_of(model, recipe.loss, recipe.spec_augment, trainer.precision == "bf16")
     share = batch_share(ranks, trainer.accumulate, trainer.sync_batchnorm)
     if share.synced:
@@ -138,7 +138,9 @@ def read_original(
     if not changes and not retain.distills:
         return None, None
     unchanged = dataclasses.replace(recipe.model, tokenizer=None)
-    original = build_model(unchanged, recipe.loss, recipe.trainer.seed, recipe.encoder)
+    original = build_model(
+        unchanged, recipe.loss, recipe.trainer.seed, recipe.encoder, recipe.prompt
+    )
     if not changes:
         return original, None
     sources = match_pieces(original.tokenizer, model.tokenizer)

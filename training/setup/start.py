@@ -12,7 +12,12 @@ from yaml import YAMLError
 
 from fastconformer import ASRModel, ModelConfig, load_model
 from fastconformer.checkpoint.yaml_config import check_yaml_depth
-from fastconformer.config.changes import with_encoder_dropout, with_loss_options, with_vocabulary
+from fastconformer.config.changes import (
+    with_encoder_dropout,
+    with_loss_options,
+    with_prompt_values,
+    with_vocabulary,
+)
 from fastconformer.funasr import FunASRNano
 from fastconformer.load import model_of
 from fastconformer.surgery.birwkv7 import to_birwkv7
@@ -32,6 +37,7 @@ from training.recipe.sections import (
     LoraRecipe,
     LossRecipe,
     ModelRecipe,
+    PromptRecipe,
     TrainerRecipe,
 )
 from training.setup.freeze import Freezing, freeze, is_batch_norm, unreached
@@ -44,6 +50,7 @@ def build_model(
     loss: LossRecipe,
     seed: int,
     encoder: EncoderRecipe = EncoderRecipe(),  # noqa: B008 (frozen)
+    prompt: PromptRecipe = PromptRecipe(),  # noqa: B008 (frozen)
 ) -> ASRModel:
     """The model on the CPU in float32; random weights depend on the seed only.
 
@@ -70,10 +77,13 @@ def build_model(
     if encoder.attention is not None:
         model = with_birwkv7(model, encoder.warm_start and recipe.init_from is not None, seed)
     config = with_loss_options(model.config.nemo, model.heads, loss)
+    config = with_prompt_values(config, prompt.values)
     if recipe.dropout is not None:
         config = with_encoder_dropout(config, recipe.dropout)
     model = model.changed(ModelConfig.from_nemo(config))
     set_direction_dropout(model, encoder.direction_dropout)
+    if prompt.values:
+        model.prompt_ids()  # a value that the tokenizer does not have is said here
     return model
 
 

@@ -1,0 +1,233 @@
+"""Training an attention decoder: slots from manifests, NeMo's loss, lines that cannot be used."""
+
+import json
+
+import pytest
+import soundfile
+import torch
+from conftest import load_case, logged
+from safetensors.torch import load_file
+
+from fastconformer import load_model
+from training import finetune
+from training.data.limits import Limits, check_for_training
+from training.data.store import collate
+from training.data.utterances import read_utterances
+from training.objective.objective import batch_loss, make_views, objective_of, views_loss
+from training.recipe.data_sections import SpecAugmentRecipe
+from training.recipe.sections import LossRecipe, ModelRecipe, PromptRecipe
+from training.setup.start import build_model
+
+PLAIN = SpecAugmentRecipe(freq_masks=0, time_masks=0)
+CASES = ["canary_flash_agg", "canary_v2_unified", "canary_v1_agg"]
+
+
+def manifest_of(case, folder, numbers, change=lambda line: line):
+    """A manifest of the case's own lines, and their clips."""
+    path, lines = folder / "train.jsonl", []
+    for clip, length in enumerate(case.tensors["audio_len"]):
+        samples = case.tensors["audio"][clip, :length].numpy()
+        soundfile.write(folder / f"{clip}.wav", samples, 16000, subtype="PCM_16")
+    for number in numbers:
+        line = dict(case.expected["manifest_lines"][number]["line"])
+        clip = line.pop("utterance")
+        seconds = case.tensors["audio_len"][clip].item() / 16000
+        line = change(line | {"audio_filepath": f"{clip}.wav", "duration": seconds})
+        lines.append(json.dumps(line))
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def usable(model, path, prompt=None):
+    lines, bad = read_utterances(path)
+    kept, dropped = check_for_training(lines, model.tokenizer, Limits(), None, model.head(), prompt)
+    return kept, bad + dropped
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_batch_is_nemos(name, tmp_path):
+    """Tokens, prompts and the loss of NeMo's training_step, from a manifest, with every option."""
+    case = load_case(name)
+    numbers = case.expected["training_batch_lines"]
+    path = manifest_of(case, tmp_path, numbers)
+    for smoothing in (0.0, 0.1):
+        for masked in (False, True):
+            loss = LossRecipe(label_smoothing=smoothing, mask_prompt=masked)
+            model = build_model(ModelRecipe(init_from=str(case.folder / "model.nemo")), loss, 0)
+            kept, dropped = usable(model, path)
+            assert not dropped
+            clips = [
+                case.tensors["audio"][i, :n].numpy()
+                for i, n in enumerate(case.tensors["audio_len"])
+            ]
+            audio = [
+                clips[case.expected["manifest_lines"][n]["line"]["utterance"]] for n in numbers
+            ]
+            batch = collate(kept, audio)
+            assert torch.equal(batch.target_lengths, case.tensors["prompted_transcript_len"])
+            assert torch.equal(batch.prompt_lengths, case.tensors["prompt_len"])
+            for row, length in enumerate(batch.target_lengths):
+                expected = case.tensors["prompted_transcript"][row, :length]
+                assert torch.equal(batch.targets[row, :length], expected)
+            total, _ = batch_loss(model.eval(), batch, objective_of(model, loss, PLAIN))
+            key = f"label_smoothing_{smoothing}_mask_prompt_{str(masked).lower()}"
+            step = case.expected["training_step_loss_eval_mode"][key]
+            assert total.item() == pytest.approx(step, rel=1e-4)
+            saved = load_saved(model, tmp_path)
+            assert saved.config.loss.mask_prompt == masked
+            assert saved.config.loss.label_smoothing == smoothing
+
+
+def load_saved(model, folder):
+    model.save(folder / "saved")
+    return load_model(folder / "saved")
+
+
+def test_a_batch_in_parts_has_the_gradient_of_the_batch(tmp_path):
+    """As over processes and where memory runs out: the mean is over all tokens of the batch."""
+    case = load_case("canary_v2_unified")
+    path = manifest_of(case, tmp_path, case.expected["training_batch_lines"])
+    loss = LossRecipe(mask_prompt=True)
+    model = build_model(ModelRecipe(init_from=str(case.folder / "model.nemo")), loss, 0).eval()
+    kept, _ = usable(model, path)
+    audio = [case.tensors["audio"][i, :n].numpy() for i, n in enumerate(case.tensors["audio_len"])]
+    batch, objective = collate(kept, audio), objective_of(model, loss, PLAIN)
+    views = make_views(model, batch, objective)
+    whole, _, _ = views_loss(model, views, objective)
+    parts = [views_loss(model, views.rows(torch.tensor([i])), objective)[0] for i in range(3)]
+    assert sum(parts).item() == pytest.approx(whole.item(), rel=1e-5)
+
+
+def test_lines_that_cannot_be_used(tmp_path):
+    case = load_case("canary_flash_agg")
+    model = load_model(case.folder / "model.nemo")
+    wrong = [
+        ({"target_lang": None}, "lang is None; to encode a text, this model needs its language"),
+        ({"target_lang": None, "lang": "en"}, "no target_lang; prompts of format canary2 need"),
+        ({"source_lang": "xx"}, "slot source_lang is 'xx', expected one of"),
+        ({"pnc": "maybe"}, "slot pnc is 'maybe', expected one of"),
+        ({"lang": "es"}, "lang is 'es'; to encode a text"),
+        ({"text": "word " * 1025}, "tokens with the prompt, the decoder takes at most 129"),
+        ({"decodercontext": "word " * 1025}, "tokens with the prompt, the decoder takes"),
+    ]
+    changes = iter(change for change, _ in wrong)
+    path = manifest_of(case, tmp_path, [0] * len(wrong), lambda line: line | next(changes))
+    kept, dropped = usable(model, path)
+    assert not kept
+    for item, (_, reason) in zip(dropped, wrong, strict=True):
+        assert reason in item.detail
+
+
+def test_slots_that_lines_lack(tmp_path):
+    case = load_case("canary_flash_agg")
+    model = load_model(case.folder / "model.nemo")
+    path = manifest_of(
+        case,
+        tmp_path,
+        [0],
+        lambda line: {key: value for key, value in line.items() if not key.endswith("_lang")},
+    )
+    assert not usable(model, path)[0]
+    (kept,), _ = usable(model, path, {"source_lang": "de", "target_lang": "en", "pnc": False})
+    prompt = model.prompt_ids(source_lang="de", target_lang="en", pnc="no")
+    assert list(kept.tokens[: kept.prompt_length]) == prompt
+
+
+def test_silence_ends_after_the_prompt(tmp_path):
+    case = load_case("canary_flash_agg")
+    model = load_model(case.folder / "model.nemo")
+    path = manifest_of(case, tmp_path, [0], lambda line: line | {"text": ""})
+    (kept,), _ = usable(model, path)
+    assert list(kept.tokens[kept.prompt_length :]) == [model.tokenizer.eos_id]
+
+
+def recipe_of(case, folder, **sections):
+    path = manifest_of(case, folder, case.expected["training_batch_lines"])
+    recipe = {
+        "output": str(folder / "run"),
+        "model": {"init_from": str(case.folder / "model.nemo")},
+        "data": {
+            "train": [str(path)],
+            "validation": {"dev": str(path)},
+            "batch_size": 3,
+            "num_workers": 0,
+        },
+        "optim": {"lr": 1e-3},
+        "trainer": {"max_steps": 4, "threads": 1, "val_every_steps": 2, "device": "cpu"},
+        "spec_augment": {"freq_masks": 0, "time_masks": 0},
+    }
+    for name, section in sections.items():
+        recipe[name] = recipe.get(name, {}) | section
+    written = folder / "recipe.yaml"
+    written.write_text(json.dumps(recipe))
+    return written
+
+
+@pytest.mark.parametrize("name", ["canary_flash_agg", "canary_v2_unified"])
+def test_a_run(name, tmp_path, capsys):
+    """Trains, measures each line with its own prompt, saves; what is saved has one tied table, its
+    own slot values, and the model for times."""
+    case = load_case(name)
+    values = {"pnc": {"verse": "<|spltoken0|>"}}
+    recipe = recipe_of(
+        case,
+        tmp_path,
+        prompt={"values": values},
+        loss={"mask_prompt": True},
+        trainer={"ema_decay": 0.9},
+    )
+    assert finetune.main([str(recipe)]) == 0
+    records = logged(tmp_path / "run")
+    assert records and all(0 < record["loss"] < 10 for record in records)
+    model = load_model(tmp_path / "run" / "best")
+    table = model.transf_decoder._embedding.token_embedding.weight
+    assert model.log_softmax.mlp["layer0"].weight is table
+    assert model.prompt_ids(pnc="verse") != model.prompt_ids()
+    assert (model.aligner is None) == (load_model(case.folder / "model.nemo").aligner is None)
+    written = load_file(tmp_path / "run" / "best" / "model.safetensors")
+    assert torch.equal(
+        written["log_softmax.mlp.layer0.weight"],
+        written["transf_decoder._embedding.token_embedding.weight"],
+    )
+    assert finetune.main([str(recipe), "trainer.max_steps=5"]) == 0  # goes on
+
+
+def test_what_a_recipe_cannot_ask(tmp_path):
+    case = load_case("canary_flash_agg")
+    archive = ModelRecipe(init_from=str(case.folder / "model.nemo"))
+    for loss, reason in (
+        (LossRecipe(sigma=0.1), "loss.sigma belongs to TDT"),
+        (LossRecipe(reduction="mean"), "a mean over tokens"),
+        (LossRecipe(ctc_weight=0.5), "loss.ctc_weight belongs to hybrids"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            build_model(archive, loss, 0)
+    other = ModelRecipe(init_from=str(load_case("ctc_bpe").folder / "model.nemo"))
+    with pytest.raises(ValueError, match="loss.mask_prompt belongs to attention decoders"):
+        build_model(other, LossRecipe(mask_prompt=True), 0)
+    with pytest.raises(ValueError, match="this model takes no prompt"):
+        build_model(other, LossRecipe(), 0, prompt=PromptRecipe({"pnc": {"a": "<|b|>"}}))
+    with pytest.raises(ValueError, match="no special token of this model"):
+        build_model(archive, LossRecipe(), 0, prompt=PromptRecipe({"pnc": {"a": "<|b|>"}}))
+
+
+def test_frozen_all_but_the_decoder(tmp_path):
+    case = load_case("canary_flash_agg")
+    recipe = recipe_of(
+        case,
+        tmp_path,
+        freeze={"modules": ["encoder"], "batch_norm": "adapt"},
+        trainer={"max_steps": 2},
+    )
+    assert finetune.main([str(recipe)]) == 0
+    before = load_model(case.folder / "model.nemo").state_dict()
+    after = (
+        load_model(tmp_path / "run" / "last").state_dict()
+        if (tmp_path / "run" / "last").is_dir()
+        else load_model(tmp_path / "run" / "best").state_dict()
+    )
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert any(name.startswith("transf_decoder") for name in moved)
+    assert {name for name in moved if name.startswith("encoder.")} == {
+        name for name in before if "batch_norm.running" in name or "num_batches_tracked" in name
+    }
