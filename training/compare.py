@@ -9,6 +9,7 @@ load, the tokenizer covers the text, durations and lengths fit, memory and disk 
 batch goes forward and backward. A check that fails ends with status 1; nothing is written.
 """
 
+import logging
 import os
 import sys
 from pathlib import Path
@@ -92,13 +93,14 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run(options) -> int:
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     overrides = [item for item in options.other if "=" in item and not os.path.exists(item)]
     others = [item for item in options.other if item not in overrides]
     try:
         if len(others) > 1:
             raise ValueError(f"compares two things, got {', '.join(others)} beside the recipe")
         recipe = load_recipe(options.recipe, overrides)
-        is_recipe = others and Path(others[0]).suffix in (".yaml", ".yml")
+        is_recipe = others and Path(others[0]).suffix in (".yaml", ".yml", ".sh")
         other = load_recipe(others[0]) if is_recipe else None
     except (ValueError, FileNotFoundError) as error:
         raise cli.UsageError(str(error)) from None

@@ -82,6 +82,13 @@ class Fbank(nn.Module):
         self.register_buffer("window", window.float(), persistent=False)
         self.register_buffer("filters", _filters(config).float(), persistent=False)
 
+    @property
+    def description(self) -> str:
+        """What it hears, in a line."""
+        c, empty = self.config, int((self.filters.sum(1) == 0).sum())
+        text = f"{c.sample_rate} Hz, {c.n_mels} mel bins of {c.low_hz:g} to {c.top_hz:g} Hz"
+        return text + (f", {empty} of them empty" if empty else "")
+
     def frame_lengths(self, audio_lengths: Tensor) -> Tensor:
         """Frames of 10 ms for a number of samples. What is shorter than one window counts as one
         frame, with zeros behind it (the reference implementations do not agree there)."""

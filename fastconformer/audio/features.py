@@ -201,6 +201,12 @@ class Preprocessor(nn.Module):
         super().__init__()
         self.featurizer = FilterbankFeatures(config, stft_pad)
 
+    @property
+    def description(self) -> str:
+        """What it hears, in a line."""
+        c = self.featurizer.config
+        return f"{c.sample_rate} Hz, {c.features} mel bins"
+
     def augmented(self, features, lengths, mask, rows: bool = False) -> torch.Tensor:
         """`mask(features, lengths)`; other front ends have rows that hold several frames."""
         return mask(features, lengths)

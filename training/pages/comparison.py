@@ -6,6 +6,7 @@ from pathlib import Path
 
 from fastconformer import ASRModel
 from training.data.stream import batch_order
+from training.recipe.funasr import own_training
 from training.recipe.recipe import Recipe, stage_recipes
 from training.setup.prepare import Prepared, run_length
 
@@ -17,6 +18,8 @@ MEANINGS = {  # prefixes of keys; the longest decides
     "model.transfer": "whether pieces keep what they learnt",
     "model.dropout": "more dropout fits small data, and slows learning",
     "model.sample_rate": "another front end; what lies above half the rate is not heard",
+    "model.mel_edges": "keep: filters above half of the rate are empty, a constant; stretch: all "
+    "lie below it, and each hears another frequency than the encoder was trained with",
     "encoder": "another attention: longer audio, and weights that must be learnt again",
     "data.train": "other training data",
     "data.validation": "numbers are measured on other clips: not comparable",
@@ -77,6 +80,7 @@ def facts(run: Prepared) -> dict[str, str]:
     relative = lr_beside_scratch(run.model, recipe)
     return {
         "heads trained": "+".join(run.objective.heads),
+        "front end": run.model.preprocessor.description,
         "parameters that move": f"{moving / 1e6:.2f} M of {total / 1e6:.2f} M{later}",
         "training audio": f"{hours:.2f} h in {len(run.train.utterances)} clips",
         "audio in a step": f"{step_s:.0f} s",
@@ -91,7 +95,7 @@ def facts(run: Prepared) -> dict[str, str]:
 
 def lr_beside_scratch(model: ASRModel, recipe: Recipe) -> float | None:
     """The recipe's highest rate over that of the checkpoint's own training; None if unknown."""
-    own = model.config.record.get("optim") or {}
+    own = own_training(model.config.record).get("optim") or {}
     peak = peak_lr(own, model.config.encoder.d_model)
     mine = recipe.optim.lr
     if recipe.schedule.name == "noam":
@@ -113,7 +117,7 @@ def peak_lr(optim: dict, d_model: int) -> float | None:
 
 
 def _spec_augment(run: Prepared) -> str:
-    section = run.model.config.record.get("spec_augment") or {}
+    section = own_training(run.model.config.record).get("spec_augment") or {}
     given = dataclasses.asdict(run.recipe.spec_augment)
     options = {k: v if v is not None else section.get(k) for k, v in given.items()}
     if run.objective.augment is None:
@@ -144,7 +148,7 @@ def meaning(key: str) -> str:
 def beside_checkpoint(run: Prepared, config: dict) -> list[tuple[str, str, str, str]]:
     """(what, theirs, ours, meaning) where a recipe departs from the training that a checkpoint's
     own config tells of."""
-    ours, rows = run.model.config.record, []
+    config, ours, rows = own_training(config), own_training(run.model.config.record), []
     theirs_optim, sched = config.get("optim") or {}, (config.get("optim") or {}).get("sched") or {}
     width = run.model.config.encoder.d_model
     peak = peak_lr(theirs_optim, width)
@@ -158,7 +162,12 @@ def beside_checkpoint(run: Prepared, config: dict) -> list[tuple[str, str, str, 
         ("weight decay", theirs_optim.get("weight_decay"), recipe.optim.weight_decay, "optim"),
         ("longest clip, s", data.get("max_duration"), recipe.data.max_duration_s, "data.max"),
         ("dropout", encoder.get("dropout"), own.get("dropout"), "model.dropout"),
-        ("attention", encoder.get("self_attention_model"), own["self_attention_model"], "encoder"),
+        (
+            "attention",
+            encoder.get("self_attention_model"),
+            own.get("self_attention_model"),
+            "encoder",
+        ),
         ("pieces", _vocabulary(config), run.model.config.vocab_size, "model.tokenizer"),
         ("sample rate", _rate(config), run.model.sample_rate, "model.sample_rate"),
         ("SpecAugment", _masks(config), _spec_augment(run), "spec_augment"),

@@ -17,6 +17,8 @@ from yaml import YAMLError
 from fastconformer.checkpoint.yaml_config import check_yaml_depth
 from training.recipe.data_sections import AugmentRecipe, DataRecipe, SpecAugmentRecipe
 from training.recipe.fields import check_keys, convert, key
+from training.recipe.funasr import is_funasr, is_funasr_key, read_script
+from training.recipe.funasr import translate as translate_funasr
 from training.recipe.nemo import is_nemo, translate
 from training.recipe.sections import (
     DistillRecipe,
@@ -89,14 +91,17 @@ def load_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recip
     if not path.is_file():
         raise FileNotFoundError(f"recipe {path} is not a file; give the path of a YAML recipe")
     try:
-        check_yaml_depth(path.read_bytes())
-        tree = OmegaConf.load(path)
+        check_yaml_depth(b"" if path.suffix == ".sh" else path.read_bytes())
+        is_script = path.suffix == ".sh"  # FunASR's fine-tuning is a script with overrides in it
+        tree = OmegaConf.create(read_script(path)) if is_script else OmegaConf.load(path)
     except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
         detail = " ".join(str(error).split())
         raise ValueError(f"{path}: not a readable YAML file: {detail}") from None
     if not OmegaConf.is_dict(tree):
         raise ValueError(f"{path}: expected sections such as `data:`, found {tree!r}")
-    if is_nemo(_plain(tree, path, resolve=False)):
+    if is_funasr(_plain(tree, path, resolve=False)):
+        tree, overrides = _from_funasr(tree, overrides, path)
+    elif is_nemo(_plain(tree, path, resolve=False)):
         translation = translate(_plain(tree, path, resolve=True), str(path))
         log.info("%s is %s", path, translation)
         tree = OmegaConf.create(translation.recipe)  # overrides are in our keys
@@ -230,6 +235,20 @@ def _plain(tree, where, resolve: bool) -> dict:
         return OmegaConf.to_container(tree, resolve=resolve, throw_on_missing=resolve)
     except OmegaConfBaseException as error:
         raise ValueError(f"{where}: {' '.join(str(error).split())}") from None
+
+
+def _from_funasr(tree, overrides: typing.Sequence[str], path: Path):
+    """(a recipe's tree, the overrides in a recipe's words) of a FunASR configuration: overrides in
+    its own words, with or without `++`, are put into it before it is translated."""
+    ours = [item for item in overrides if not is_funasr_key(item.partition("=")[0])]
+    theirs = [item.lstrip("+") for item in overrides if item not in ours]
+    try:
+        tree = OmegaConf.merge(tree, OmegaConf.from_dotlist(theirs))
+    except (YAMLError, OmegaConfBaseException) as error:
+        raise ValueError(f"{path}: {' '.join(str(error).split())}") from None
+    translation = translate_funasr(_plain(tree, path, resolve=True), str(path))
+    log.info("%s is %s", path, translation)
+    return OmegaConf.create(translation.recipe), ours
 
 
 def as_lists(value):
