@@ -113,23 +113,31 @@ def _sherpa_onnx(folder: Path, int8: bool) -> Export:
         raise ValueError(f"{folder} holds no {file(name).name}")
     properties = onnx.load(file(name), load_external_data=False).metadata_props
     metadata = {item.key: item.value for item in properties}
+    online = "window_size" in metadata
+    kind = sherpa_onnx.OnlineRecognizer if online else sherpa_onnx.OfflineRecognizer
     common = {"tokens": str(folder / "tokens.txt"), "feature_dim": int(metadata["feat_dim"])}
     if name == "model":
         head = "ctc"
-        client = sherpa_onnx.OfflineRecognizer.from_nemo_ctc(model=str(file(name)), **common)
+        client = kind.from_nemo_ctc(model=str(file(name)), **common)
     else:
         # the client's own rule: "tdt" in the address makes it one
         head = "rnnt" if metadata["url"].find("tdt") < 0 else "tdt"
         parts = {part: str(file(part)) for part in ("encoder", "decoder", "joiner")}
-        client = sherpa_onnx.OfflineRecognizer.from_transducer(
-            **parts, **common, model_type="nemo_transducer"
-        )
+        if not online:
+            common["model_type"] = "nemo_transducer"
+        client = kind.from_transducer(**parts, **common)
 
     def text(clip) -> str:
         stream = client.create_stream()
         stream.accept_waveform(16000, clip)
-        client.decode_stream(stream)
-        return stream.result.text
+        if not online:
+            client.decode_stream(stream)
+            return stream.result.text
+        stream.accept_waveform(16000, [0.0] * 16000)  # the last windows need a second behind them
+        stream.input_finished()
+        while client.is_ready(stream):
+            client.decode_stream(stream)
+        return client.get_result(stream)
 
     return Export("sherpa-onnx", head, lambda clips: [text(clip) for clip in clips])
 

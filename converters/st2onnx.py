@@ -23,28 +23,33 @@ def main(argv: list[str] | None = None) -> int:
         help="8-bit weights in the matrix products: files of about a third, named *.int8.onnx, "
         "beside those of 32 bits if the folder has them",
     )
-    args = parser.parse_args(argv)
-    return cli.run(
-        "st2onnx", lambda: convert(args.model, args.output, args.client, args.head, args.int8)
+    parser.add_argument(
+        "--offline",
+        action="store_true",
+        help="for sherpa-onnx: a cache-aware model for the OfflineRecognizer, not the online one",
     )
+    args = parser.parse_args(argv)
+    if args.offline and args.client != "sherpa-onnx":
+        parser.error("--offline is for sherpa-onnx; onnx-asr takes whole recordings in any case")
+    return cli.run("st2onnx", lambda: convert(args))
 
 
-def convert(model: str, folder: Path, client: str, head: str | None, int8: bool) -> None:
+def convert(args) -> None:
     """Loads, checks, writes."""
     from fastconformer import load_model
     from fastconformer.export import onnx_asr, sherpa_onnx
 
-    loaded = load_model(model)
-    head = head or loaded.heads[0]
-    if head not in loaded.heads:
-        raise ValueError(f"head is {head!r}, this model has {', '.join(loaded.heads)}")
-    export = {"onnx-asr": onnx_asr.export, "sherpa-onnx": sherpa_onnx.export}[client]
+    model = load_model(args.model)
+    head = model.head(args.head).name
     try:
-        export(loaded, head, folder, int8)
+        if args.client == "onnx-asr":
+            onnx_asr.export(model, head, args.output, args.int8)
+        else:
+            sherpa_onnx.export(model, head, args.output, args.int8, args.offline)
     except ValueError as error:
-        raise ValueError(f"{model}: {error}") from None
-    print(f"head {head}, for {client}{', 8-bit weights' if int8 else ''}")
-    print(f"wrote {folder}")
+        raise ValueError(f"{args.model}: {error}") from None
+    print(f"head {head}, for {args.client}{', 8-bit weights' if args.int8 else ''}")
+    print(f"wrote {args.output}")
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ def relative_scores(query, p, n_queries, n_keys):
     """(B, H, N, K) of the last N of T frames, p (1, H, N+T, K) for distances T ... -(N-1)
     -> (B, H, N, T): row i takes columns N-i ... N-i+T-1, by reading rows of one less."""
     x = (query @ p.transpose(-1, -2)).flatten(2)[:, :, n_queries:]
-    return x.reshape(x.shape[0], x.shape[1], n_queries, -1)[..., :n_keys]
+    return x.reshape(-1, x.shape[1], n_queries, n_queries + n_keys - 1)[..., :n_keys]
 
 
 def heads(x: torch.Tensor, n_heads: int) -> torch.Tensor:
@@ -69,12 +69,20 @@ class FullAttention(nn.Module):
 
     def forward(self, x: torch.Tensor, pos_emb: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         """x (B, T, D), pos_emb (2T-1, D), hidden (B, 1, 1 or T, T) -> (B, T, D)."""
-        a, t = self.trained, x.shape[1]
-        q, k, v = (heads(f(x), a.n_heads) for f in (a.linear_q, a.linear_k, a.linear_v))
+        return self.last_queries(x, x.shape[1], pos_emb, hidden)
+
+    def last_queries(
+        self, memory: torch.Tensor, n_queries: int, pos_emb: torch.Tensor, hidden: torch.Tensor
+    ) -> torch.Tensor:
+        """Of the last N frames alone over all of memory (B, T, D): pos_emb (N+T-1, D) for distances
+        T-1 ... -(N-1) -> (B, N, D)."""
+        a, t = self.trained, memory.shape[1]
+        q = heads(a.linear_q(memory[:, t - n_queries :]), a.n_heads)
+        k, v = heads(a.linear_k(memory), a.n_heads), heads(a.linear_v(memory), a.n_heads)
         p = heads(F.pad(a.linear_pos(pos_emb), (0, 0, 1, 0))[None], a.n_heads)
         scale = a.d_head**-0.5
         scores = ((q + a.pos_bias_u[:, None]) * scale) @ k.transpose(-1, -2)
-        position = relative_scores((q + a.pos_bias_v[:, None]) * scale, p, t, t)
+        position = relative_scores((q + a.pos_bias_v[:, None]) * scale, p, n_queries, t)
         weights = (scores + position).masked_fill(hidden, MASKED).softmax(-1)
         return a.linear_out((weights @ v).transpose(1, 2).flatten(2))
 

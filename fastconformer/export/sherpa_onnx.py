@@ -13,18 +13,35 @@ from ..model import ASRModel
 from .client import check_durations, check_front_end, vocabulary_lines
 from .graphs import ctc_graph, decoder_graph, encoder_graph, joiner_graph
 from .onnx_files import require_packages, write_graph
+from .streaming import streaming_ctc_graph, streaming_encoder_graph, windows_of
 
 _TRANSDUCER = {"encoder": encoder_graph, "decoder": decoder_graph, "joiner": joiner_graph}
 # By the head's family: the graphs, and the class that sherpa-onnx tells the kind by.
 GRAPHS = {"ctc": {"model": ctc_graph}, "transducer": _TRANSDUCER}
+ONLINE_GRAPHS = {
+    "ctc": {"model": streaming_ctc_graph},
+    "transducer": {**_TRANSDUCER, "encoder": streaming_encoder_graph},
+}
 CLASSES = {"ctc": "EncDecCTCModelBPE", "transducer": "EncDecRNNTBPEModel"}
 
 FRONT_END = {"sample_rate": (16000,), "window_samples": (400,), "hop_samples": (160,)}
 NORMALIZATIONS = {"per_feature": "per_feature", "NA": "", None: ""}
 
 
-def export(model: ASRModel, head: str, folder: Path, int8: bool = False) -> None:
-    """Writes the folder for one head.
+def is_online(config: ModelConfig) -> bool:
+    """Whether the encoder is cache-aware, and so goes to sherpa-onnx's OnlineRecognizer."""
+    try:
+        windows_of(config.encoder)
+    except ValueError:
+        return False
+    return True
+
+
+def export(
+    model: ASRModel, head: str, folder: Path, int8: bool = False, offline: bool = False
+) -> None:
+    """Writes the folder for one head: of a cache-aware encoder for the OnlineRecognizer, unless
+    `offline`; of all others for the OfflineRecognizer.
 
     ValueError: sherpa-onnx cannot run it, with the reason; nothing is written then.
     """
@@ -37,7 +54,11 @@ def export(model: ASRModel, head: str, folder: Path, int8: bool = False) -> None
     check_durations(config)
     vocabulary = vocabulary_lines(model)
     metadata = _metadata(config, head, CLASSES[family])
-    graphs = {name: graph(model) for name, graph in GRAPHS[family].items()}
+    online = is_online(config) and not offline
+    if online:
+        metadata |= _online_metadata(config)
+    table = ONLINE_GRAPHS if online else GRAPHS
+    graphs = {name: graph(model) for name, graph in table[family].items()}
     suffix = ".int8" if int8 else ""
     with filled_folder(folder) as new:
         for name, graph in graphs.items():
@@ -68,6 +89,19 @@ def _metadata(config: ModelConfig, head: str, class_name: str) -> dict[str, str 
         metadata["pred_rnn_layers"] = config.decoder.pred_rnn_layers
         metadata["pred_hidden"] = config.decoder.pred_hidden
     return metadata
+
+
+def _online_metadata(config: ModelConfig) -> dict[str, int]:
+    if NORMALIZATIONS[config.preprocessor.normalize]:
+        raise ValueError(
+            f"preprocessor.normalize is {config.preprocessor.normalize!r}: a stream has no whole "
+            "clip to normalise by; with --offline it goes to the OfflineRecognizer"
+        )
+    windows = windows_of(config.encoder)
+    sizes = {"window_size": windows.size, "chunk_shift": windows.shift}
+    for name, shape in (("channel", windows.channel), ("time", windows.time)):
+        sizes |= {f"cache_last_{name}_dim{i + 1}": n for i, n in enumerate(shape)}
+    return sizes
 
 
 def _scores(model: ASRModel) -> str:

@@ -220,3 +220,56 @@ def test_refused_before_a_byte_is_written(client, tmp_path, capsys):
         message = capsys.readouterr().err
         assert reason in message and message.count("\n") == 1
         assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "case, context", [("stream_hybrid_multi", "ctx_12_5"), ("stream_ctc", "ctx_16_3")]
+)
+def test_online_form_is_nemos_pad_and_drop(case, context, tmp_path):
+    """Windows as sherpa-onnx gives them: 9 zero frames first, then a full chunk at a time."""
+    tensors, model = load_case(case).tensors, load_model(golden(case) / "model.nemo")
+    head = model.heads[0]
+    sherpa_onnx.export(model, head, tmp_path / "x")
+    name = "encoder" if model.config.joint else "model"
+    document = onnx.load(tmp_path / "x" / f"{name}.onnx")
+    metadata = {item.key: item.value for item in document.metadata_props}
+    size, shift = int(metadata["window_size"]), int(metadata["chunk_shift"])
+    channel, time = (
+        [int(metadata[f"cache_last_{kind}_dim{i}"]) for i in (1, 2, 3)]
+        for kind in ("channel", "time")
+    )
+    features = torch.nn.functional.pad(tensors["stream_features"], (size - shift, size)).numpy()
+    lengths = tensors["stream_features_len"].numpy() + size - shift
+    n = len(features)
+    caches = [np.zeros((n, *channel), np.float32), np.zeros((n, *time), np.float32)]
+    caches.append(np.zeros(n, np.int64))
+    run, frames = session(tmp_path / "x" / f"{name}.onnx"), []
+    names = [x.name for x in run.get_inputs()]
+    wanted = ["audio_signal", "length", "cache_last_channel", "cache_last_time"]
+    assert names == [*wanted, "cache_last_channel_len"]
+    for start in range(0, features.shape[2] - size, shift):
+        window = features[:, :, start : start + size], np.clip(lengths - start, 0, size)
+        out, _, *caches = run.run(None, dict(zip(names, (*window, *caches), strict=True)))
+        frames.append(out.transpose(0, 2, 1) if name == "encoder" else out)
+    found = np.concatenate(frames, 1)
+    expected = tensors[f"{context}/pad_and_drop/stream_encoded"]
+    if name == "model":
+        with torch.no_grad():
+            expected = model.ctc_log_probs(expected)
+    for row, length in enumerate(tensors[f"{context}/pad_and_drop/stream_encoded_len"].tolist()):
+        n_windows = (int(lengths[row]) - size) // shift + 1  # that are full
+        whole = min(length, n_windows * (shift // 8))
+        assert whole >= 12
+        assert np.abs(found[row, :whole] - expected[row, :whole].numpy()).max() < 1e-4
+
+
+def test_a_cache_aware_model_offline_too(tmp_path):
+    archive = golden("stream_chunked_hybrid_rnnt") / "model.nemo"
+    for name, options in (("online", []), ("offline", ["--offline"])):
+        words = [archive, "-o", tmp_path / name, "--for", "sherpa-onnx", *options]
+        assert converters.st2onnx.main(list(map(str, words))) == 0
+    inputs = {
+        name: [x.name for x in session(tmp_path / name / "encoder.onnx").get_inputs()]
+        for name in ("online", "offline")
+    }
+    assert inputs["offline"] == ["audio_signal", "length"] and len(inputs["online"]) == 5
