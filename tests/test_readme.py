@@ -175,10 +175,35 @@ def _code(page: Path) -> str:
     return "\n".join([*re.findall(r"^    (.*)$", text, re.M), *re.findall(r"`([^`\n]+)`", text)])
 
 
+def test_the_tree_is_the_tree():
+    """A line for each file of the packages, and none for another; add what is missing where a
+    reader would look for it."""
+    section = (ROOT / "README.md").read_text(encoding="utf-8").split("### File by file")[1]
+    listed, above = [], []
+    for indent, name, text in re.findall(r"^    ( *)(\S+) +(\S.*)$", section.split("###")[0], re.M):
+        above = [*above[: len(indent) // 2], name]
+        listed.append("".join(above))
+        assert text.strip(), name
+    packages = {name.split("/")[0] for name in listed}
+    there = [p.relative_to(ROOT) for package in packages for p in (ROOT / package).rglob("*.py")]
+    there = {str(p.parent) + "/" if p.name == "__init__.py" else str(p) for p in there}
+    assert len(listed) == len(set(listed)) and len(packages) == 5
+    assert sorted(there - set(listed)) == [], "README.md lacks these"
+    assert sorted(set(listed) - there) == [], "README.md lists these, which are not there"
+
+
+def test_every_page_is_listed():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    missing = [p.name for p in PAGES[1:-1] if f"(docs/{p.name})" not in readme]
+    assert not missing, f"README.md does not list {missing}"
+
+
 def test_links_lead_somewhere():
-    for page in PAGES[:-1]:
-        for link in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
-            assert (page.parent / link).exists(), f"{page.name} links to {link}"
+    pages = [*PAGES[:-1], *ROOT.glob("*/README.md"), *ROOT.glob("tests/*/README.md")]
+    for page in pages:
+        for link in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text(encoding="utf-8")):
+            if not link.startswith("https:"):
+                assert (page.parent / link).exists(), f"{page.name} links to {link}"
 
 
 def test_python_snippets_run(tmp_path, monkeypatch, capsys):
@@ -243,6 +268,25 @@ def test_the_base_is_small_and_loads():
     assert BASE.stat().st_size <= 8_000_000
     model = load_model(BASE)
     assert model.heads == ("tdt", "ctc") and model.tokenizer.vocab_size == 128
+
+
+@pytest.mark.slow
+def test_a_new_language_from_a_clone(tmp_path, monkeypatch):
+    """The commands of docs/new-language.md's scenario A with few clips, and two steps."""
+    pytest.importorskip("espeakng_loader", reason="eSpeak NG is not installed")
+    clone(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs" / "new-language.md").read_text(encoding="utf-8")
+    lines = re.findall(r"^    python -m (\S+) (.*)$", page.split("## B:")[0], re.M)
+    assert len(lines) == 8
+    for module, words in lines:
+        words = (
+            re.sub(r"--count \d+", "--count 60", words).replace("--size 128", "--size 90").split()
+        )
+        if module == "training.finetune":
+            words += ["trainer.max_steps=2", "schedule.warmup_steps=1", "trainer.val_every_steps=2"]
+        assert not importlib.import_module(module).main(words), f"{module} {words}"
+    assert load_model("runs/new_language/model.nemo").tokenizer.vocab_size > 128
 
 
 @pytest.mark.slow
