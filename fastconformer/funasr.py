@@ -25,6 +25,7 @@ from .networks.qwen3 import Qwen3
 from .networks.sanm import Adaptor, CTCOutput, SANMEncoder
 from .recordings.align import align
 from .recordings.retry import retry_stuck
+from .recordings.stream import open_stream
 from .recordings.transcribe import transcribe
 from .recordings.transcript import transcript
 from .text.byte_bpe import QwenTokenizer, TiktokenTokenizer
@@ -262,6 +263,7 @@ class FunASRNano(nn.Module):
         return chosen.decode(encoded, lengths, options, **arguments)
 
     transcribe = transcribe
+    stream = open_stream
     align = align
     transcript = transcript
     retry_stuck = retry_stuck

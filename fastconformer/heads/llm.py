@@ -265,6 +265,9 @@ class AttendedCTC(CTC):
     def asked(self, slots: Mapping, timestamps: bool) -> dict:
         return Head.asked(self, slots, timestamps)
 
+    def first_hypothesis(self) -> None:
+        """It hears a clip as a whole."""
+
     def log_probs(self, encoded: Tensor, lengths: Tensor) -> Tensor:
         """(B, T, D), (B,) -> (B, T, V+1) float32, blank last."""
         return self.model.ctc(self.rows(encoded, lengths)).float().log_softmax(-1)
