@@ -25,7 +25,7 @@ from fastconformer.__main__ import COMMANDS
 from fastconformer.checkpoint.folder import write_folder
 from fastconformer.checkpoint.read import read_checkpoint
 from training.recipe.recipe import Recipe, load_recipe
-from training.setup.start import scratch_config
+from training.setup.start import read_tokenizer, scratch_config
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "Makefile"]
@@ -234,7 +234,7 @@ def test_scratch_models_are_models(tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(files["tokenizer.model"])
     assert MODELS
     for path in MODELS:
-        config, _ = scratch_config(str(path), str(tmp_path))
+        config, _ = scratch_config(str(path), *read_tokenizer(str(tmp_path)))
         assert ModelConfig.from_nemo(config).heads == ("tdt", "ctc")
 
 

@@ -94,7 +94,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(options) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-    overrides = [item for item in options.other if "=" in item and not os.path.exists(item)]
+    overrides = [
+        item
+        for item in options.other
+        if ("=" in item or item.startswith("~")) and not os.path.exists(item)
+    ]
     others = [item for item in options.other if item not in overrides]
     try:
         if len(others) > 1:

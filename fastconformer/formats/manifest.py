@@ -2,8 +2,9 @@
 
     {"audio_filepath": "a.wav", "duration": 2.5, "text": "hello", "lang": "en"}
 
-`audio_filepath` is absolute or relative to the manifest's folder; with `offset` it is the section
-[offset, offset + duration), else the whole file. `_skipme` leaves a line out, everywhere.
+`audio_filepath` (older: `audio_filename`) is absolute or relative to the manifest's folder; with
+`offset` it is the section [offset, offset + duration), else the whole file. `text_filepath` names a
+file with the text. `_skipme` leaves a line out, everywhere.
 
 A line may be a chat of one turn instead, as FunASR trains on:
 
@@ -104,7 +105,7 @@ def manifest_lines(path: str | os.PathLike, lang: str | None = None) -> Iterator
             name = ""
             try:
                 entry = _of_chat(_entry(line))
-                name = str(entry.get("audio_filepath", ""))
+                name = str(_audio(entry) or "")
                 if lang is not None and entry.get("lang") not in (None, lang):
                     raise BadLine("other_language", f"lang is {entry['lang']!r}")
                 if entry.get("_skipme"):
@@ -155,7 +156,7 @@ def _of_chat(entry: dict) -> dict:
 
 
 def _clip(entry: dict, manifest: Path, number: int) -> Clip:
-    audio = entry.get("audio_filepath")
+    audio = _audio(entry)
     if not isinstance(audio, str) or not audio:
         raise BadLine("no_audio_filepath", f"audio_filepath is {audio!r}, expected a path")
     if "\0" in audio:
@@ -165,6 +166,8 @@ def _clip(entry: dict, manifest: Path, number: int) -> Clip:
     except RuntimeError:  # no user of that name
         path = manifest.parent / audio
     text, lang = entry.get("text"), entry.get("lang")
+    if text is None and isinstance(entry.get("text_filepath"), str):
+        text = _text_of_file(manifest.parent / entry["text_filepath"])
     if text is not None and not isinstance(text, str):
         raise BadLine("no_text", f"text is {text!r}, expected a string")
     known = ("audio_filepath", "offset", "duration", "text", "lang", "channel", "_skipme")
@@ -180,6 +183,17 @@ def _clip(entry: dict, manifest: Path, number: int) -> Clip:
         line=number,
         others={key: value for key, value in entry.items() if key not in known},
     )
+
+
+def _audio(entry: dict):
+    return entry.get("audio_filepath", entry.get("audio_filename"))
+
+
+def _text_of_file(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig").replace("\n", "")  # as NeMo reads it
+    except (OSError, ValueError) as error:
+        raise BadLine("no_text", f"text_filepath {path}: {error}") from None
 
 
 def _seconds(entry: dict, key: str, expected: str) -> float | None:

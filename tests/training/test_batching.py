@@ -32,6 +32,15 @@ def owner(sizes):
     return np.repeat(np.arange(len(sizes)), sizes)
 
 
+def test_without_shuffling_clips_come_as_they_are_listed():
+    sources, seconds = sources_of([3, 4]), np.array([5.0, 1.0, 3.0, 2.0, 9.0, 1.0, 1.0])
+    rules = BatchRules(7, 2, None, shuffle=False)
+    for epoch in range(2):
+        plan = plan_epoch(sources, seconds, rules, epoch)
+        drawn = [plan.clips[batch].tolist() for batch in plan.batches]
+        assert drawn == [[0, 1], [2, 3], [4, 5], [6]]
+
+
 def first_draws(sources, durations, count, temperature=1.0, **options):
     """Clips in the order of the batches that training gets them in."""
     clips, epoch = [], 0

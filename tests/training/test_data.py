@@ -11,7 +11,7 @@ from fastconformer.text.tokenizer import CharTokenizer
 from training.data.batching import epoch_batches
 from training.data.limits import Limits, check_for_training
 from training.data.store import AudioStore, batches_ahead
-from training.data.utterances import read_utterances
+from training.data.utterances import Fields, read_utterances
 
 RATE = 16000
 TOKENIZER = CharTokenizer(list("abcdefghijklmnopqrstuvwxyz '"))
@@ -43,6 +43,20 @@ def usable(folder, lines, encoder_frames=None, **limits):
     limits = Limits(**{"min_duration_s": 0.1, "max_duration_s": 20.0} | limits)
     kept, unusable = check_for_training(found, TOKENIZER, limits, encoder_frames)
     return kept, bad + unusable
+
+
+def test_text_and_language_by_other_keys_and_in_files(folder):
+    (folder / "said.txt").write_text("from a\n file")
+    lines = [
+        {"audio_filename": "c1.wav", "duration": 0.4, "answer": "ab", "target_lang": "en"},
+        entry(2, text_filepath="said.txt", answer="b", target_lang="fr") | {"text": None},
+        entry(3, answer="no language"),
+    ]
+    path = write_manifest(folder, lines)
+    found, bad = read_utterances(path, "en", fields=Fields("answer", "target_lang", "en"))
+    assert [(u.text, u.lang) for u in found] == [("ab", "en"), ("no language", "en")]
+    assert [d.reason for d in bad] == ["other_language"]
+    assert read_utterances(path)[0][0].text == "from a file"
 
 
 def test_a_good_manifest(folder):

@@ -411,3 +411,15 @@ def test_learning_rate_ends():
     assert at[7] == pytest.approx(0.55) and at[10] == pytest.approx(0.1) and at[12] == 0.1
     assert learning_rate(0, 1.0, 0.1, 0, 10) == 1.0
     assert learning_rate(9, 1.0, 0.1, 4, 10, "constant") == 1.0
+
+
+def test_test_sets_are_measured_once_with_the_kept_model(corpus):
+    recipe, run = corpus
+    stages = "stages=[{trainer: {max_steps: 1}}, {optim: {lr: 1.0e-4}}]"
+    options = [f"data.test={{held: {recipe.parent / 'dev.jsonl'}}}", "trainer.max_steps=2", stages]
+    assert main([str(recipe), *options]) == 0
+    found = json.loads((run / "test.json").read_text())
+    kept = json.loads((run / "stage_2" / "ledger.jsonl").read_text().splitlines()[0])
+    assert found["sets"]["held"].keys() == kept["sets"]["dev"].keys()
+    assert found["model"] == str(run / "best")
+    assert not list(run.glob("stage_*/test.json"))

@@ -1,12 +1,17 @@
 """NeMo's fine-tuning YAML, taken as it is."""
 
+import copy
 import logging
 
 import pytest
+import torch
 import yaml
 
+from training.optim.optim import build_optimizer, schedule_of
 from training.recipe.nemo import is_nemo, translate
-from training.recipe.recipe import load_recipe
+from training.recipe.recipe import load_recipe, recipe_from_dict
+from training.recipe.sections import OptimRecipe
+from training.setup.start import build_model
 
 FINETUNE = """
 name: hindi
@@ -22,7 +27,6 @@ model:
     pin_memory: true
     max_duration: 20
     min_duration: 0.2
-    use_a_new_thing: true
   validation_ds: {manifest_filepath: "dev.json,other.json", batch_size: 8, shuffle: false}
   tokenizer: {update_tokenizer: true, dir: tokens, type: bpe}
   encoder: {n_layers: 17}
@@ -94,9 +98,9 @@ def test_the_translation_and_keys_without_effect_are_told(nemo_yaml, caplog):
     told = caplog.text
     assert "model.optim.lr" in told and "optim.lr: 0.0001" in told
     unused = told[told.index("keys without effect here") :]
-    for key in ("model.train_ds.use_a_new_thing", "trainer.devices", "model.encoder.n_layers"):
+    for key in ("model.train_ds.pin_memory", "trainer.devices", "model.encoder.n_layers"):
         assert key in unused, key
-    assert "start the command with torchrun" in unused and "nothing here reads it" in unused
+    assert "start the command with torchrun" in unused
 
 
 def test_no_key_is_lost():
@@ -115,7 +119,11 @@ def test_no_key_is_lost():
     quiet = {"model.tokenizer.type", "model.spec_augment._target_", "model.loss.loss_name"}
     quiet |= {"exp_manager.name", "model.tokenizer.update_tokenizer"}
     quiet |= {"model.freeze_updates.enabled", "exp_manager.ema.enable"}
-    quiet |= {"exp_manager.create_early_stopping_callback", "exp_manager.early_stopping_callback"}
+    quiet |= {
+        "model.train_ds.shuffle",
+        "exp_manager.create_early_stopping_callback",
+        "exp_manager.early_stopping_callback",
+    }
     missing = [key for key in leaves(tree) if key not in told and key not in quiet]
     assert not missing
 
@@ -128,7 +136,15 @@ def test_no_key_is_lost():
         (("precision: bf16", "precision: 64"), "precision is 64"),
         (("shuffle: true", "trim_silence: true"), "trim_silence"),
         (("init_from_nemo_model: base.nemo", "init_from_pretrained_model: a/b"), "download"),
-        (("[[a.json], [b.json]]", "???"), "Missing mandatory value: manifest_filepath"),
+        (("[[a.json], [b.json]]", "???"), r"data.train is missing; list one manifest"),
+        (("pin_memory: true", "use_a_new_thing: true"), "use_a_new_thing: True has no counterpart"),
+        (("pin_memory: true", "is_concat: true"), "train_ds.is_concat: has no counterpart"),
+        (("  tokenizer: {update", "  adapter: {dim: 3}\n  tokenizer: {update"), "lora.rank=32"),
+        (("monitor: val_wer", "monitor: val_loss"), "'val_loss' is not measured here"),
+        (("min_lr: 1e-6", "min_lr: 1e-6, constant_ratio: 0.1"), "give constant_steps"),
+        (("min_lr: 1e-6", "min_lr: 1e-6, max_steps: 77"), "sched.max_steps: is 77, the run has 20"),
+        (("CosineAnnealing", "PolynomialHoldDecayAnnealing"), "needs hold_steps"),
+        (("shuffle: true", "augmentor: {transcode_aug: {prob: 1.0}}"), "transcode_aug: has no c"),
     ],
 )
 def test_what_would_change_the_result_is_refused(nemo_yaml, change, message):
@@ -158,3 +174,197 @@ def test_from_scratch_and_tarred():
     assert recipe["model"]["config"]["target"].endswith(".EncDecHybridRNNTCTCBPEModel")
     assert recipe["model"]["tokenizer"] == "tokens"
     assert recipe["schedule"]["name"] == "noam"
+
+
+# --- the forms of an optimizer and its schedule -------------------------------------------------
+
+
+def optimizer_of(optim: dict, **trainer):
+    tree = {"model": {"train_ds": {"manifest_filepath": "a"}, "optim": optim}}
+    tree |= {"init_from_nemo_model": "x", "trainer": {"max_steps": 20} | trainer}
+    return recipe_from_dict(translate(tree).recipe)
+
+
+RATES = {  # of torch or of NeMo 3.0's own schedulers: base rate 0.5, 20 steps
+    "none": ({}, {0: 0.5, 10: 0.5, 19: 0.5}),
+    "hold": (
+        {"name": "WarmupHoldPolicy", "warmup_steps": 4, "hold_steps": 6},
+        {0: 0.1, 4: 0.5, 12: 0.5, 19: 0.5},
+    ),
+    "cosine without a floor": ({"name": "CosineAnnealing"}, {0: 0.5, 10: 0.25, 19: 0.003077914851}),
+    "power": (
+        {"name": "PolynomialDecayAnnealing", "power": 2.0, "min_lr": 0.1},
+        {0: 0.5, 10: 0.2, 19: 0.101},
+    ),
+    "hold, power": (
+        {"name": "PolynomialHoldDecayAnnealing", "hold_steps": 10, "power": 2.0},
+        {0: 0.5, 9: 0.5, 10: 0.5, 15: 0.125, 19: 0.005},
+    ),
+    "constant steps": (
+        {"name": "CosineAnnealing", "warmup_steps": 4, "constant_steps": 6, "min_lr": 0.1},
+        {0: 0.0, 2: 0.25, 4: 0.5, 9: 0.3, 14: 0.1, 17: 0.1},
+    ),
+    "no floor before the end": (
+        {"name": "InverseSquareRootAnnealing", "warmup_steps": 1, "min_lr": 0.4},
+        {0: 0.25, 7: 0.25, 17: 1 / 6},
+    ),
+}
+
+
+@pytest.mark.parametrize("form", RATES)
+def test_a_schedule_means_what_it_means_in_nemo(form):
+    sched, expected = RATES[form]
+    recipe = optimizer_of({"name": "adamw", "lr": 0.5} | ({"sched": sched} if sched else {}))
+    rate = schedule_of(recipe.schedule, recipe.optim.lr, 20, 64)
+    assert {step: rate(step) for step in expected} == pytest.approx(expected, abs=1e-9)
+
+
+def test_what_an_optimizer_leaves_out_is_torchs():
+    optim = optimizer_of({"name": "adamw", "lr": 0.5}).optim
+    assert (optim.betas, optim.weight_decay, optim.eps) == ((0.9, 0.999), 0.01, 1e-8)
+    optim = optimizer_of({"name": "adam", "lr": 0.5, "amsgrad": True}).optim
+    assert (optim.name, optim.weight_decay, optim.amsgrad) == ("adam", 0.0, True)
+    given = {"name": "adamw", "lr": 0.5, "betas": [0.9, 0.98], "weight_decay": 0}
+    optim = optimizer_of(given).optim
+    assert (optim.betas, optim.weight_decay) == ((0.9, 0.98), 0.0)
+
+
+@pytest.mark.parametrize("amsgrad", [False, True])
+@pytest.mark.parametrize("name", ["adam", "adamw"])
+def test_optimizers_step_as_torchs(name, amsgrad):
+    given = OptimRecipe(name, lr=0.1, betas=(0.9, 0.999), weight_decay=0.1, amsgrad=amsgrad)
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(3, 2)
+    other = copy.deepcopy(layer)
+    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[name]
+    theirs = kind(other.parameters(), 0.1, (0.9, 0.999), 1e-8, 0.1, amsgrad)
+    ours = build_optimizer(layer, given)
+    for x in torch.randn(5, 4, 3):
+        for model, optimizer in ((layer, ours), (other, theirs)):
+            optimizer.zero_grad()
+            model(x).square().sum().backward()
+            optimizer.step()
+    assert torch.allclose(layer.weight, other.weight, atol=1e-6)
+
+
+# --- data ---------------------------------------------------------------------------------------
+
+
+def data_of(train_ds: dict):
+    tree = {"model": {"train_ds": train_ds}, "init_from_nemo_model": "x"}
+    return recipe_from_dict(translate(tree | {"trainer": {"max_steps": 1}}).recipe).data
+
+
+def test_weights_stand_beside_manifests():
+    data = data_of({"manifest_filepath": [["a.json", 0.7], ["b.json", 0.3]]})
+    assert [(s.manifest, s.weight) for s in data.sources] == [("a.json", 0.7), ("b.json", 0.3)]
+    tars = {"tarred_audio_filepaths": [["a.tar"], ["b.tar"]]}
+    data = data_of({"manifest_filepath": [["a.json", 0.7], ["b.json", 0.3]]} | tars)
+    assert [s.tarred_audio_filepaths for s in data.sources] == ["a.tar", "b.tar"]
+    assert data_of({"manifest_filepath": [["a.json"], ["b.json"]]}).train == ("a.json", "b.json")
+    with pytest.raises(ValueError, match=r"manifest_filepath: 0\.7 stands where a path belongs"):
+        data_of({"manifest_filepath": [0.7]})
+
+
+INPUT_CFG = """
+- {type: nemo, manifest_filepath: a.json, weight: 0.7, tags: {lang: en}}
+- type: group
+  weight: 0.3
+  input_cfg:
+    - {type: nemo_tarred, manifest_filepath: "m__OP_0..3_CL_.json",
+       tarred_audio_filepaths: "t__OP_0..3_CL_.tar", weight: 0.5}
+    - {type: nemo, manifest_filepath: c.json, weight: 0.5}
+"""
+
+
+def test_input_cfg(tmp_path):
+    (tmp_path / "input.yaml").write_text(INPUT_CFG)
+    for config in (yaml.safe_load(INPUT_CFG), str(tmp_path / "input.yaml")):
+        sources = data_of({"manifest_filepath": None, "input_cfg": config}).sources
+        assert [s.manifest for s in sources] == ["a.json", "m__OP_0..3_CL_.json", "c.json"]
+        assert [s.weight for s in sources] == pytest.approx([0.7, 0.15, 0.15])
+        assert [s.lang for s in sources] == ["en", None, None]
+        assert sources[1].tarred_audio_filepaths == "t__OP_0..3_CL_.tar"
+    for kind in ("lhotse", "lhotse_shar", "multimodal_conversation"):
+        with pytest.raises(ValueError, match=f"type: '{kind}' is not read here"):
+            data_of({"input_cfg": [{"type": kind}]})
+
+
+def test_what_nemo_does_not_leave_out_or_pad_is_not_here():
+    data = data_of({"manifest_filepath": "a.json", "shuffle": False, "text_field": "answer"})
+    assert (data.pad_to_s, data.min_duration_s, data.max_tokens_per_frame) == (0, 0, None)
+    assert not data.shuffle and data.text_field == "answer"
+    assert data_of({"manifest_filepath": "a.json", "shuffle": True}).shuffle
+
+
+def test_an_augmentor():
+    augmentor = """
+white_noise: {prob: 0.5, min_level: -90, max_level: -46}
+speed: {prob: 0.5, sr: 16000, min_speed_rate: 0.9, max_speed_rate: 1.1, num_rates: 3}
+noise: {prob: 0.3, manifest_path: noise.json, min_snr_db: 0, max_snr_db: 30}
+gain: {prob: 1.0, min_gain_dbfs: -10, max_gain_dbfs: 10}
+"""
+    section = {"manifest_filepath": "a.json", "augmentor": yaml.safe_load(augmentor)}
+    tree = {"model": {"train_ds": section}, "init_from_nemo_model": "x"}
+    augment = recipe_from_dict(translate(tree | {"trainer": {"max_steps": 1}}).recipe).augment
+    assert (augment.white_noise.probability, augment.white_noise.level_db) == (0.5, (-90, -46))
+    assert sorted(augment.speeds) == [0.9, 1.0, 1.0, 1.0, 1.0, 1.1]  # half of the draws, one of 3
+    assert (augment.noise.manifests, augment.noise.snr_db) == (("noise.json",), (0, 30))
+    assert augment.gain_db == (-10, 10)
+
+
+# --- as NeMo's commands have them ---------------------------------------------------------------
+
+
+def test_missing_values_come_from_overrides_of_either_kind(nemo_yaml):
+    text = FINETUNE.replace("[[a.json], [b.json]]", "???").replace("dir: tokens", 'dir: "???"')
+    nemo_yaml.write_text(text + 'hydra: {run: {dir: "???"}}\n')
+    theirs = ["model.train_ds.manifest_filepath=t.json", "++model.tokenizer.dir=tok"]
+    for overrides in (theirs, ["data.train=[t.json]", "model.tokenizer=tok"]):
+        recipe = load_recipe(nemo_yaml, [*overrides, "init_from_nemo_model=other.nemo"])
+        assert (recipe.data.train, recipe.model.tokenizer) == (("t.json",), "tok")
+        assert recipe.model.init_from == "other.nemo"
+    more = ["model.optim.lr=0.5", "trainer.max_steps=9", "trainer.precision=32", "optim.eps=0.1"]
+    more += ["~model.freeze_updates", "exp_manager.exp_dir=x", "+trainer.limit_val_batches=3"]
+    recipe = load_recipe(nemo_yaml, [*theirs, *more, "model.optim.sched.warmup_steps=2"])
+    assert (recipe.optim.lr, recipe.optim.eps, recipe.trainer.max_steps) == (0.5, 0.1, 9)
+    assert recipe.trainer.precision == "fp32" and not recipe.freeze.modules
+    assert recipe.output == "x/hindi"
+    with pytest.raises(ValueError, match=r"there is no model\.nothing"):
+        load_recipe(nemo_yaml, [*theirs, "~model.nothing"])
+
+
+LABELS = [" ", "a", "b", "'"]
+
+
+def test_characters_are_a_vocabulary(nemo_yaml):
+    section = "  char_labels: {update_labels: true, labels: [' ', a, b, \"'\"]}\n  encoder:"
+    without = FINETUNE.replace(
+        "  tokenizer: {update_tokenizer: true, dir: tokens, type: bpe}\n", ""
+    )
+    nemo_yaml.write_text(without.replace("  encoder:", section))
+    model = load_recipe(nemo_yaml).model
+    assert model.labels == (" ", "a", "b", "'") and model.changes_vocabulary
+    tree = {
+        "model": {
+            "labels": LABELS,
+            "train_ds": {"manifest_filepath": "m.json", "labels": LABELS},
+            "preprocessor": {"sample_rate": 16000, "features": 80, "n_fft": 512, "pad_to": 0},
+            "encoder": {
+                "feat_in": 80,
+                "n_layers": 2,
+                "d_model": 64,
+                "n_heads": 4,
+                "subsampling": "dw_striding",
+                "subsampling_factor": 8,
+                "conv_kernel_size": 9,
+                "subsampling_conv_channels": 16,
+            },
+            "decoder": {"feat_in": None, "num_classes": -1, "vocabulary": LABELS},
+            "optim": {"name": "adamw", "lr": 1e-3},
+        },
+        "trainer": {"max_steps": 4, "accelerator": "cpu"},
+    }
+    recipe = recipe_from_dict(translate(tree).recipe)
+    model = build_model(recipe.model, recipe.loss, 0)
+    assert model.config.class_name == "EncDecCTCModel" and model.tokenizer.pieces == LABELS

@@ -67,7 +67,7 @@ def test_every_key_is_read_where_it_matters(reads, corpus, tmp_path):
     path, _ = corpus
     train = [{"manifest": str(tmp_path / "train.jsonl"), "weight": 1, "max_hours": 9}]
     everything = {
-        "data": {"train": train},
+        "data": {"train": train, "test": {"dev": str(tmp_path / "dev.jsonl")}},
         "augment": {
             "speeds": [0.9, 1.0],
             "gain_db": [-3, 3],
@@ -102,6 +102,7 @@ def test_every_key_is_read_where_it_matters(reads, corpus, tmp_path):
         (tokenizer / name).write_bytes(content)
     birwkv7 = ["encoder.attention=birwkv7", "trainer.max_steps=1"]
     runs = {
+        "characters": ["model.labels=[g,o,d,a,y,' ',e,s,v,n]", "trainer.max_steps=1"],
         "adapters": ["lora.rank=2", "data.batch_duration_s=auto", "schedule.name=noam"],
         "vocabulary": [
             f"model.tokenizer={tokenizer}",

@@ -12,7 +12,7 @@ from training.data.sources import read_source
 from training.data.store import AudioStore
 from training.data.tarred import expand_braces, shard_number, tar_shards
 from training.data.utterances import read_utterances
-from training.recipe.data_sections import SourceRecipe
+from training.recipe.data_sections import DataRecipe, SourceRecipe
 
 RATE = 16000
 
@@ -96,7 +96,7 @@ def test_one_manifest_with_shard_ids(sets):
     folder, lines, clips = sets
     manifest = write(folder / "tarred_audio_manifest.json", lines)
     source = SourceRecipe(manifest, tarred_audio_filepaths=f"{folder}/audio__OP_0..1_CL_.tar")
-    found, bad = read_source(source)
+    found, bad = read_source(source, DataRecipe())
     assert not bad
     check(found, clips)
     assert not list(folder.glob("*.wav"))  # nothing is extracted
@@ -112,7 +112,7 @@ def test_a_manifest_for_each_shard(sets):
     source = SourceRecipe(
         f"{folder}/manifest_{{0..1}}.json", tarred_audio_filepaths=f"{folder}/audio_{{0..1}}.tar"
     )
-    found, bad = read_source(source)
+    found, bad = read_source(source, DataRecipe())
     assert not bad
     check(found, clips)
 

@@ -66,7 +66,8 @@ class BatchRules:
     batch_size: most clips in a batch; None: no limit. batch_duration_s: most seconds in a batch,
     padding included; None: no limit; "auto": not known yet. quadratic_duration_s: see
     `effective_s`. temperature: see `mixture_shares`. speeds: each draw gets one of these at random;
-    none: 1. pad_to_s: shorter clips are padded to it, after their speed was changed.
+    none: 1. pad_to_s: shorter clips are padded to it, after their speed was changed. shuffle:
+    False: clips as they are listed, source after source, and neighbours in a batch.
     """
 
     seed: int
@@ -76,6 +77,7 @@ class BatchRules:
     temperature: float = 1.0
     speeds: Sequence[float] = ()
     pad_to_s: float = 0.0
+    shuffle: bool = True
 
 
 def mixture_shares(sources: Sequence[Source], temperature: float = 1.0) -> np.ndarray:
@@ -151,14 +153,21 @@ def plan_epoch(
             "data.batch_duration_s is auto, and only a run finds its number when it starts; write "
             "it into the recipe with: python -m training.find_batch RECIPE --write"
         )
-    shares = mixture_shares(sources, rules.temperature)
-    clips = epoch_draws(sources, shares, rules.seed, epoch)
+    if rules.shuffle:
+        shares = mixture_shares(sources, rules.temperature)
+        clips = epoch_draws(sources, shares, rules.seed, epoch)
+    else:
+        clips = np.concatenate([source.clips for source in sources])
     rates = np.ones(len(clips))
     if rules.speeds:
         rng = np.random.default_rng([rules.seed, epoch, SPEED])
         speeds = np.asarray(rules.speeds, dtype=np.float64)
         rates = speeds[rng.integers(len(speeds), size=len(clips))]
     drawn_s = np.maximum(np.asarray(durations_s)[clips] / rates, rules.pad_to_s)
+    if not rules.shuffle:
+        costs = effective_s(drawn_s, rules.quadratic_duration_s)
+        batches = _cut(range(len(clips)), costs, rules.batch_size, rules.batch_duration_s)
+        return Epoch(epoch, clips, rates, batches)
     batches = epoch_batches(
         drawn_s,
         rules.batch_size,

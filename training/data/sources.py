@@ -20,7 +20,7 @@ from training.data.json_lines import append_line, json_line
 from training.data.limits import Limits, check_for_training
 from training.data.store import AudioStore
 from training.data.tarred import expand_braces, tar_shards
-from training.data.utterances import Dropped, Utterance, dropped_line, read_utterances
+from training.data.utterances import Dropped, Fields, Utterance, dropped_line, read_utterances
 from training.recipe.data_sections import AugmentRecipe, DataRecipe, SourceRecipe
 
 log = logging.getLogger("finetune")
@@ -62,7 +62,7 @@ def load_data(
     trained = model.head(heads[0]) if heads else None
     utterances, sources, dropped, n_lines = [], [], [], 0
     for number, source in enumerate(data.sources):
-        found, bad = read_source(source, data.lang, limits.needs_text)
+        found, bad = read_source(source, data, limits.needs_text)
         usable, unusable = check_for_training(
             *(found, model.tokenizer, limits, encoder_frames, trained, data.prompt)
         )
@@ -76,17 +76,8 @@ def load_data(
         elif source.weight is not None:
             raise ValueError(f"data.train: no usable clip in {name}; {_why(bad + unusable)}")
         utterances += usable
-    validation = {}
-    for name, manifest in data.validation.items():
-        validation[name], bad = read_utterances(manifest, data.lang)
-        validation[name], unasked = _askable(validation[name], trained, data.prompt)
-        bad += unasked
-        dropped += bad
-        if not validation[name] and limits.needs_text:
-            raise ValueError(f"validation set {name}: no usable line in {manifest}; {_why(bad)}")
-        if not validation[name]:
-            log.warning("validation set %s is not measured: %s", name, _why(bad))
-            del validation[name]
+    validation, bad = _read_validation(data, trained, limits.needs_text)
+    dropped += bad
     if dropped_path is not None:
         _tell_dropped(dropped, dropped_path, is_main)
     if not utterances:
@@ -137,6 +128,43 @@ def _askable(
     return kept, dropped
 
 
+def _read_validation(
+    data: DataRecipe, head, needs_text: bool
+) -> tuple[dict[str, list[Utterance]], list[Dropped]]:
+    sets, dropped = {}, []
+    fields = Fields(data.text_field, data.lang_field)
+    for name, manifest in data.validation.items():
+        sets[name], bad = read_utterances(manifest, data.lang, fields=fields)
+        sets[name], unasked = _askable(sets[name], head, data.prompt)
+        bad += unasked
+        dropped += bad
+        if not sets[name] and needs_text:
+            raise ValueError(f"validation set {name}: no usable line in {manifest}; {_why(bad)}")
+        if not sets[name]:
+            log.warning("validation set %s is not measured: %s", name, _why(bad))
+            del sets[name]
+    return sets, dropped
+
+
+def read_sets(
+    manifests: dict[str, str], data: DataRecipe, sample_rate_hz: int
+) -> dict[str, AudioStore]:
+    """{name: its clips} of `data.test`; lines that cannot be used are counted.
+
+    Raises:
+        ValueError, FileNotFoundError: a manifest is missing, or has no line that can be used.
+    """
+    stores, fields = {}, Fields(data.text_field, data.lang_field)
+    for name, manifest in manifests.items():
+        clips, bad = read_utterances(manifest, data.lang, fields=fields)
+        if not clips:
+            raise ValueError(f"data.test.{name}: no usable line in {manifest}; {_why(bad)}")
+        if bad:
+            log.warning("data.test.%s: left out %d lines: %s", name, len(bad), _why(bad))
+        stores[name] = AudioStore(clips, sample_rate_hz, data.cache_gb, pad_to_s=data.pad_to_s)
+    return stores
+
+
 def _frame_counter(model: ASRModel, fastest: float, pad_to_s: float) -> Callable[[float], int]:
     """Seconds of a clip -> frames of the encoder, at the fastest speed at which it is played."""
 
@@ -168,16 +196,19 @@ def training_limits(data: DataRecipe, heads) -> Limits:
 
 
 def read_source(
-    source: SourceRecipe, lang: str | None = None, needs_text: bool = True
+    source: SourceRecipe, data: DataRecipe, needs_text: bool = True
 ) -> tuple[list[Utterance], list[Dropped]]:
     """All lines of one entry of data.train: those that can be used, and those that cannot."""
     tars = tar_shards(source.tarred_audio_filepaths) if source.tarred_audio_filepaths else None
+    fields = Fields(data.text_field, data.lang_field, source.lang)
     found, bad = [], []
     paths = [source.manifest]
     if not Path(source.manifest).is_file():  # a name with brackets in it is a name
         paths = expand_braces(source.manifest)
     for path in paths:
-        some_found, some_bad = read_utterances(path, source.lang or lang, tars, needs_text)
+        some_found, some_bad = read_utterances(
+            path, source.lang or data.lang, tars, needs_text, fields
+        )
         found += some_found
         bad += some_bad
     return found, bad

@@ -21,6 +21,7 @@ def batch_rules(data: DataRecipe, speeds: tuple[float, ...], seed: int) -> Batch
         data.temperature,
         speeds,
         data.pad_to_s,
+        data.shuffle,
     )
 
 

@@ -58,6 +58,27 @@ def dropped_line(utterance: Utterance, reason: str, detail: str) -> Dropped:
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class Fields:
+    """The manifest's keys of text and language, where they are not `text` and `lang`; a line
+    without a language has `default_lang`."""
+
+    text: str = "text"
+    lang: str = "lang"
+    default_lang: str | None = None
+
+    def of(self, clip: Clip) -> Clip:
+        """The clip with the text and the language that these keys say."""
+        changes = {}
+        for name, key in (("text", self.text), ("lang", self.lang)):
+            if key != name:
+                value = clip.others.get(key)
+                changes[name] = value if isinstance(value, str) else None
+        if self.default_lang is not None and changes.get("lang", clip.lang) is None:
+            changes["lang"] = self.default_lang
+        return dataclasses.replace(clip, **changes) if changes else clip
+
+
 class UnusableLine(ValueError):
     """One manifest line cannot be used: (reason, detail)."""
 
@@ -67,6 +88,7 @@ def read_utterances(
     lang: str | None = None,
     tars: dict[int, str] | None = None,
     needs_text: bool = True,
+    fields: Fields = Fields(),
 ) -> tuple[list[Utterance], list[Dropped]]:
     """Read a NeMo manifest: JSON lines with `audio_filepath`, `duration`, `text`, maybe `offset`.
 
@@ -80,10 +102,14 @@ def read_utterances(
         FileNotFoundError: there is no such manifest.
     """
     utterances, dropped = [], []
-    for found in manifest_lines(path, lang):
+    own_lang = fields.lang == "lang"
+    for found in manifest_lines(path, lang if own_lang else None):
         try:
             if isinstance(found, LeftOut):
                 raise UnusableLine(found.reason, found.detail)
+            found = fields.of(found)
+            if not own_lang and lang is not None and found.lang not in (None, lang):
+                raise UnusableLine("other_language", f"{fields.lang} is {found.lang!r}")
             utterances.append(_utterance(found, tars, needs_text))
         except UnusableLine as error:
             name = str(found.audio)

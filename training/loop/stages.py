@@ -5,16 +5,21 @@ import logging
 import time
 from pathlib import Path
 
+from fastconformer import load_model
 from fastconformer.checkpoint.files import atomic_file
 from fastconformer.checkpoint.folder import write_folder
 from fastconformer.checkpoint.native import write_native
 from fastconformer.checkpoint.read import read_checkpoint
 from training.data.json_lines import append_line, json_line, read_lines
+from training.data.sources import read_sets
 from training.loop.console import Stopped
 from training.loop.ranks import ONE, Ranks
 from training.loop.run_folder import RunState, alone_in
 from training.loop.train import summary, train_stage
+from training.loop.validate import results_table, validate
+from training.objective.objective import trained_heads
 from training.recipe.recipe import Recipe, recipe_to_yaml, stage_recipes
+from training.setup.device import choose_device
 
 log = logging.getLogger("finetune")
 
@@ -39,7 +44,9 @@ def finetune(recipe: Recipe, ranks: Ranks = ONE, baseline: dict | None = None) -
         entry = stack.enter_context(listed_run(out, ranks))
         if not recipe.stages:
             log.info("recipe, as resolved:\n%s", recipe_to_yaml(recipe))
-            return train_stage(recipe, ranks, baseline, entry)
+            progress = train_stage(recipe, ranks, baseline, entry)
+            measure_test(recipe, ranks)
+            return progress
         for number, stage in enumerate(stage_recipes(recipe), start=1):
             log.info("stage %d of %d, in %s", number, len(recipe.stages), stage.output)
             progress = finetune(stage, ranks, baseline)
@@ -48,7 +55,28 @@ def finetune(recipe: Recipe, ranks: Ranks = ONE, baseline: dict | None = None) -
         if ranks.is_main:
             gather_stages(out, stage_recipes(recipe))
         ranks.barrier()
+        measure_test(recipe, ranks)
         return progress
+
+
+def measure_test(recipe: Recipe, ranks: Ranks) -> None:
+    """Error rates of `data.test`, of the model that is kept, into `test.json`; once a run."""
+    out, trainer = Path(recipe.output), recipe.trainer
+    path = out / "test.json"
+    if not recipe.data.test or path.exists():
+        return
+    kept = out / "best" if (out / "best").is_dir() else out / "last"
+    model = load_model(kept, choose_device(trainer.device))
+    sets = read_sets(recipe.data.test, recipe.data, model.sample_rate)
+    bf16 = trainer.precision == "bf16"
+    heads = trained_heads(model, recipe.loss.heads)
+    result = validate(model, sets, heads, recipe.data, bf16, lambda: None, ranks)
+    record = {"model": str(kept), "head": heads[0], "wer": result["all"][heads[0]]["wer"], **result}
+    log.info("test, of %s:\n%s", kept, results_table(record))
+    if ranks.is_main:
+        with atomic_file(path) as temporary:
+            temporary.write_text(json_line(record), encoding="utf-8")
+    ranks.barrier()
 
 
 def gather_stages(out: Path, stages: list[Recipe]) -> None:

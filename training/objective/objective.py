@@ -74,11 +74,7 @@ def objective_of(
     Raises:
         ValueError: a loss that this model cannot have.
     """
-    families = {head: model.head(head).family for head in model.heads}
-    heads = tuple(head for head in model.heads if loss.heads in ("all", families[head]))
-    if not heads:
-        known = ", ".join(dict.fromkeys(("all", *families.values())))
-        raise ValueError(f"loss.heads is {loss.heads!r}, this model has {known}")
+    heads = trained_heads(model, loss.heads)
     section = model.config.record.get("interctc") or {}
     layers, weights = section.get("apply_at_layers") or (), section.get("loss_weights") or ()
     interctc = dict(zip(layers, weights, strict=True))
@@ -128,6 +124,16 @@ def objective_of(
         warp_frames=loss.cr_ctc_time_warp if loss.use_cr_ctc else 0,
         eps=loss.eps,
     )
+
+
+def trained_heads(model: ASRModel, family: str) -> tuple[str, ...]:
+    """The model's heads of a family, or "all". ValueError: it has none."""
+    families = {head: model.head(head).family for head in model.heads}
+    heads = tuple(head for head in model.heads if family in ("all", families[head]))
+    if not heads:
+        known = ", ".join(dict.fromkeys(("all", *families.values())))
+        raise ValueError(f"loss.heads is {family!r}, this model has {known}")
+    return heads
 
 
 def augmentation(

@@ -29,6 +29,8 @@ def learning_rate(
     hold_steps: int = 0,
     decay_shape: str = "linear",
     d_model: int = 1,
+    power: float = 1.0,
+    constant_steps: int = 0,
 ) -> float:
     """Learning rate of optimizer step `step`, counted from 0.
 
@@ -37,24 +39,34 @@ def learning_rate(
 
         constant      lr
         cosine        min_lr + (lr - min_lr) * (1 + cos(pi * x)) / 2
-        linear        min_lr + (lr - min_lr) * (1 - x)
+        linear        min_lr + (lr - min_lr) * (1 - x) ** power
         inverse_sqrt  lr / sqrt((step + 1) / (warmup_steps + 1)), not below min_lr
         wsd           lr for `hold_steps`, then over y = 0 ... 1 of the rest: "linear" as above, or
                       "sqrt": lr * (1 - sqrt(y)), not below min_lr
 
     and min_lr after max_steps (but for "constant"). "noam" is all of one piece, with s = max(1,
     step): `lr / sqrt(d_model) * min(s ** -0.5, s * warmup_steps ** -1.5)`, not below min_lr after
-    the warm-up; its lr is a factor, 1 to 5, not a rate.
+    the warm-up; its lr is a factor, 1 to 5, not a rate. "cosine" with constant_steps, as NeMo has
+    it, ends so many steps earlier and stays at min_lr; its warm-up is `lr * step / warmup_steps`.
 
-    Source: NeMo's CosineAnnealing, WarmupAnnealing, InverseSquareRootAnnealing (which has no floor
-    before max_steps), WarmupHoldAnnealLinear (arXiv:2404.06395), WarmupHoldAnnealOneMinusSquareRoot
-    (arXiv:2405.18392), NoamAnnealing.
+    Source: NeMo's CosineAnnealing, WarmupAnnealing, PolynomialDecayAnnealing and
+    PolynomialHoldDecayAnnealing (with a power), WarmupHoldPolicy (constant),
+    InverseSquareRootAnnealing (which has no floor before max_steps), WarmupHoldAnnealLinear
+    (arXiv:2404.06395), WarmupHoldAnnealOneMinusSquareRoot (arXiv:2405.18392), NoamAnnealing.
     """
     if name == "noam":
         s = max(1, step)
         factor = s**-0.5 if warmup_steps == 0 else min(s**-0.5, s * warmup_steps**-1.5)
         rate = lr * d_model**-0.5 * factor
         return max(rate, min_lr) if s > warmup_steps else rate
+    if name == "cosine" and constant_steps:
+        if step <= warmup_steps and warmup_steps > 0:
+            return lr * step / warmup_steps
+        decay_steps = max_steps - constant_steps - warmup_steps
+        if step > warmup_steps + decay_steps:
+            return min_lr
+        progress = (step - warmup_steps) / decay_steps
+        return min_lr + (lr - min_lr) * (1 + math.cos(math.pi * progress)) / 2
     if warmup_steps > 0 and step <= warmup_steps:
         return lr * (step + 1) / (warmup_steps + 1)
     if name == "constant":
@@ -72,7 +84,7 @@ def learning_rate(
     if name == "wsd" and decay_shape == "sqrt":
         return max(min_lr, lr * (1 - math.sqrt(progress)))
     assert name in ("linear", "wsd"), name
-    return min_lr + (lr - min_lr) * (1 - progress)
+    return min_lr + (lr - min_lr) * (1 - progress) ** power
 
 
 def schedule_of(schedule, lr: float, max_steps: int, d_model: int = 1) -> Callable[..., float]:
@@ -100,6 +112,12 @@ def schedule_of(schedule, lr: float, max_steps: int, d_model: int = 1) -> Callab
                 f"schedule wsd: {warmup_steps} steps of warm-up and {hold_steps} of hold leave "
                 f"nothing of {max_steps} steps for the decay; shorten them"
             )
+    constant_steps = schedule.constant_steps or 0
+    if constant_steps and warmup_steps + constant_steps >= max_steps:
+        raise ValueError(
+            f"schedule.constant_steps is {constant_steps}: with {warmup_steps} steps of warm-up "
+            f"nothing of {max_steps} steps is left for the decay; shorten them"
+        )
     d_model = schedule.d_model or d_model
 
     def rate(step: int, peak: float = lr) -> float:
@@ -114,6 +132,8 @@ def schedule_of(schedule, lr: float, max_steps: int, d_model: int = 1) -> Callab
             hold_steps,
             schedule.decay_shape,
             d_model,
+            schedule.power,
+            constant_steps,
         )
 
     return rate
@@ -180,8 +200,8 @@ def parameter_groups(model: nn.Module, optim) -> list[dict]:
 
 
 def build_optimizer(model: nn.Module, optim, seed: int = 0) -> torch.optim.Optimizer:
-    """AdamW over the trainable parameters, as an OptimRecipe says; `seed` is that of the stochastic
-    rounding, which parameters in bfloat16 get.
+    """AdamW over the trainable parameters, as an OptimRecipe says ("adam": weight decay is a part
+    of the gradient); `seed` is that of the stochastic rounding, which parameters in bfloat16 get.
 
     "adamw8bit" keeps the two moments in 8 bits (bitsandbytes), but those of embeddings in 32:
     their rows get rare and uneven gradients (Dettmers et al. 2022, arXiv:2110.02861). That paper's
@@ -196,7 +216,9 @@ def build_optimizer(model: nn.Module, optim, seed: int = 0) -> torch.optim.Optim
         if half:
             return RoundedAdamW(groups, seed=seed, **arguments)
         # The fused form is one pass over each tensor, on the CPU as on the GPU.
-        return torch.optim.AdamW(groups, fused=True, **arguments)
+        return torch.optim.AdamW(groups, fused=True, amsgrad=optim.amsgrad, **arguments)
+    if optim.name == "adam":
+        return torch.optim.Adam(groups, fused=True, amsgrad=optim.amsgrad, **arguments)
     import bitsandbytes
 
     optimizer = bitsandbytes.optim.AdamW8bit(groups, **arguments)

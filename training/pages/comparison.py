@@ -6,6 +6,7 @@ from pathlib import Path
 
 from fastconformer import ASRModel
 from training.data.stream import batch_order
+from training.optim.optim import schedule_of
 from training.recipe.funasr import own_training
 from training.recipe.recipe import Recipe, stage_recipes
 from training.setup.prepare import Prepared, run_length
@@ -76,7 +77,6 @@ def facts(run: Prepared) -> dict[str, str]:
     moving = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in run.model.parameters())
     later = f", more at steps {sorted(recipe.freeze.until.values())}" if recipe.freeze.until else ""
-    lr = recipe.optim.lr
     relative = lr_beside_scratch(run.model, recipe)
     return {
         "heads trained": "+".join(run.objective.heads),
@@ -87,20 +87,55 @@ def facts(run: Prepared) -> dict[str, str]:
         "steps": f"{length.max_steps}",
         "epochs": f"{epochs:.1f}",
         "audio heard": f"{length.max_steps * step_s / 3600:.1f} h",
-        "highest lr": f"{lr:g}" + (f", {relative:.3g} x from scratch" if relative else ""),
+        "highest lr": highest_lr(run, length.max_steps)
+        + (f", {relative:.3g} x from scratch" if relative else ""),
         "SpecAugment": _spec_augment(run),
         "other augmentation": _augmentation(recipe),
     }
 
 
+def highest_lr(run: Prepared, max_steps: int) -> str:
+    """The highest rate that the run reaches; Noam's lr is a factor and no rate."""
+    recipe = run.recipe
+    width = run.model.config.encoder.d_model
+    rate_at = schedule_of(recipe.schedule, recipe.optim.lr, max_steps, width)
+    steps = {min(max_steps - 1, step) for step in (0, 1, *_turns(recipe, max_steps))}
+    highest = max(rate_at(step) for step in steps)
+    told = f"{highest:.3g}"
+    if recipe.schedule.name == "noam":
+        told += f" (Noam, factor {recipe.optim.lr:g})"
+        warm_up = _warm_up(recipe, max_steps)
+        if max_steps <= warm_up:
+            peak = _noam_peak(recipe, width, max_steps)
+            told += f"; the run ends in the warm-up, below its peak of {peak:.3g}"
+    return told
+
+
+def _warm_up(recipe: Recipe, max_steps: int) -> int:
+    schedule = recipe.schedule
+    if schedule.warmup_ratio is not None:
+        return int(schedule.warmup_ratio * max_steps)
+    return schedule.warmup_steps or 0
+
+
+def _turns(recipe: Recipe, max_steps: int) -> tuple[int, ...]:
+    """Steps at which a schedule is at its highest, or near."""
+    warm_up = _warm_up(recipe, max_steps)
+    return warm_up, warm_up + 1
+
+
+def _noam_peak(recipe: Recipe, width: int, max_steps: int) -> float:
+    warm_up = max(1, _warm_up(recipe, max_steps))
+    return recipe.optim.lr * (recipe.schedule.d_model or width) ** -0.5 * warm_up**-0.5
+
+
 def lr_beside_scratch(model: ASRModel, recipe: Recipe) -> float | None:
     """The recipe's highest rate over that of the checkpoint's own training; None if unknown."""
-    own = own_training(model.config.record).get("optim") or {}
-    peak = peak_lr(own, model.config.encoder.d_model)
+    width = model.config.encoder.d_model
+    peak = peak_lr(own_training(model.config.record).get("optim") or {}, width)
     mine = recipe.optim.lr
     if recipe.schedule.name == "noam":
-        warm_up = recipe.schedule.warmup_steps or 1
-        mine *= (recipe.schedule.d_model or model.config.encoder.d_model) ** -0.5 * warm_up**-0.5
+        mine = _noam_peak(recipe, width, recipe.trainer.max_steps or 1)
     return mine / peak if peak else None
 
 
@@ -152,12 +187,12 @@ def beside_checkpoint(run: Prepared, config: dict) -> list[tuple[str, str, str, 
     theirs_optim, sched = config.get("optim") or {}, (config.get("optim") or {}).get("sched") or {}
     width = run.model.config.encoder.d_model
     peak = peak_lr(theirs_optim, width)
-    recipe = run.recipe
+    recipe, length = run.recipe, run_length(run)
     data = config.get("train_ds") or {}
     encoder, own = config.get("encoder") or {}, ours.get("encoder") or {}
     pairs = [
         ("optimizer", theirs_optim.get("name"), recipe.optim.name, "optim.name"),
-        ("highest lr", peak and f"{peak:.3g}", f"{recipe.optim.lr:g}", "optim.lr"),
+        ("highest lr", peak and f"{peak:.3g}", highest_lr(run, length.max_steps), "optim.lr"),
         ("schedule", sched.get("name"), recipe.schedule.name, "schedule"),
         ("weight decay", theirs_optim.get("weight_decay"), recipe.optim.weight_decay, "optim"),
         ("longest clip, s", data.get("max_duration"), recipe.data.max_duration_s, "data.max"),

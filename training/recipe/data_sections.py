@@ -28,9 +28,13 @@ class DataRecipe:
     train: tuple[str | SourceRecipe, ...] = ()
     temperature: float = key(1.0, at_least=0)  # shares are weight ** this; 0: all equal, as in NeMo
     validation: dict[str, str] = dataclasses.field(default_factory=dict)  # name -> manifest
+    test: dict[str, str] = dataclasses.field(default_factory=dict)  # measured once, at the end
     lang: str | None = None  # only lines of this `lang` (or without one); null: all
     # {slot: value} of a prompt (Canary), for lines that lack a slot: {source_lang: de, pnc: yes}
     prompt: dict = dataclasses.field(default_factory=dict)
+    shuffle: bool = True  # false: clips and batches in the manifests' order
+    text_field: str = "text"  # the manifests' key of what is said
+    lang_field: str = "lang"  # the manifests' key of the language
     min_duration_s: float = key(0.1, at_least=0)
     max_duration_s: float = key(40.0, above=0)
     min_tokens_per_s: float | None = key(None, at_least=0)
@@ -64,6 +68,8 @@ class DataRecipe:
             raise ValueError("data.quadratic_duration_s needs data.batch_duration_s")
         if self.batch_memory_gb is not None and limit != "auto":
             raise ValueError("data.batch_memory_gb needs data.batch_duration_s: auto")
+        if not self.shuffle and any(source.weight is not None for source in self.sources):
+            raise ValueError("data.shuffle: false keeps the manifests' order, and takes no weights")
         weighted = sum(source.weight is not None for source in self.sources)
         if weighted not in (0, len(self.train)):
             raise ValueError(

@@ -1,71 +1,153 @@
-"""A NeMo fine-tuning YAML (`model.train_ds`, `trainer`, `exp_manager`) as a recipe of ours.
+"""A NeMo training YAML (`model.train_ds`, `trainer`, `exp_manager`) as a recipe of ours.
 
-`translate` gives the recipe, line by line what became of each key, and every key that has no effect
-here, with the reason: nothing is dropped in silence. Sources: NeMo's `examples/asr/conf` and
-`speech_to_text_finetune.py`, `core/config/optimizers.py`, `utils/exp_manager.py`.
+`translate` gives the recipe, and line by line what became of each key. A key that would change the
+result and has no counterpart here is an error; one that would not is listed with the reason.
+Sources: NeMo's `examples/asr/conf` and `speech_to_text_finetune.py`, `core/config/optimizers.py`,
+`utils/exp_manager.py`.
 """
 
 from dataclasses import dataclass, field
 from pathlib import Path
 
-SCHEDULERS = {
-    "CosineAnnealing": "cosine",
-    "NoamAnnealing": "noam",
-    "InverseSquareRootAnnealing": "inverse_sqrt",
-    "PolynomialDecayAnnealing": "linear",
-    "PolynomialHoldDecayAnnealing": "wsd",
-    "WarmupHoldPolicy": "wsd",
-    "WarmupAnnealing": "linear",
-}
+from training.recipe.nemo_data import translate_data
+from training.recipe.nemo_optim import translate_optimizer
+from training.recipe.sections import ModelRecipe, TrainerRecipe
+
 PRECISIONS = {"32": "fp32", "32-true": "fp32", "bf16": "bf16", "bf16-mixed": "bf16"}
 PRECISIONS |= {"bf16-true": "bf16_pure", "16": "bf16", "16-mixed": "bf16"}
-WHY_NOT = {  # the longest prefix decides
-    "model.train_ds.shuffle": "every epoch is shuffled, by trainer.seed",
+CHECKPOINTS = "comes from the checkpoint"
+ALWAYS = "is always so"
+# Keys that do not change what is learnt, and why they have no effect; the longest prefix decides.
+WITHOUT_EFFECT = {
+    "hydra": "runs are started by python -m training.finetune",
+    "name": "is in output",
+    "model.name": "is in output",
+    "model.sample_rate": "audio is resampled to the checkpoint's rate",
+    "model.nemo_model": "see init_from_nemo_model",
+    "model.pretrained_model": "see init_from_nemo_model",
     "model.train_ds.is_tarred": "told by tarred_audio_filepaths",
     "model.train_ds.use_lhotse": "batches are planned here without lhotse",
-    "model.train_ds.num_buckets": "batches are cut where a duration changes, without fixed buckets",
-    "model.train_ds.bucket": "batches are cut where a duration changes, without fixed buckets",
+    "model.train_ds.use_bucketing": "batches are of like durations anyway",
+    "model.train_ds.num_buckets": "batches are cut where a duration changes, without buckets",
+    "model.train_ds.bucket": "batches are cut where a duration changes, without buckets",
     "model.train_ds.shuffle_n": "tarred sets mix neighbouring tars",
+    "model.train_ds.shuffle_buffer_size": "tarred sets mix neighbouring tars",
+    "model.train_ds.tarred_shard_strategy": "every process reads the tars that it needs",
+    "model.train_ds.shard_": "every process reads what it needs",
+    "model.train_ds.defer_setup": "there is nothing to put off",
     "model.train_ds.pin_memory": "no loader processes",
+    "model.train_ds.persistent_workers": "no loader processes",
+    "model.train_ds.channel_selector": "channels are mixed, as in transcription",
     "model.train_ds.use_start_end_token": "no start and end tokens are added",
+    "model.train_ds.return_sample_id": "clips are named by their manifest lines",
+    "model.train_ds.skip_missing_manifest_entries": "a line that cannot be used is left out",
+    "model.train_ds.drop_last": "an epoch's last batch is kept",
+    "model.train_ds.labels": "the vocabulary's",
+    "model.train_ds.parser": "texts are tokenized as they stand",
+    "model.train_ds.normalize": "texts are tokenized as they stand",
+    "model.train_ds.concat_sampling": "see reweight_temperature",
     "model.validation_ds": "validation has the batches of training, without shuffling",
     "model.test_ds": "use fastconformer.evaluate on the test manifests",
-    "model.preprocessor": "comes from the checkpoint",
-    "model.encoder": "comes from the checkpoint",
-    "model.decoder": "comes from the checkpoint",
-    "model.joint": "comes from the checkpoint; the loss never builds the joint's tensor",
-    "model.aux_ctc": "comes from the checkpoint",
+    "model.preprocessor": CHECKPOINTS,
+    "model.encoder": CHECKPOINTS,
+    "model.decoder": CHECKPOINTS,
+    "model.joint": CHECKPOINTS,
+    "model.aux_ctc": CHECKPOINTS,
+    "model.loss": CHECKPOINTS,
+    "model.interctc": CHECKPOINTS,
+    "model.labels": CHECKPOINTS,
+    "model.model_defaults": CHECKPOINTS,
+    "model.target": CHECKPOINTS,
+    "model.nemo_version": CHECKPOINTS,
+    "model.variational_noise": "is off",
+    "model.tokenizer": "the checkpoint's tokenizer stays (update_tokenizer is false)",
+    "model.char_labels": "the checkpoint's vocabulary stays (update_labels is false)",
     "model.decoding": "training decodes greedily",
-    "model.model_defaults": "comes from the checkpoint",
-    "model.tokenizer": "the checkpoint's tokenizer stays (tokenizer.update_tokenizer is false)",
-    "model.labels": "come from the checkpoint",
-    "model.optim.sched.max_steps": "is trainer.max_steps",
     "model.log_prediction": "predictions are always shown",
     "model.compute_eval_loss": "WER and CER are what is evaluated",
     "model.skip_nan_grad": "steps that are not finite are always skipped and counted",
+    "model.use_cer": "both rates are always measured; see keep.metric",
+    "model.ctc_reduction": CHECKPOINTS,
+    "model.rnnt_reduction": CHECKPOINTS,
     "trainer.max_epochs": "trainer.max_steps decides",
+    "trainer.max_time": "see trainer.max_steps",
     "trainer.devices": "start the command with torchrun for several GPUs",
     "trainer.num_nodes": "start the command with torchrun for several machines",
     "trainer.strategy": "torchrun gives DDP; see trainer.parallel",
     "trainer.num_sanity_val_steps": "the untouched model is always evaluated first",
+    "trainer.check_val_every_n_epoch": "once an epoch, or trainer.val_every_steps",
+    "trainer.val_check_interval": "once an epoch, or trainer.val_every_steps",
+    "trainer.limit_val_batches": "validation sets are measured whole",
     "trainer.use_distributed_sampler": "batches are dealt out without it",
-    "trainer.enable": "always there",
+    "trainer.reload_dataloaders_every_n_epochs": "every epoch has an order of its own",
+    "trainer.enable": ALWAYS,
     "trainer.logger": "TensorBoard and JSON lines are always written",
+    "trainer.benchmark": "cuDNN's own choice stays",
+    "trainer.deterministic": "a run repeats itself on a CPU; see trainer.seed",
+    "trainer.profiler": "there is none",
+    "trainer.default_root_dir": "is output",
+    "trainer.amp_": "see trainer.precision",
+    "trainer.gradient_clip_algorithm": "is the norm",
     "exp_manager.resume": "the same command always goes on; see resume",
-    "exp_manager.create_tensorboard_logger": "TensorBoard is always written",
-    "exp_manager.create_checkpoint_callback": "checkpoints are always written",
-    "exp_manager.create_wandb_logger": "there is no W&B logger; TensorBoard and JSON lines are",
-    "exp_manager.checkpoint_callback_params.always_save_nemo": "model.nemo is always written",
+    "exp_manager.name": "is in output",
+    "exp_manager.explicit_log_dir": "is output",
+    "exp_manager.version": "a run folder has no versions",
+    "exp_manager.use_datetime_version": "a run folder has no versions",
+    "exp_manager.seconds_to_sleep": "nothing waits",
+    "exp_manager.log_": "the log is always written",
+    "exp_manager.files_to_copy": "the recipe is in the run folder",
+    "exp_manager.create_": "TensorBoard, JSON lines and checkpoints are always written",
+    "exp_manager.wandb_logger_kwargs": "there is no W&B logger; TensorBoard and JSON lines are",
+    "exp_manager.checkpoint_callback_params": "checkpoints and model.nemo are always written",
+    "exp_manager.early_stopping_callback_params": "see keep.patience",
 }
+ARCHITECTURE = ("preprocessor", "spec_augment", "encoder", "decoder", "joint", "decoding", "loss")
+ARCHITECTURE += ("aux_ctc", "model_defaults", "interctc", "sample_rate", "target", "_target_")
+ARCHITECTURE += ("labels", "rnnt_reduction", "ctc_reduction")
+SPEC_AUGMENT = {"freq_masks": 0, "time_masks": 0, "freq_width": 10, "time_width": 10}
+SPEC_AUGMENT |= {"rect_masks": 0, "rect_time": 5, "rect_freq": 20}
 
 
 @dataclass
 class Translation:
-    """recipe: nested dict of our keys; taken: (NeMo's key, ours) pairs; unused: (key, reason)."""
+    """recipe: nested dict of our keys; taken: (NeMo's key, ours) pairs; unused: (key, reason);
+    left: NeMo's keys that nobody has asked for yet; where: the file, for errors."""
 
+    left: dict
+    where: str = "recipe"
     recipe: dict = field(default_factory=dict)
     taken: list[tuple[str, str]] = field(default_factory=list)
     unused: list[tuple[str, str]] = field(default_factory=list)
+
+    def take(self, key: str, ours: str | None = None, value=None, note: str = "") -> object:
+        """NeMo's value of `key`, None where it is absent or null; noted as become `ours`, through
+        the function `value`; where that gives None, listed with `note`."""
+        given = self.left.pop(key, None)
+        if given is None or ours is None:
+            return given
+        try:
+            mine = given if value is None else value(given)
+        except (TypeError, ValueError):
+            raise ValueError(f"{self.where}: {key} is {given!r}") from None
+        if mine is None:
+            self.unused.append((key, note or "has no counterpart"))
+        else:
+            self.set(ours, mine, key)
+        return given
+
+    def set(self, ours: str, value, key: str = "") -> None:
+        """A key of ours; with NeMo's that it comes from."""
+        *sections, last = ours.split(".")
+        tree = self.recipe
+        for section in sections:
+            tree = tree.setdefault(section, {})
+        tree[last] = value
+        if key:
+            shown = "the architecture, from scratch" if isinstance(value, dict) else value
+            self.taken.append((key, f"{ours}: {shown}"))
+
+    def refuse(self, key: str, why: str) -> None:
+        raise ValueError(f"{self.where}: {key}: {why}")
 
     def __str__(self) -> str:
         width = max((len(key) for key, _ in self.taken + self.unused), default=0)
@@ -83,221 +165,185 @@ def is_nemo(tree: dict) -> bool:
     return has_data or "exp_manager" in tree
 
 
+def is_nemo_key(key: str) -> bool:
+    """Whether an override of a NeMo file is in NeMo's words: those that it shares with a recipe
+    (trainer.max_steps, trainer.accumulate) mean the same there."""
+    section, _, rest = key.lstrip("+~").partition(".")
+    first, _, deeper = rest.partition(".")
+    if section == "model":
+        ours = set(ModelRecipe.__dataclass_fields__) - {"sample_rate", "labels"}
+        return first not in ours or bool(deeper)
+    if section == "trainer":
+        return first not in set(TrainerRecipe.__dataclass_fields__) - {"precision", "max_steps"}
+    return section in ("name", "exp_manager", "hydra") or section.startswith("init_from_")
+
+
 def translate(tree: dict, where: str = "recipe") -> Translation:
-    """`tree`: the YAML, interpolations resolved.
+    """`tree`: the YAML, interpolations resolved; what is missing is null.
 
     Raises:
         ValueError: a key asks for what this project does not do and what would change the result.
     """
-    found, left = Translation(), _flat(tree)
-
-    def take(key: str, ours: str | None = None, value=None, note: str = "") -> object:
-        """NeMo's value of `key`, None where it is absent or null; noted as become `ours`."""
-        given = left.pop(key, None)
-        if given is None:
-            return None
-        if ours is not None:
-            value = given if value is None else value(given)
-            if value is None:
-                found.unused.append((key, note or "has no counterpart"))
-                return given
-            _set(found.recipe, ours, value)
-            shown = "the architecture, from scratch" if isinstance(value, dict) else value
-            found.taken.append((key, f"{ours}: {shown}"))
-        return given
-
+    found = Translation(_flat(tree), where)
+    take = found.take
     name, folder = take("name"), take("exp_manager.exp_dir")
     name = take("exp_manager.name") or name or "nemo_recipe"
-    output = str(Path(str(folder or "runs")) / str(name))
-    _set(found.recipe, "output", output)
-    found.taken.append(("exp_manager.exp_dir, name", f"output: {output}"))
-
-    scratch = _start(tree, left, take, where)
-    _data(left, take, found, where)
-    _optimisation(left, take, where)
-    _losses(left, take)
-    for key in ("freq_masks", "time_masks", "freq_width", "time_width"):
-        take(f"model.spec_augment.{key}", f"spec_augment.{key}")
-    for key in ("rect_masks", "rect_time", "rect_freq"):
-        take(f"model.spec_augment.{key}", f"spec_augment.{key}")
-    _freezing(left, take, found)
-    _trainer(left, take, found, where)
-    _keeping(left, take)
-
-    for key, value in left.items():
-        if value is None or key.endswith("_target_") or (scratch and key.startswith("model.")):
+    found.set("output", str(Path(str(folder or "runs")) / str(name)), "exp_manager.exp_dir, name")
+    for section in ("model.adapter", "model.loss_list"):
+        if any(key.startswith(f"{section}.") for key in found.left):
+            found.refuse(
+                section,
+                "trains adapters in NeMo; here lora.rank=32 does the like: delete the section"
+                if section == "model.adapter"
+                else "self-supervised training is not done here",
+            )
+    scratch = _start(tree, found)
+    translate_data(tree, found)
+    translate_optimizer(tree, found)
+    _losses(found)
+    _spec_augment(tree, found, scratch)
+    _freezing(found)
+    _trainer(found)
+    _keeping(found)
+    for key, value in found.left.items():
+        if value in (None, "", [], {}) or key.endswith("_target_"):
             continue
-        reasons = [prefix for prefix in WHY_NOT if key.startswith(prefix)]
-        reason = WHY_NOT[max(reasons, key=len)] if reasons else "nothing here reads it"
-        found.unused.append((key, reason))
+        reasons = [prefix for prefix in WITHOUT_EFFECT if key.startswith(prefix)]
+        if not reasons and value is False:
+            continue  # what is switched off needs no counterpart
+        if not reasons:
+            found.refuse(key, f"{value!r} has no counterpart here; delete it, or set it to null")
+        found.unused.append((key, WITHOUT_EFFECT[max(reasons, key=len)]))
     return found
 
 
-def _start(tree: dict, left: dict, take, where: str) -> bool:
-    """Where the weights come from; True for a model from scratch."""
+def _start(tree: dict, found: Translation) -> bool:
+    """Where the weights come from, and the vocabulary; True for a model from scratch."""
+    take, model = found.take, tree.get("model") or {}
+    several = [key for key in found.left if key.startswith("init_from_nemo_model.")]
+    if several:
+        found.refuse("init_from_nemo_model", "parts of several models are not put together here")
     start = take("init_from_nemo_model", "model.init_from")
     pretrained = take("init_from_pretrained_model")
     if start is None and pretrained is not None:
-        path = Path(str(pretrained))
-        if not path.exists():
-            raise ValueError(
-                f"{where}: init_from_pretrained_model names {pretrained}; download its .nemo file "
-                "and give that as init_from_nemo_model=FILE"
+        if not Path(str(pretrained)).exists():
+            found.refuse(
+                "init_from_pretrained_model",
+                f"{pretrained}: download its .nemo file and give that as init_from_nemo_model=FILE",
             )
-        left["init_from_pretrained_model"] = str(path)
-        start = take("init_from_pretrained_model", "model.init_from")
-    scratch = start is None and "encoder" in tree.get("model", {})
+        start = str(pretrained)
+        found.set("model.init_from", start, "init_from_pretrained_model")
+    take("init_from_ptl_ckpt") and found.refuse("init_from_ptl_ckpt", "convert it: converters")
+    scratch = start is None and "encoder" in model
+    kind = take("model.tokenizer.type")
     if scratch:
-        keys = ("preprocessor", "spec_augment", "encoder", "decoder", "joint", "decoding", "loss")
-        keys += ("aux_ctc", "model_defaults", "interctc", "sample_rate", "target", "_target_")
-        section = {k: v for k, v in tree["model"].items() if k in keys}
+        section = {k: v for k, v in model.items() if k in ARCHITECTURE}
         # NeMo's scripts choose the class, its configurations do not name it.
-        section.setdefault("target", _model_class(tree["model"]))
-        left["model"] = section
-        take("model", "model.config")
+        section.setdefault("target", _model_class(model))
+        for key in list(found.left):
+            names = key.split(".")
+            if names[0] == "model" and names[1] in ARCHITECTURE and names[1] != "spec_augment":
+                del found.left[key]
+        found.set("model.config", section, "model")
     update = take("model.tokenizer.update_tokenizer")
+    if (scratch or update) and kind not in (None, "bpe"):
+        what = "an aggregate" if kind == "agg" else f"a {kind}"
+        found.refuse("model.tokenizer.type", f"{what} tokenizer cannot be trained here; use bpe")
     if scratch or update:
         take("model.tokenizer.dir", "model.tokenizer")
-        left.pop("model.tokenizer.type", None)
-    if "model.encoder.dropout" in left and not scratch:
-        take("model.encoder.dropout", "model.dropout")
+    if scratch and "tokenizer" not in model:
+        labels = model.get("labels") or (model.get("decoder") or {}).get("vocabulary") or ()
+        found.set("model.labels", list(labels), "model.labels")
+    if take("model.char_labels.update_labels"):
+        take("model.char_labels.labels", "model.labels", list)
+    if "model.encoder.dropout" in found.left and not scratch:
+        take("model.encoder.dropout", "model.dropout", float)
     return scratch
 
 
 def _model_class(model: dict) -> str:
     pieces = "BPE" if "tokenizer" in model else ""
+    kind = "_bpe" if pieces else ""
     if "joint" not in model:
-        return f"nemo.collections.asr.models.ctc_bpe_models.EncDecCTCModel{pieces}"
+        return f"nemo.collections.asr.models.ctc{kind}_models.EncDecCTCModel{pieces}"
     if "aux_ctc" in model:
-        module = "nemo.collections.asr.models.hybrid_rnnt_ctc_bpe_models"
+        module = f"nemo.collections.asr.models.hybrid_rnnt_ctc{kind}_models"
         return f"{module}.EncDecHybridRNNTCTC{pieces}Model"
-    return f"nemo.collections.asr.models.rnnt_bpe_models.EncDecRNNT{pieces}Model"
+    return f"nemo.collections.asr.models.rnnt{kind}_models.EncDecRNNT{pieces}Model"
 
 
-def _data(left: dict, take, found: Translation, where: str) -> None:
-    section = "model.train_ds"
-    if take(f"{section}.trim_silence"):
-        raise ValueError(f"{where}: {section}.trim_silence is not done here; trim the audio before")
-    manifests = _paths(left.pop(f"{section}.manifest_filepath", None))
-    tars = _paths(left.pop(f"{section}.tarred_audio_filepaths", None))
-    if tars and len(tars) != len(manifests):
-        raise ValueError(
-            f"{where}: {len(tars)} tarred_audio_filepaths for {len(manifests)} manifests"
-        )
-    entries = [
-        {"manifest": manifest, "tarred_audio_filepaths": tar} if tar else manifest
-        for manifest, tar in zip(manifests, tars or [None] * len(manifests), strict=True)
-    ]
-    _set(found.recipe, "data.train", entries)
-    found.taken.append((f"{section}.manifest_filepath", f"data.train: {manifests}"))
-    validation = _paths(left.pop("model.validation_ds.manifest_filepath", None))
-    if validation:
-        _set(found.recipe, "data.validation", validation)
-        found.taken.append(
-            ("model.validation_ds.manifest_filepath", f"data.validation: {validation}")
-        )
-    batch_duration = take(f"{section}.batch_duration", "data.batch_duration_s", float)
-    batch_size = take(f"{section}.batch_size")
-    if batch_size is not None and int(batch_size) > 0:
-        left[f"{section}.batch_size"] = batch_size
-        take(f"{section}.batch_size", "data.batch_size")
-    elif batch_duration is not None:
-        _set(found.recipe, "data.batch_size", None)
-    take(f"{section}.quadratic_duration", "data.quadratic_duration_s", float)
-    take(f"{section}.min_duration", "data.min_duration_s", float)
-    take(f"{section}.max_duration", "data.max_duration_s", float)
-    take(f"{section}.min_tps", "data.min_tokens_per_s", float)
-    take(f"{section}.max_tps", "data.max_tokens_per_s", lambda v: float(v) if v > 0 else None)
-    take(f"{section}.num_workers", "data.num_workers")
-    take(f"{section}.reweight_temperature", "data.temperature")
-    take(f"{section}.seed", "trainer.seed", lambda v: v if isinstance(v, int) else None)
-    for rate in (f"{section}.sample_rate", "model.sample_rate", "model.validation_ds.sample_rate"):
-        if rate in left:
-            found.unused.append((rate, "audio is resampled to the checkpoint's rate"))
-            del left[rate]
-
-
-def _optimisation(left: dict, take, where: str) -> None:
-    names = {"adamw": "adamw", "adam": "adamw", "adamw8bit": "adamw8bit"}
-    name = left.get("model.optim.name")
-    if name is not None and str(name).lower() not in names:
-        raise ValueError(f"{where}: model.optim.name is {name!r}; here: adamw or adamw8bit")
-    take("model.optim.name", "optim.name", lambda v: names[str(v).lower()])
-    take("model.optim.lr", "optim.lr", float)
-    take("model.optim.betas", "optim.betas", list)
-    take("model.optim.eps", "optim.eps", float)
-    take("model.optim.weight_decay", "optim.weight_decay", float)
-    sched = "model.optim.sched"
-    name = left.get(f"{sched}.name")
-    if name is not None and name not in SCHEDULERS:
-        raise ValueError(f"{where}: {sched}.name is {name!r}; known: {', '.join(SCHEDULERS)}")
-    take(f"{sched}.name", "schedule.name", SCHEDULERS.get)
-    take(f"{sched}.warmup_steps", "schedule.warmup_steps")
-    take(f"{sched}.warmup_ratio", "schedule.warmup_ratio")
-    take(f"{sched}.min_lr", "schedule.min_lr", float)
-    take(f"{sched}.hold_steps", "schedule.hold_steps")
-    take(f"{sched}.d_model", "schedule.d_model", lambda v: v if isinstance(v, int) else None)
-
-
-def _losses(left: dict, take) -> None:
-    for loss in ("tdt", "warprnnt_numba", "multiblank_rnnt"):
-        take(f"model.loss.{loss}_kwargs.fastemit_lambda", "loss.fastemit_lambda", float)
-    for key in ("sigma", "omega"):
-        take(f"model.loss.tdt_kwargs.{key}", f"loss.{key}", float)
+def _losses(found: Translation) -> None:
+    take = found.take
+    for loss in ("tdt", "warprnnt_numba"):
+        section = f"model.loss.{loss}_kwargs"
+        take(f"{section}.fastemit_lambda", "loss.fastemit_lambda", float)
+        if loss == "tdt":
+            take(f"{section}.sigma", "loss.sigma", float)
+            take(f"{section}.omega", "loss.omega", float)
     take("model.rnnt_reduction", "loss.transducer_reduction")
     take("model.aux_ctc.ctc_reduction", "loss.ctc_reduction")
     take("model.ctc_reduction", "loss.ctc_reduction")
     take("model.aux_ctc.ctc_loss_weight", "loss.ctc_weight", float)
-    layers = left.get("model.interctc.apply_at_layers")
-    if layers:
+    if found.left.get("model.interctc.apply_at_layers"):
         take("model.interctc.apply_at_layers", "loss.interctc_layers", list)
         take("model.interctc.loss_weights", "loss.interctc_weights", list)
     take("model.use_cr_ctc", "loss.use_cr_ctc")
 
 
-def _freezing(left: dict, take, found: Translation) -> None:
-    modules = []
+def _spec_augment(tree: dict, found: Translation, scratch: bool) -> None:
+    """NeMo makes the masks anew from the section: what it leaves out has NeMo's defaults, not the
+    checkpoint's values."""
+    section = (tree.get("model") or {}).get("spec_augment")
+    if section:
+        for name, default in SPEC_AUGMENT.items():
+            if found.take(f"model.spec_augment.{name}", f"spec_augment.{name}") is None:
+                found.set(f"spec_augment.{name}", default)
+    for name in ("use_vectorized_code", "use_numba_kernel"):
+        found.take(f"model.spec_augment.{name}")  # the same masks by another road
+    if scratch:
+        found.take("model.spec_augment")
+
+
+def _freezing(found: Translation) -> None:
+    modules, until, take = [], {}, found.take
     for key, part in (("model.freeze_encoder", "encoder"), ("model.freeze_decoder", "prediction")):
         if take(key):
-            modules = [*modules, part]
+            modules.append(part)
             found.taken.append((key, f"freeze.modules: {part}"))
-    until = {}
     if take("model.freeze_updates.enabled"):
         for part, ours in (("encoder", "encoder"), ("decoder", "prediction"), ("joint", "joint")):
             steps = take(f"model.freeze_updates.modules.{part}")
             if steps is not None:
-                modules = [*modules, ours]
+                modules.append(ours)
                 if int(steps) >= 0:
                     until[ours] = int(steps)
                 found.taken.append((f"model.freeze_updates.modules.{part}", f"freeze: {ours}"))
     if modules:
-        _set(found.recipe, "freeze.modules", modules)
+        found.set("freeze.modules", modules)
     if until:
-        _set(found.recipe, "freeze.until", until)
+        found.set("freeze.until", until)
 
 
-def _trainer(left: dict, take, found: Translation, where: str) -> None:
-    steps = left.get("trainer.max_steps")
+def _trainer(found: Translation) -> None:
+    take = found.take
+    steps = found.left.get("trainer.max_steps")
     if steps is not None and int(steps) > 0:
-        take("trainer.max_steps", "trainer.max_steps")
+        take("trainer.max_steps", "trainer.max_steps", int)
     else:
-        left.pop("trainer.max_steps", None)
-        take("trainer.max_epochs", "trainer.epochs")
+        found.left.pop("trainer.max_steps", None)
+        take("trainer.max_epochs", "trainer.epochs", int)
     take("trainer.accumulate_grad_batches", "trainer.accumulate")
     clip = take("trainer.gradient_clip_val")
-    _set(found.recipe, "trainer.clip_grad_norm", float(clip) if clip else None)
-    found.taken.append(("trainer.gradient_clip_val", f"trainer.clip_grad_norm: {clip or None}"))
-    precision = left.get("trainer.precision")
+    clip = float(clip) if clip else None
+    found.set("trainer.clip_grad_norm", clip)
+    found.taken.append(("trainer.gradient_clip_val", f"trainer.clip_grad_norm: {clip}"))
+    precision = found.left.get("trainer.precision")
     if precision is not None and str(precision) not in PRECISIONS:
-        raise ValueError(
-            f"{where}: trainer.precision is {precision!r}; known: {', '.join(PRECISIONS)}"
-        )
+        known = ", ".join(PRECISIONS)
+        raise ValueError(f"{found.where}: trainer.precision is {precision!r}; known: {known}")
     take("trainer.precision", "trainer.precision", lambda v: PRECISIONS[str(v)])
-    take(
-        "trainer.accelerator",
-        "trainer.device",
-        {"gpu": "cuda", "cuda": "cuda", "cpu": "cpu", "auto": "auto"}.get,
-    )
+    devices = {"gpu": "cuda", "cuda": "cuda", "cpu": "cpu", "auto": "auto"}
+    take("trainer.accelerator", "trainer.device", devices.get)
     take("trainer.sync_batchnorm", "trainer.sync_batchnorm")
     take("trainer.log_every_n_steps", "trainer.log_every_steps")
     take(
@@ -306,12 +352,20 @@ def _trainer(left: dict, take, found: Translation, where: str) -> None:
         lambda v: v if isinstance(v, int) and v > 1 else None,
         "a share of an epoch; validation is once an epoch, or trainer.val_every_steps",
     )
+    limit = take("trainer.limit_train_batches")
+    if limit not in (None, 1.0):
+        found.refuse("trainer.limit_train_batches", "see data.train: max_clips or max_hours")
 
 
-def _keeping(left: dict, take) -> None:
+def _keeping(found: Translation) -> None:
+    take = found.take
     section = "exp_manager.checkpoint_callback_params"
     metrics = {"val_wer": "wer", "val_cer": "cer", "train_loss": "train_loss"}
-    take(f"{section}.monitor", "keep.metric", metrics.get, "only wer, cer or train_loss")
+    monitor = found.left.get(f"{section}.monitor")
+    if monitor is not None and monitor not in metrics:
+        known = ", ".join(metrics)
+        found.refuse(f"{section}.monitor", f"{monitor!r} is not measured here; known: {known}")
+    take(f"{section}.monitor", "keep.metric", metrics.get)
     take(f"{section}.save_top_k", "keep.top_k", lambda v: max(1, int(v)))
     take(f"{section}.every_n_train_steps", "trainer.save_every_steps")
     if take("exp_manager.create_early_stopping_callback"):
@@ -319,15 +373,9 @@ def _keeping(left: dict, take) -> None:
         take("exp_manager.early_stopping_callback_params.min_delta", "keep.min_delta", float)
     if take("exp_manager.ema.enable"):
         take("exp_manager.ema.decay", "trainer.ema_decay", float)
-
-
-def _paths(value) -> list[str]:
-    """NeMo's ways to write manifests: a string, with commas, a list, a list of lists."""
-    if value is None or value in ("", "???"):
-        return []
-    if isinstance(value, str):
-        return [part.strip() for part in value.split(",") if part.strip()]
-    return [path for item in value for path in _paths(item)]
+    else:
+        for key in [key for key in found.left if key.startswith("exp_manager.ema.")]:
+            del found.left[key]  # switched off
 
 
 def _flat(tree: dict, prefix: str = "") -> dict:
@@ -339,10 +387,3 @@ def _flat(tree: dict, prefix: str = "") -> dict:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
-
-
-def _set(tree: dict, key: str, value) -> None:
-    *sections, last = key.split(".")
-    for section in sections:
-        tree = tree.setdefault(section, {})
-    tree[last] = value

@@ -19,7 +19,7 @@ from training.recipe.data_sections import AugmentRecipe, DataRecipe, SpecAugment
 from training.recipe.fields import check_keys, convert, key
 from training.recipe.funasr import is_funasr, is_funasr_key, read_script
 from training.recipe.funasr import translate as translate_funasr
-from training.recipe.nemo import is_nemo, translate
+from training.recipe.nemo import is_nemo, is_nemo_key, translate
 from training.recipe.sections import (
     DistillRecipe,
     EncoderRecipe,
@@ -99,25 +99,62 @@ def load_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recip
         raise ValueError(f"{path}: not a readable YAML file: {detail}") from None
     if not OmegaConf.is_dict(tree):
         raise ValueError(f"{path}: expected sections such as `data:`, found {tree!r}")
+    for override in overrides:
+        if "=" not in override and not override.startswith("~"):
+            raise ValueError(f"override {override!r} is not of the form key=value")
     if is_funasr(_plain(tree, path, resolve=False)):
         tree, overrides = _from_funasr(tree, overrides, path)
     elif is_nemo(_plain(tree, path, resolve=False)):
-        translation = translate(_plain(tree, path, resolve=True), str(path))
-        log.info("%s is %s", path, translation)
-        tree = OmegaConf.create(translation.recipe)  # overrides are in our keys
+        tree, overrides = _from_nemo(tree, overrides, path)
     check_keys(Recipe, _plain(tree, path, resolve=False), str(path))
     for override in overrides:
-        if "=" not in override:
-            raise ValueError(f"override {override!r} is not of the form key=value")
-        key = override.split("=", 1)[0]
-        try:
-            given = OmegaConf.from_dotlist([override])
-            check_keys(Recipe, _plain(given, override, resolve=False), f"override {override!r}")
-            OmegaConf.update(tree, key, OmegaConf.select(given, key), merge=False)
-        except (YAMLError, OmegaConfBaseException) as error:
-            detail = " ".join(str(error).split())
-            raise ValueError(f"override {override!r}: {detail}") from None
+        _override(tree, override, Recipe)
     return recipe_from_dict(_plain(tree, path, resolve=True), str(path))
+
+
+def _override(tree, override: str, cls: type | None) -> None:
+    """One `key=value` into a tree, checked against the keys of `cls`, if any. A value takes the
+    place of what was there."""
+    name, where = override.split("=", 1)[0], f"override {override!r}"
+    try:
+        given = OmegaConf.from_dotlist([override])
+        if cls is not None:
+            check_keys(cls, _plain(given, override, resolve=False), where)
+        OmegaConf.update(tree, name, OmegaConf.select(given, name), merge=False)
+    except (YAMLError, OmegaConfBaseException) as error:
+        raise ValueError(f"{where}: {' '.join(str(error).split())}") from None
+
+
+def _from_nemo(tree, overrides: typing.Sequence[str], path: Path):
+    """(a recipe's tree, the overrides that are in a recipe's words) of a NeMo file: those in NeMo's
+    words, with Hydra's + and ~, are put into it before it is translated. What is still `???` is as
+    if it were left out."""
+    ours = []
+    for override in overrides:
+        name = override.split("=", 1)[0]
+        if not is_nemo_key(name):
+            ours.append(override)
+        elif override.startswith("~"):
+            parent, _, last = name[1:].rpartition(".")
+            section = OmegaConf.select(tree, parent) if parent else tree
+            if section is None or last not in section:
+                raise ValueError(f"override {override!r}: there is no {name[1:]}")
+            del section[last]
+        else:
+            _override(tree, override.lstrip("+"), None)
+    plain = OmegaConf.create(_without_missing(_plain(tree, path, resolve=False)))
+    translation = translate(_plain(plain, path, resolve=True), str(path))
+    log.info("%s is %s", path, translation)
+    return OmegaConf.create(translation.recipe), ours
+
+
+def _without_missing(value):
+    """A plain tree with null in the place of every `???`."""
+    if isinstance(value, dict):
+        return {name: _without_missing(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_without_missing(item) for item in value]
+    return None if value == "???" else value
 
 
 def recipe_from_dict(tree: dict, where: str = "recipe") -> Recipe:
@@ -143,8 +180,10 @@ def check_together(recipe: Recipe) -> None:
         raise ValueError(
             "give either model.init_from (a .nemo file or folder) or model.config (from scratch)"
         )
-    if model.config is not None and model.tokenizer is None:
-        raise ValueError("model.config (from scratch) needs model.tokenizer")
+    if model.config is not None and model.tokenizer is None and not model.labels:
+        raise ValueError("model.config (from scratch) needs model.tokenizer, or model.labels")
+    if trainer.precision == "bf16_pure" and (recipe.optim.name == "adam" or recipe.optim.amsgrad):
+        raise ValueError("trainer.precision bf16_pure goes with optim.name adamw or adamw8bit only")
     if trainer.max_steps is None and trainer.epochs is None:
         raise ValueError("give either trainer.max_steps or trainer.epochs")
     if retain.new_rows_steps and not model.changes_vocabulary:
@@ -196,6 +235,7 @@ def stage_recipes(recipe: Recipe, where: str = "recipe") -> list[Recipe]:
             first = {"init_from": f"{before.output}/{best}", "dropout": base["model"]["dropout"]}
             tree["model"] = first
         tree["output"] = f"{recipe.output}/stage_{number}"
+        tree["data"] = tree["data"] | {"test": {}}  # measured once, after all stages
         for section, values in changes.items():
             if isinstance(values, dict) and isinstance(tree[section], dict):
                 values = _merged(tree[section], values)

@@ -12,6 +12,7 @@ class ModelRecipe:
     init_from: str | None = None  # .nemo file or converted folder
     config: str | dict | None = None  # from scratch instead: a NeMo-style model config
     tokenizer: str | None = None  # a folder or file; with init_from: change the vocabulary to it
+    labels: tuple[str, ...] = ()  # characters, in the place of a tokenizer
     # Rows to the new vocabulary; none: all are random.
     transfer: str = key("by_piece", one_of=("by_piece", "none"))
     new_rows: str = key("mean", one_of=("mean", "zeros", "random"))  # of pieces without a row
@@ -20,10 +21,14 @@ class ModelRecipe:
     # Of its mel filters: where they were, or (Fun-ASR-Nano) all below half of the new rate.
     mel_edges: str = key("keep", one_of=("keep", "stretch"))
 
+    def __post_init__(self):
+        if self.labels and self.tokenizer is not None:
+            raise ValueError("give model.tokenizer or model.labels, not both")
+
     @property
     def changes_vocabulary(self) -> bool:
         """Whether a trained model gets another tokenizer."""
-        return self.init_from is not None and self.tokenizer is not None
+        return self.init_from is not None and bool(self.tokenizer or self.labels)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,11 +116,12 @@ class LoraRecipe:
 
 @dataclasses.dataclass(frozen=True)
 class OptimRecipe:
-    name: str = key("adamw", one_of=("adamw", "adamw8bit"))
+    name: str = key("adamw", one_of=("adamw", "adamw8bit", "adam"))
     lr: float = key(1e-3, above=0)
     betas: tuple[float, float] = (0.9, 0.98)
     weight_decay: float = key(1e-3, at_least=0)
     eps: float = key(1e-8, above=0)
+    amsgrad: bool = False  # adamw and adam: by the largest second moment that was
     decay_norms_and_biases: bool = True  # NeMo decays every parameter
     lr_groups: dict[str, float] = dataclasses.field(default_factory=dict)  # part -> its lr
     layer_decay: float | None = key(None, above=0, share=True)  # lr times this a layer further down
@@ -123,6 +129,8 @@ class OptimRecipe:
     def __post_init__(self):
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"optim.betas is {self.betas}, expected 0 <= beta < 1")
+        if self.amsgrad and self.name == "adamw8bit":
+            raise ValueError("optim.amsgrad does not go with optim.name adamw8bit")
         for part, rate in self.lr_groups.items():
             if rate <= 0:
                 raise ValueError(f"optim.lr_groups.{part} is {rate}, expected more than 0")
@@ -141,6 +149,8 @@ class ScheduleRecipe:
         None, share=True
     )  # of all steps; both null: the last fifth decays
     decay_shape: str = key("linear", one_of=("linear", "sqrt"))  # wsd; sqrt: 1 - sqrt
+    power: float = key(1.0, above=0)  # linear, wsd: the decay's share that is left, to this power
+    constant_steps: int | None = key(None, at_least=0)  # cosine: last steps, at min_lr
     d_model: int | None = key(None, at_least=1)  # noam; null: the encoder's
 
     def __post_init__(self):

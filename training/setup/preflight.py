@@ -26,9 +26,7 @@ def preflight(run: Prepared) -> list[tuple[bool, str]]:
     """(passed, what was found) of each check, cheap ones first."""
     recipe = run.recipe
     checks = [(True, f"weights: {sum(p.numel() for p in run.model.parameters()) / 1e6:.2f} M load")]
-    lines = [
-        line for source in recipe.data.sources for line in read_source(source, recipe.data.lang)[0]
-    ]
+    lines = [line for source in recipe.data.sources for line in read_source(source, recipe.data)[0]]
     checks += [tokenizer_covers(run, lines), lengths_fit(run, lines), clips_can_be_read(run)]
     checks += [disk_suffices(run), batch_goes_through(run)]
     return checks

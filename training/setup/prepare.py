@@ -137,7 +137,7 @@ def read_original(
     retain, changes = recipe.retain, recipe.model.changes_vocabulary
     if not changes and not retain.distills:
         return None, None
-    unchanged = dataclasses.replace(recipe.model, tokenizer=None)
+    unchanged = dataclasses.replace(recipe.model, tokenizer=None, labels=())
     original = build_model(
         unchanged, recipe.loss, recipe.trainer.seed, recipe.encoder, recipe.prompt
     )

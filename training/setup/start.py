@@ -5,6 +5,7 @@ its config, so that what is saved later says how it was trained. `ready_to_train
 that is trained as the recipe says.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -61,13 +62,13 @@ def build_model(
         model = load_model(recipe.init_from)
         if isinstance(model, FunASRNano):
             return as_asked(model, recipe, loss, encoder)
-        if recipe.tokenizer is not None:
-            tokenizer, files = read_tokenizer(recipe.tokenizer)
+        if recipe.changes_vocabulary:
+            tokenizer, files = vocabulary_of(recipe)
             model, _ = change_vocabulary(
                 model, tokenizer, files, recipe.transfer, recipe.new_rows, seed
             )
     else:
-        config, files = scratch_config(recipe.config, recipe.tokenizer)
+        config, files = scratch_config(recipe.config, *vocabulary_of(recipe))
         torch.manual_seed(seed)
         model = ASRModel(ModelConfig.from_nemo(config), load_tokenizer(config, files), files)
     if recipe.mel_edges != "keep":
@@ -104,13 +105,30 @@ def set_direction_dropout(model: ASRModel, probability: float) -> None:
         layer.self_attn.direction_dropout = probability
 
 
-def scratch_config(config: str | dict, tokenizer: str) -> tuple[dict, dict[str, bytes]]:
+def vocabulary_of(recipe: ModelRecipe) -> tuple[Tokenizer, dict[str, bytes]]:
+    """The tokenizer that a recipe names, and the files that a checkpoint keeps of it."""
+    if recipe.labels:
+        return characters(recipe.labels, "model.labels"), {}
+    return read_tokenizer(recipe.tokenizer)
+
+
+def characters(labels: Sequence[str], where: str) -> CharTokenizer:
+    """ValueError: a label is there twice, or is no single character."""
+    wrong = [label for label in labels if labels.count(label) > 1 or len(label) != 1]
+    if wrong or not labels:
+        what = f"{wrong[0]!r} is there twice or is no single character" if wrong else "empty"
+        raise ValueError(f"{where}: {what}; expected single characters")
+    return CharTokenizer(list(labels))
+
+
+def scratch_config(
+    config: str | dict, tokenizer: Tokenizer, files: dict[str, bytes]
+) -> tuple[dict, dict[str, bytes]]:
     """NeMo's config with the tokenizer's vocabulary filled in, and the tokenizer's files.
 
     Args:
         config: NeMo-style model config: a YAML file (a `model:` section may be around it) or a
             dict.
-        tokenizer: a SentencePiece .model file, or a folder with tokenizer.model.
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -128,8 +146,7 @@ def scratch_config(config: str | dict, tokenizer: str) -> tuple[dict, dict[str, 
     except OmegaConfBaseException as error:
         raise ValueError(f"model.config: {' '.join(str(error).split())}") from None
     config = config.get("model", config)
-    read, files = read_tokenizer(tokenizer)
-    config = with_vocabulary(config, read)
+    config = with_vocabulary(config, tokenizer)
     if "joint" in config:
         # NeMo builds the joint from these two, whatever the joint's own section says.
         widths = config["joint"].get("jointnet", {})
@@ -154,11 +171,7 @@ def read_tokenizer(path: str) -> tuple[Tokenizer, dict[str, bytes]]:
     if labels.suffix == ".txt" and labels.is_file() and not (folder / "tokenizer.model").is_file():
         listed = [line or " " for line in labels.read_text(encoding="utf-8").split("\n")]
         listed = listed[:-1] if listed[-1] == " " else listed  # what follows the last line break
-        wrong = [label for label in listed if listed.count(label) > 1 or len(label) != 1]
-        if wrong or not listed:
-            what = f"{wrong[0]!r} is there twice or is no single character" if wrong else "empty"
-            raise ValueError(f"model.tokenizer: {labels}: {what}; expected a character a line")
-        return CharTokenizer(listed), {}
+        return characters(listed, f"model.tokenizer: {labels}"), {}
     files = tokenizer_files(path)
     return SentencePieceTokenizer(files["tokenizer.model"]), files
 

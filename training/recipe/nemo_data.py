@@ -1,0 +1,273 @@
+"""A NeMo file's data sets and augmentor in a recipe's words.
+
+Sources: NeMo's `asr/data/audio_to_text_dataset.py`, `common/data/lhotse/cutset.py` (input_cfg) and
+`asr/parts/preprocessing/perturb.py` (augmentor).
+"""
+
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+
+SECTION = "model.train_ds"
+NO_LIMIT_S = 7 * 24 * 3600.0  # longer than any clip that a manifest may name
+
+
+def translate_data(tree: dict, found) -> None:
+    """`tree`: the YAML; `found`: the Translation that is filled."""
+    model = tree.get("model") or {}
+    train, take = model.get("train_ds") or {}, found.take
+    if take(f"{SECTION}.trim_silence"):
+        found.refuse(f"{SECTION}.trim_silence", "is not done here; trim the audio before")
+    for key in ("is_concat", "batch_augmentor", "bucketing_batch_size"):
+        if train.get(key):
+            found.refuse(f"{SECTION}.{key}", "has no counterpart here; delete it")
+    sources = _sources(train, found)
+    if sources:
+        found.set("data.train", sources, f"{SECTION}.manifest_filepath")
+    for ours, section in (("data.validation", "validation_ds"), ("data.test", "test_ds")):
+        key = f"model.{section}.manifest_filepath"
+        manifests = [path for path, _ in _paths(found.left.pop(key, None), key, found)]
+        if manifests:
+            found.set(ours, manifests, key)
+    duration = take(f"{SECTION}.batch_duration", "data.batch_duration_s", float)
+    size = take(f"{SECTION}.batch_size")
+    if size is not None and int(size) > 0:
+        found.set("data.batch_size", int(size), f"{SECTION}.batch_size")
+    elif duration is not None:
+        found.set("data.batch_size", None)
+    take(f"{SECTION}.quadratic_duration", "data.quadratic_duration_s", float)
+    # What NeMo does not leave out or pad is not left out or padded here.
+    for key, ours, default in (
+        ("min_duration", "data.min_duration_s", 0.0),
+        ("max_duration", "data.max_duration_s", NO_LIMIT_S),
+    ):
+        if take(f"{SECTION}.{key}", ours, float) is None:
+            found.set(ours, default)
+    found.set("data.pad_to_s", 0.0)
+    found.set("data.max_tokens_per_frame", None)
+    take(f"{SECTION}.min_tps", "data.min_tokens_per_s", _above_zero)
+    take(f"{SECTION}.max_tps", "data.max_tokens_per_s", _above_zero)
+    take(f"{SECTION}.num_workers", "data.num_workers")
+    take(f"{SECTION}.seed", "trainer.seed", lambda v: v if isinstance(v, int) else None)
+    take(f"{SECTION}.text_field", "data.text_field")
+    take(f"{SECTION}.lang_field", "data.lang_field")
+    temperature = take(f"{SECTION}.reweight_temperature")
+    if isinstance(temperature, list) and len(set(temperature)) == 1:
+        temperature = temperature[0]
+    if isinstance(temperature, list):
+        found.refuse(f"{SECTION}.reweight_temperature", "one for all groups is what is done here")
+    if temperature is not None:
+        found.set("data.temperature", float(temperature), f"{SECTION}.reweight_temperature")
+    if take(f"{SECTION}.shuffle") is False:
+        found.set("data.shuffle", False, f"{SECTION}.shuffle")
+    for key in (f"{SECTION}.sample_rate", "model.validation_ds.sample_rate"):
+        if found.left.pop(key, None):
+            found.unused.append((key, "audio is resampled to the checkpoint's rate"))
+    _augmentor(train.get("augmentor") or {}, found)
+
+
+def _above_zero(value) -> float | None:
+    return float(value) if float(value) > 0 else None
+
+
+# --- manifests ------------------------------------------------------------------------------------
+
+
+def _sources(train: dict, found) -> list:
+    """`data.train`: plain paths, or mappings where there is more to say of one."""
+    config = found.left.pop(f"{SECTION}.input_cfg", None)
+    manifests = found.left.pop(f"{SECTION}.manifest_filepath", None)
+    tars = found.left.pop(f"{SECTION}.tarred_audio_filepaths", None)
+    if config:
+        return _group(config, f"{SECTION}.input_cfg", found, 1.0, {})
+    paths = _paths(manifests, f"{SECTION}.manifest_filepath", found)
+    shards = [path for path, _ in _paths(tars, f"{SECTION}.tarred_audio_filepaths", found)]
+    if shards and len(shards) != len(paths):
+        raise ValueError(
+            f"{found.where}: {len(shards)} tarred_audio_filepaths for {len(paths)} manifests"
+        )
+    sources = []
+    for (path, weight), shard in zip(paths, shards or [None] * len(paths), strict=True):
+        more = {"tarred_audio_filepaths": shard, "weight": weight}
+        more = {key: value for key, value in more.items() if value is not None}
+        sources.append({"manifest": path, **more} if more else path)
+    return sources
+
+
+def _paths(value, key: str, found) -> list[tuple[str, float | None]]:
+    """NeMo's ways to write manifests, each with a weight or None: a string, with commas, a list, a
+    list of lists, of which [path, weight] is one."""
+    if value is None or value in ("", "???"):
+        return []
+    if isinstance(value, str):
+        return [(part.strip(), None) for part in value.split(",") if part.strip()]
+    if not isinstance(value, list):
+        raise ValueError(f"{found.where}: {key}: {value!r} stands where a path belongs")
+    is_pair = len(value) == 2 and isinstance(value[0], str) and _is_number(value[1])
+    if is_pair:
+        return [(value[0], float(value[1]))]
+    return [path for item in value for path in _paths(item, key, found)]
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _group(config, key: str, found, share: float, tags: dict) -> list[dict]:
+    """Sources of an `input_cfg`: a list, or the YAML file that holds it. A group's weight is shared
+    by its members in proportion to theirs."""
+    if isinstance(config, str):
+        config = _read_list(config, key, found)
+    if not isinstance(config, list) or not all(isinstance(item, dict) for item in config):
+        found.refuse(key, "expected a list of data sets, each with a type")
+    weights = [item.get("weight") for item in config]
+    if any(weight is not None for weight in weights) and None in weights:
+        found.refuse(key, "give every member a weight, or none")
+    weighted = bool(weights) and None not in weights
+    total = sum(weights) if weighted else 0.0
+    sources = []
+    for number, item in enumerate(config):
+        name, kind = f"{key}[{number}]", item.get("type")
+        part = share * weights[number] / total if weighted and total else None
+        own_tags = tags | (item.get("tags") or {})
+        known = {"type", "weight", "tags", "input_cfg", "manifest_filepath"}
+        known |= {"tarred_audio_filepaths", "reweight_temperature"}
+        unknown = [k for k, v in item.items() if k not in known and v not in (None, False)]
+        if unknown:
+            found.refuse(f"{name}.{unknown[0]}", "has no counterpart here; delete it")
+        if kind == "group":
+            members = _group(item.get("input_cfg"), name, found, part or share, own_tags)
+            sources += members
+        elif kind in ("nemo", "nemo_tarred"):
+            sources += _nemo_sources(item, name, found, part, own_tags)
+        else:
+            found.refuse(
+                f"{name}.type",
+                f"{kind!r} is not read here; give NeMo manifests (types nemo, nemo_tarred, group)",
+            )
+    return sources
+
+
+def _nemo_sources(item: dict, name: str, found, weight, tags: dict) -> list[dict]:
+    paths = _paths(item.get("manifest_filepath"), f"{name}.manifest_filepath", found)
+    tars = _paths(item.get("tarred_audio_filepaths"), f"{name}.tarred_audio_filepaths", found)
+    if (item["type"] == "nemo_tarred") != bool(tars) or (tars and len(tars) != len(paths)):
+        found.refuse(name, "a tarred set needs one tarred_audio_filepaths for each manifest")
+    others = sorted(tags.keys() - {"lang"})
+    if others:
+        found.refuse(f"{name}.tags", f"only lang is known here, not {', '.join(others)}")
+    own = [part for _, part in paths]
+    total = sum(own) if None not in own else None
+    sources = []
+    for number, (path, part) in enumerate(paths):
+        more = {"tarred_audio_filepaths": tars[number][0]} if tars else {}
+        if weight is not None:
+            more["weight"] = weight * (part / total if total else 1 / len(paths))
+        elif part is not None:
+            more["weight"] = part
+        if "lang" in tags:
+            more["lang"] = tags["lang"]
+        sources.append({"manifest": path} | more)
+    return sources
+
+
+def _read_list(path: str, key: str, found) -> list:
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    from fastconformer.checkpoint.yaml_config import check_yaml_depth
+
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{found.where}: {key}: {path} is not a file")
+    try:
+        check_yaml_depth(Path(path).read_bytes())
+        return OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        found.refuse(f"{key}: {path}", " ".join(str(error).split()))
+
+
+# --- augmentor ------------------------------------------------------------------------------------
+
+
+def _augmentor(section: dict, found) -> None:
+    """NeMo's perturbations of a clip, each with its probability `prob`."""
+    for name, options in section.items():
+        key = f"{SECTION}.augmentor.{name}"
+        for left in [left for left in found.left if left.startswith(f"{key}.")]:
+            del found.left[left]
+        options = dict(options or {})
+        probability = float(options.pop("prob", 1.0))
+        if name not in PERTURBATIONS:
+            known = ", ".join(PERTURBATIONS)
+            found.refuse(key, f"has no counterpart here (those that have: {known}); delete it")
+        if probability > 0:
+            PERTURBATIONS[name](options, probability, key, found)
+
+
+def _white_noise(options: dict, probability: float, key: str, found) -> None:
+    level = [float(options.get("min_level", -90)), float(options.get("max_level", -46))]
+    mine = {"probability": probability, "level_db": level}
+    found.set("augment.white_noise", mine)
+    found.taken.append((key, f"augment.white_noise: {mine}"))
+
+
+def _speed(options: dict, probability: float, key: str, found) -> None:
+    """A share of the draws gets one of these rates, the rest rate 1: in one list of speeds."""
+    count = int(options.get("num_rates", 5))
+    if count < 1:
+        found.refuse(f"{key}.num_rates", "rates out of a range are not done here; give a number")
+    low, high = float(options.get("min_speed_rate", 0.9)), float(options.get("max_speed_rate", 1.1))
+    rates = [round(float(rate), 6) for rate in np.linspace(low, high, count)]
+    share = Fraction(probability).limit_denominator(20)
+    speeds = rates * share.numerator
+    speeds += [1.0] * (count * (share.denominator - share.numerator))
+    found.set("augment.speeds", speeds, key)
+
+
+def _noise(options: dict, probability: float, key: str, found) -> None:
+    manifests = [
+        path for path, _ in _paths(options.get("manifest_path"), f"{key}.manifest_path", found)
+    ]
+    snr = [float(options.get("min_snr_db", 10)), float(options.get("max_snr_db", 50))]
+    mine = {"manifests": manifests, "probability": probability, "snr_db": snr}
+    if not manifests:
+        found.refuse(f"{key}.manifest_path", "is missing; name a manifest of noises")
+    found.set("augment.noise", mine)
+    found.taken.append((key, f"augment.noise: {mine}"))
+
+
+def _impulse(options: dict, probability: float, key: str, found) -> None:
+    manifests = [
+        path for path, _ in _paths(options.get("manifest_path"), f"{key}.manifest_path", found)
+    ]
+    if not manifests:
+        found.refuse(f"{key}.manifest_path", "is missing; name a manifest of impulse responses")
+    mine = {"manifests": manifests, "probability": probability}
+    found.set("augment.rir", mine)
+    found.taken.append((key, f"augment.rir: {mine}"))
+
+
+def _gain(options: dict, probability: float, key: str, found) -> None:
+    if probability < 1:
+        found.refuse(f"{key}.prob", "every clip gets a gain here; set it to 1")
+    low, high = float(options.get("min_gain_dbfs", -10)), float(options.get("max_gain_dbfs", 10))
+    found.set("augment.gain_db", [low, high], key)
+
+
+def _shift(options: dict, probability: float, key: str, found) -> None:
+    low, high = float(options.get("min_shift_ms", -5)), float(options.get("max_shift_ms", 5))
+    if probability < 1 or low != -high:
+        found.refuse(key, "every clip is shifted here, both ways alike; set prob to 1, min to -max")
+    found.set("augment.shift_s", high / 1000, key)
+
+
+PERTURBATIONS = {
+    "white_noise": _white_noise,
+    "speed": _speed,
+    "noise": _noise,
+    "impulse": _impulse,
+    "gain": _gain,
+    "shift": _shift,
+}
