@@ -8,6 +8,7 @@ from torch import nn
 
 from converters.train_tokenizer import train_tokenizer
 from fastconformer.decoding import Hypothesis
+from fastconformer.heads import Head
 from fastconformer.text.metrics import word_errors
 from fastconformer.text.tokenizer import SentencePieceTokenizer
 from training.data.store import AudioStore
@@ -36,7 +37,10 @@ class Writes(nn.Module):
 
     encode = featurize
 
-    def decode_greedy(self, encoded, lengths, head):
+    def head(self, name):
+        return Head(self, name)
+
+    def decode(self, encoded, lengths, head):
         texts = [self.texts[int(n) // 100 - 1] for n in lengths]
         return [Hypothesis(self.tokenizer.encode(text), [], None, 0.0) for text in texts]
 
