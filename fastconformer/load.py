@@ -91,7 +91,7 @@ def _cast(model: ASRModel, dtype: torch.dtype):
         quantize(model.encoder.layers)
         for name in model.heads:
             for part in model.head(name).int8_parts():
-                quantize(part)
+                quantize(part, plain=True)  # decoding has a kernel of its own
         return
     model.preprocessor.float()
     for child in (

@@ -70,6 +70,19 @@ class Confidence:
             return 1 + total.log2() / (a - 1) / math.log2(v)
         return (total ** (1 / (a - 1)) * v - 1) / (v - 1)
 
+    def of_symbol(self, log_probs: torch.Tensor, duration_logits: torch.Tensor) -> torch.Tensor:
+        """A transducer's token: log-probabilities (..., V+1), and logits of its duration (..., N),
+        which are empty for RNNT -> confidences (...)."""
+        n_classes = log_probs.shape[-1]
+        sure = self.of(log_probs, n_classes)
+        if not (self.include_duration and duration_logits.shape[-1]):
+            return sure
+        other = self.of(duration_logits.float().log_softmax(-1), n_classes)
+        if self.aggregation == "mean":
+            return (sure + other) / 2
+        two = {"min": torch.minimum, "max": torch.maximum, "prod": torch.mul}
+        return two[self.aggregation](sure, other)
+
     def aggregate(self, values: Sequence[float]) -> float:
         """One number of those of a token's frames, or of a word's tokens; not empty."""
         return _AGGREGATIONS[self.aggregation](values)

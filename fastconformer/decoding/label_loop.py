@@ -128,13 +128,8 @@ class LabelLoop:
         chosen = token_logits[self.rows, at].float().log_softmax(-1)
         self.float_records[i, 0] = chosen.gather(1, token[:, None])[:, 0]
         if self.confidence is not None:
-            sureness = self.confidence.of(chosen, self.blank + 1)
-            if self.confidence.include_duration and self.durations:
-                of_duration = self.confidence.of(
-                    logits[self.rows, at, self.blank + 1 :].float().log_softmax(-1), self.blank + 1
-                )
-                sureness = _aggregate_two(self.confidence.aggregation, sureness, of_duration)
-            self.float_records[i, 1] = sureness
+            of_duration = logits[self.rows, at, self.blank + 1 :]
+            self.float_records[i, 1] = self.confidence.of_symbol(chosen, of_duration)
         self.int_records[i, 0] = torch.where(found, token, -1)
         self.int_records[i, 1] = self.frame
         self.int_records[i, 2] = skip
@@ -153,12 +148,6 @@ class LabelLoop:
         for (h, c), (h_after, c_after) in zip(state, after):
             h.copy_(torch.where(keep, h_after, h))
             c.copy_(torch.where(keep, c_after, c))
-
-
-def _aggregate_two(aggregation: str, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    if aggregation == "mean":
-        return (a + b) / 2
-    return {"min": torch.minimum, "max": torch.maximum, "prod": torch.mul}[aggregation](a, b)
 
 
 def by_clip(ints: torch.Tensor, floats: torch.Tensor, batch: int):

@@ -1,8 +1,11 @@
 """Greedy decoding of RNNT and TDT: all clips of a batch advance together, label by label.
 
 Gives NeMo's `greedy_batch` tokens, frames and durations; `label_loop` has the step, `segments` what
-long clips add, `graphs` what a GPU adds.
+long clips add, `graphs` what a GPU adds, `compiled_loop` the same steps for a CPU where numba is.
 """
+
+import functools
+from types import ModuleType
 
 import torch
 
@@ -49,8 +52,11 @@ def transducer_greedy(
         loop = LabelLoop(*options, len(lengths), window_frames(len(lengths), encoded.device))
         return loop.run(projected, lengths)
 
+    compiled = _compiled_loop() if encoded.device.type == "cpu" and graphs is None else None
     if max(lengths.tolist(), default=0) > LONG_FRAMES:
         arcs = in_segments(encoded, lengths, options, run)
+    elif compiled is not None and compiled.fits(decoder, joint):
+        arcs = compiled.run(joint.enc(encoded), lengths, *options)
     else:
         arcs = by_clip(*run(joint.enc(encoded), lengths)[:2], len(lengths))
     hypotheses = []
@@ -95,3 +101,13 @@ def transducer_next(
         hypothesis.score += float(scores[0].sum())
     state[0] -= n_frames
     return state
+
+
+@functools.cache
+def _compiled_loop() -> ModuleType | None:
+    """None without numba, which the extra `fast` brings."""
+    try:
+        from . import compiled_loop
+    except ImportError:
+        return None
+    return compiled_loop

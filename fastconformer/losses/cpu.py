@@ -3,7 +3,7 @@
 Three passes, which compute what vectorised.py says: statistics of each row of logits (read once);
 the lattice of each clip, backwards for beta and the probability of each arc at its node, forwards
 for the occupancies; and the gradient of each row (logits read and gradient written once). The
-pieces that these kernels share with the fused loss, and their notes, stand in compiled.py.
+pieces that these kernels share with the fused loss, and their notes, stand in ../compiled.py.
 
 Importing this module needs numba.
 
@@ -18,16 +18,8 @@ import torch
 from numba import njit, prange
 from torch import Tensor
 
-from .compiled import (
-    REORDER,
-    arcs_of,
-    exp_of,
-    kernel,
-    maximum,
-    occupancies_of_clip,
-    sum_exp,
-    threads,
-)
+from ..compiled import REORDER, exp_of, kernel, maximum, sum_exp, threads
+from .compiled_lattice import arcs_of, occupancies_of_clip
 
 
 class State(NamedTuple):

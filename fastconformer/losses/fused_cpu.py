@@ -17,17 +17,8 @@ from numba import njit, prange, types
 from numba.extending import intrinsic, overload
 from torch import Tensor
 
-from .compiled import (
-    REORDER,
-    arcs_of,
-    exp_of,
-    float32_of_bits,
-    kernel,
-    maximum,
-    occupancies_of_clip,
-    sum_exp,
-    threads,
-)
+from ..compiled import REORDER, exp_of, kernel, maximum, sum_exp, threads, wide
+from .compiled_lattice import arcs_of, occupancies_of_clip
 from .fused_vectorised import dropout_threshold
 from .products import product
 
@@ -108,18 +99,6 @@ def _bits_of_float32(typing_context, x):
     return types.int32(types.float32), generate
 
 
-def _wide(x):
-    """A stored number as a float: float32 of bfloat16's bits, else itself."""
-    raise NotImplementedError
-
-
-@overload(_wide)
-def _wide_of_type(x):
-    if x == types.uint16:
-        return lambda x: float32_of_bits(np.int32(np.int32(x) << np.int32(16)))
-    return lambda x: x
-
-
 def _put(out, i, value):
     """Stores a float, rounded to the nearest bfloat16 (ties to even) where out is its bits."""
     raise NotImplementedError
@@ -155,7 +134,7 @@ def _floats_of_type(row, scratch):
 
         def floats(row, scratch):
             for v in range(row.shape[0]):
-                scratch[v] = _wide(row[v])
+                scratch[v] = wide(row[v])
             return scratch[: row.shape[0]]
 
     else:
@@ -243,7 +222,7 @@ def _hidden(
             if threshold > 0:
                 key = _key(index[i], seed_low, seed_high)
                 for h in range(width):
-                    kept = _wide(out[i, h]) * scale if _kept(key, h, threshold) else 0.0
+                    kept = wide(out[i, h]) * scale if _kept(key, h, threshold) else 0.0
                     _put(out[i], h, kept)
 
 
@@ -251,14 +230,14 @@ def _hidden(
 def _activate(x, y, activation, out):
     if activation == 0:
         for h in range(len(out)):
-            total = _wide(x[h]) + _wide(y[h])
+            total = wide(x[h]) + wide(y[h])
             _put(out, h, total * 0 if total < 0 else total)  # NaN stays
     elif activation == 1:
         for h in range(len(out)):
-            _put(out, h, _tanh(_wide(x[h]) + _wide(y[h])))
+            _put(out, h, _tanh(wide(x[h]) + wide(y[h])))
     else:
         for h in range(len(out)):
-            _put(out, h, _sigmoid(_wide(x[h]) + _wide(y[h])))
+            _put(out, h, _sigmoid(wide(x[h]) + wide(y[h])))
 
 
 @kernel
@@ -385,15 +364,15 @@ def _differentiate(value, slope, activation, scale, out):
     scale = out.dtype.type(scale)
     if activation == 0:
         for h in range(len(out)):
-            out[h] = _wide(slope[h]) * scale if _wide(value[h]) > 0 else _wide(slope[h]) * 0
+            out[h] = wide(slope[h]) * scale if wide(value[h]) > 0 else wide(slope[h]) * 0
     elif activation == 1:
         for h in range(len(out)):
-            y = _wide(value[h]) / scale
-            out[h] = _wide(slope[h]) * scale * (1 - y * y)
+            y = wide(value[h]) / scale
+            out[h] = wide(slope[h]) * scale * (1 - y * y)
     else:
         for h in range(len(out)):
-            y = _wide(value[h]) / scale
-            out[h] = _wide(slope[h]) * scale * (y - y * y)
+            y = wide(value[h]) / scale
+            out[h] = wide(slope[h]) * scale * (y - y * y)
 
 
 @njit

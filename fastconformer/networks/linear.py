@@ -15,14 +15,16 @@ class Int8Weight:
     """A weight (D_out, D_in) as int8, with one scale for each output, packed for oneDNN.
 
     The product quantises each row of its input to 8 bits by the row's own largest value, so that a
-    row's result does not depend on the other rows; sums are exact, in int32.
+    row's result does not depend on the other rows; sums are exact, in int32. `plain` also keeps the
+    weight as it is, for kernels of our own.
     """
 
-    def __init__(self, weight: torch.Tensor):
+    def __init__(self, weight: torch.Tensor, plain: bool = False):
         weight = weight.detach().float()
         self.scale = weight.abs().amax(1).clamp(min=1e-12) / 127
         rounded = (weight / self.scale[:, None]).round().to(torch.int8)
         self.packed = torch.ops.onednn.qlinear_prepack(rounded, None)
+        self.rounded = rounded if plain else None
         self.zero_points = torch.zeros(len(weight), dtype=torch.int64)
         self.dtype = torch.int8
 
@@ -94,9 +96,10 @@ class Pointwise(nn.Conv1d):
     """A convolution of width 1, for its checkpoint's shape: its weight goes through `linear`."""
 
 
-def quantize(module: nn.Module) -> int:
+def quantize(module: nn.Module, plain: bool = False) -> int:
     """Puts int8 in place of the weights of every `Linear`, `Pointwise` and LSTM within `module`;
-    the number replaced. For inference on a CPU; such a model cannot be saved or trained.
+    the number replaced. For inference on a CPU; such a model cannot be saved or trained. `plain` as
+    in `Int8Weight`.
 
     ValueError: this torch has no int8 product for this CPU.
     """
@@ -110,7 +113,7 @@ def quantize(module: nn.Module) -> int:
         for name in names:
             weight = getattr(child, name).detach().flatten(1)
             delattr(child, name)
-            setattr(child, name, Int8Weight(weight))
+            setattr(child, name, Int8Weight(weight, plain))
         count += len(names)
     return count
 

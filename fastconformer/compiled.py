@@ -1,7 +1,7 @@
-"""What the losses' numba kernels share: threads, compiling, exponentials and the lattice of a clip.
+"""What the numba kernels of losses and decoding share: compiling, threads, exponentials, bfloat16.
 
 Loops over logits are ones that LLVM vectorises, with an exponential of our own in float32, as
-libm's would be a call for each number. The lattice is float64, being small beside the logits.
+libm's would be a call for each number. bfloat16, which numba does not know, passes as its 16 bits.
 
 Importing this module needs numba. Kernels compile at their first call, for some seconds, and are
 cached on disk where that is possible. They use at most as many threads as torch.
@@ -28,15 +28,6 @@ _LOGITS_OF_A_THREAD = 100_000
 REORDER = {"reassoc", "nsz", "contract"}
 
 
-def arcs_of(durations) -> np.ndarray:
-    """Each arc's class of duration, frames and tokens, (K, 3)."""
-    if durations is None:
-        return np.array([(0, 0, 1), (0, 1, 0)], np.int64)
-    arcs = [(i, d, 1) for i, d in enumerate(durations)]
-    arcs += [(i, d, 0) for i, d in enumerate(durations) if d > 0]
-    return np.array(arcs, np.int64)
-
-
 @contextlib.contextmanager
 def threads(n_logits):
     """Exclusive use of numba's pool, with at most torch's number of threads; gives their number."""
@@ -54,11 +45,19 @@ def threads(n_logits):
                 torch.set_num_threads(of_torch)
 
 
-def kernel(function):
-    try:
-        return njit(parallel=True, nogil=True, cache=True, error_model="numpy")(function)
-    except RuntimeError:  # neither this folder nor the user's cache folder can be written
-        return njit(parallel=True, nogil=True, error_model="numpy")(function)
+def kept(**options):
+    """numba's njit, what it compiles kept on disk where that is possible."""
+
+    def decorate(function):
+        try:
+            return njit(nogil=True, cache=True, error_model="numpy", **options)(function)
+        except RuntimeError:  # neither this folder nor the user's cache folder can be written
+            return njit(nogil=True, error_model="numpy", **options)(function)
+
+    return decorate
+
+
+kernel = kept(parallel=True)
 
 
 @intrinsic
@@ -127,74 +126,15 @@ def sum_exp(row, top):
     return total
 
 
-@njit(error_model="numpy")
-def occupancies_of_clip(
-    arcs, blank_scores, label_scores, duration_scores, needs_grad,
-    blank_occupancy, label_occupancy, duration_occupancy,
-):  # fmt: skip
-    """Log-likelihood of one clip of (T', R) nodes and, if needed, the occupancies of its arcs,
-    which may be written over the scores."""
-    n_frames, n_rows = blank_scores.shape
-    n_arcs = len(arcs)
-    beta = np.empty((n_frames, n_rows))
-    reach = np.empty(n_arcs)
-    for t in range(n_frames - 1, -1, -1):
-        for u in range(n_rows - 1, -1, -1):
-            best = _reach(t, u, arcs, blank_scores, label_scores, duration_scores, beta, reach)
-            if best == -np.inf:
-                beta[t, u] = -np.inf
-                continue
-            sum_exp = 0.0
-            for k in range(n_arcs):
-                sum_exp += math.exp(reach[k] - best)
-            beta[t, u] = best + math.log(sum_exp)
-    log_likelihood = beta[0, 0]
-    if not needs_grad:
-        return log_likelihood
-
-    passing = np.zeros((n_frames, n_rows))
-    passing[0, 0] = 1.0
-    for t in range(n_frames):
-        for u in range(n_rows):
-            of_blank = 0.0
-            of_label = 0.0
-            best = -np.inf
-            if beta[t, u] != -np.inf and passing[t, u] != 0.0:
-                best = _reach(t, u, arcs, blank_scores, label_scores, duration_scores, beta, reach)
-            duration_occupancy[t, u] = 0.0
-            if best != -np.inf:
-                for k in range(n_arcs):
-                    flow = passing[t, u] * math.exp(reach[k] - beta[t, u])
-                    if arcs[k, 2]:
-                        of_label += flow
-                    else:
-                        of_blank += flow
-                    duration_occupancy[t, u, arcs[k, 0]] += flow
-                    end_t, end_u = t + arcs[k, 1], u + arcs[k, 2]
-                    if end_t < n_frames and end_u < n_rows:
-                        passing[end_t, end_u] += flow
-            blank_occupancy[t, u] = of_blank
-            label_occupancy[t, u] = of_label
-    return log_likelihood
+def wide(x):
+    """A stored number as a float: float32 of bfloat16's bits or of int8, else itself."""
+    raise NotImplementedError
 
 
-@njit(error_model="numpy")
-def _reach(t, u, arcs, blank_scores, label_scores, duration_scores, beta, reach):
-    """Score of each arc of a node with all that follows, into `reach`; returns the best."""
-    n_frames, n_rows = beta.shape
-    best = -np.inf
-    for k in range(len(arcs)):
-        end_t, end_u = t + arcs[k, 1], u + arcs[k, 2]
-        if end_t < n_frames and end_u < n_rows:
-            score = beta[end_t, end_u]
-        elif end_t > n_frames or u < n_rows - 1 or arcs[k, 2]:
-            score = -np.inf  # only the last blank lands on T'
-        else:
-            score = 0.0
-        if score != -np.inf:
-            score += label_scores[t, u] if arcs[k, 2] else blank_scores[t, u]
-            score += duration_scores[t, u, arcs[k, 0]]
-        reach[k] = score
-        if score > best or math.isnan(score):
-            best = score
-    return best
+@overload(wide)
+def _wide_of_type(x):
+    if x == types.uint16:
+        return lambda x: float32_of_bits(np.int32(np.int32(x) << np.int32(16)))
+    if x == types.int8:
+        return lambda x: np.float32(x)
+    return lambda x: x
