@@ -29,7 +29,7 @@ STORIES = (
     {"decoding", "losses", "surgery"},
     {"checkpoint"},
     {"networks", "audio"},
-    {"config", "text", "process_memory"},
+    {"config", "text", "compiled", "process_memory"},
 )
 HEADS = {"ctc", "rnnt", "tdt", "aed", "llm"}
 
