@@ -275,11 +275,9 @@ def _model_class(model: dict) -> str:
 def _losses(found: Translation) -> None:
     take = found.take
     for loss in ("tdt", "warprnnt_numba"):
-        section = f"model.loss.{loss}_kwargs"
-        take(f"{section}.fastemit_lambda", "loss.fastemit_lambda", float)
-        if loss == "tdt":
-            take(f"{section}.sigma", "loss.sigma", float)
-            take(f"{section}.omega", "loss.omega", float)
+        take(f"model.loss.{loss}_kwargs.fastemit_lambda", "loss.fastemit_lambda", float)
+    for key in ("sigma", "omega"):
+        take(f"model.loss.tdt_kwargs.{key}", f"loss.{key}", float)
     take("model.rnnt_reduction", "loss.transducer_reduction")
     take("model.aux_ctc.ctc_reduction", "loss.ctc_reduction")
     take("model.ctc_reduction", "loss.ctc_reduction")
