@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 from .checkpoint.contents import Checkpoint, check_tensors
+from .checkpoint.files import give_back
 from .checkpoint.read import read_checkpoint
 from .config import ModelConfig
 from .heads import check_vocabulary
@@ -94,8 +95,15 @@ def _cast(model: ASRModel, dtype: torch.dtype):
                 quantize(part, plain=True)  # decoding has a kernel of its own
         return
     model.preprocessor.float()
+
+    def convert(tensor):
+        converted = tensor.to(dtype if tensor.is_floating_point() else tensor.dtype)
+        if converted is not tensor:
+            give_back(tensor)  # or both would be in memory until the last is converted
+        return converted
+
     for child in (
         model.encoder,
         *(m for name, m in model.named_children() if name != "preprocessor"),
     ):
-        child.to(dtype)
+        child._apply(convert)

@@ -1,7 +1,9 @@
-"""Writing files whole or not at all: a temporary name, fsync, rename."""
+"""Files and memory: writing whole or not at all, giving back what was read."""
 
+import ctypes
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -123,3 +125,17 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def give_back(tensor) -> None:
+    """Lets the system drop the memory of a tensor that lies in a mapped file and is done with; used
+    again, it is read again. Other memory stays as it is, and so does all where the system knows no
+    such advice."""
+    if sys.platform != "linux" or tensor.device.type != "cpu":
+        return
+    page = os.sysconf("SC_PAGE_SIZE")
+    start = tensor.data_ptr()
+    first, last = -(-start // page) * page, (start + tensor.nbytes) // page * page
+    if tensor.is_contiguous() and first < last:
+        pageout = 21  # MADV_PAGEOUT, of Linux 5.4: nothing is lost, what no file holds included
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), pageout)
