@@ -81,6 +81,7 @@ def serve(args) -> int:
 
     from .serving.app import Limits, Service, make_app
     from .serving.batcher import Batcher
+    from .serving.gate import Protocol
     from .serving.live import LARGEST_EVENT
 
     model = cli.load_model(args)
@@ -88,11 +89,12 @@ def serve(args) -> int:
         int(args.max_upload_mb * 2**20), args.max_duration_s, args.timeout_s, args.max_streams
     )
     name = args.name or Path(args.model).name.removesuffix(".nemo")
-    batcher = Batcher(model, args.batch_size, args.max_queue)
+    batcher = Batcher(model, args.batch_size, args.max_queue, args.max_duration_s)
     app = make_app(Service(batcher, name, args.head, keys, limits))
     if args.host not in ("127.0.0.1", "::1", "localhost") and not keys:
         print(f"serve: {args.host} is open to others and no --api-key is set", file=sys.stderr)
     print(f"serve: {name} at http://{args.host}:{args.port}", file=sys.stderr, flush=True)
+    _allow_connections()
     # uvicorn drains on SIGTERM, then raises it again: a server that has finished ends with 0
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     uvicorn.run(
@@ -101,11 +103,22 @@ def serve(args) -> int:
         port=args.port,
         log_level="warning",
         timeout_graceful_shutdown=int(args.timeout_s),
+        http=Protocol,
         h11_max_incomplete_event_size=1 << 16,
         server_header=False,
         ws_max_size=LARGEST_EVENT,
     )
     return 0
+
+
+def _allow_connections() -> None:
+    """As many open files as the system lets this process have: each connection is one."""
+    try:
+        import resource
+    except ImportError:  # Windows has no such limit
+        return
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 if __name__ == "__main__":

@@ -27,15 +27,13 @@ from starlette.websockets import WebSocket
 from ..audio import load_audio
 from . import openai
 from .batcher import Batcher, Full
+from .gate import Gate, Stalled, TooLarge, busy, error_response, too_large
 from .live import serve_session
 from .openai import BadRequest
 
-OPEN_PATHS = ("/", "/health", "/page/")  # without a key
-KINDS = {400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error"}
 PAGE = ("index.html", "page.js", "page.css", "worklet.js")
 DECODERS = 2  # threads that turn uploads into samples
 WATCH_S = 0.25  # how often a waiting request looks whether its client is still there
-FORM_OVERHEAD = 1 << 16  # bytes of an upload's form beside its file
 
 
 @dataclass(frozen=True)
@@ -61,6 +59,8 @@ class Service:
         self.requests: Counter[tuple[str, int]] = Counter()
         self.started = time.time()
         self.streams = 0  # live now
+        self.uploads = 0  # from their first byte to their answer
+        self.places = batcher.max_queue + batcher.batch_size  # for them
         self.decoders = concurrent.futures.ThreadPoolExecutor(DECODERS, "decode")
 
     def admits(self, key: str | None) -> bool:
@@ -71,11 +71,12 @@ class Service:
 
     async def samples(self, upload: UploadFile):
         """An upload as samples (L,) of the model's rate. BadRequest: no audio, or too much."""
-        content, name = await upload.read(), upload.filename or "the file"
+        name = upload.filename or "the file"
         rate, longest_s = self.batcher.model.sample_rate, self.limits.duration_s
 
-        def decode():
-            return load_audio(io.BytesIO(content), rate, 0.0, longest_s + 1.0)
+        def decode():  # what waits for its turn here lies on the disk, not in memory
+            content = io.BytesIO(upload.file.read())
+            return load_audio(content, rate, 0.0, longest_s + 1.0)
 
         try:
             samples = await asyncio.get_running_loop().run_in_executor(self.decoders, decode)
@@ -169,102 +170,37 @@ def make_app(service: Service) -> Starlette:
         ],
         middleware=[Middleware(Gate, service=service)],
         exception_handlers={Exception: _error, HTTPException: _error, BadRequest: _error}
-        | dict.fromkeys(
-            (Full, TooLarge, MultiPartException, TimeoutError, ClientDisconnect), _error
-        ),
+        | dict.fromkeys((Full, TooLarge, Stalled, asyncio.TimeoutError), _error)
+        | dict.fromkeys((MultiPartException, ClientDisconnect), _error),
         lifespan=lifespan,
     )
 
 
-class TooLarge(Exception):
-    """A body longer than the limit."""
-
-
-class Gate:
-    """Before the routes: keys, and a count of every body's bytes as they arrive."""
-
-    def __init__(self, app, service: Service):
-        self.app, self.service = app, service
-
-    async def __call__(self, scope, receive, send):
-        service, status = self.service, 500
-        headers = dict(scope.get("headers", ()))
-        if scope["type"] == "websocket":
-            if not service.admits(_bearer(headers) or _key_protocol(scope)) or _is_foreign(headers):
-                return await send({"type": "websocket.close", "code": 1008})
-            return await self.app(scope, receive, send)
-        if scope["type"] != "http":
-            return await self.app(scope, receive, send)
-        limit = service.limits.upload_bytes + FORM_OVERHEAD
-        arrived = 0
-
-        async def counted():
-            nonlocal arrived
-            message = await receive()
-            arrived += len(message.get("body", b""))
-            if arrived > limit:
-                raise TooLarge
-            return message
-
-        async def noted(message):
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            await send(message)
-
-        path = scope["path"]
-        length = headers.get(b"content-length", b"0")
-        try:
-            is_open = path in OPEN_PATHS or path.startswith(OPEN_PATHS[-1])
-            if not is_open and not service.admits(_bearer(headers)):
-                response = _error_response(401, "missing or wrong API key", code="invalid_api_key")
-                await response(scope, receive, noted)
-            elif not length.isdigit() or int(length) > limit:
-                await _error_response(413, _too_large(service))(scope, receive, noted)
-            else:
-                await self.app(scope | {"service": service}, counted, noted)
-        finally:
-            service.requests[path if path.startswith("/v1/audio/") else "other", status] += 1
-
-
-def _bearer(headers: dict[bytes, bytes]) -> str | None:
-    kind, _, key = headers.get(b"authorization", b"").decode("latin-1").partition(" ")
-    return key.strip() if kind.lower() == "bearer" else None
-
-
-def _key_protocol(scope) -> str | None:
-    # a browser cannot set headers on a websocket; OpenAI's clients name the key as a subprotocol
-    prefix = "openai-insecure-api-key."
-    names = scope.get("subprotocols") or ()
-    return next((name[len(prefix) :] for name in names if name.startswith(prefix)), None)
-
-
-def _is_foreign(headers: dict[bytes, bytes]) -> bool:
-    """Whether a page of another host opens the websocket: browsers let it, and say so."""
-    origin = headers.get(b"origin")
-    return origin is not None and origin.partition(b"://")[2] != headers.get(b"host")
-
-
 async def _serve(service: Service, request: Request, translate: bool) -> Response:
-    task = "translate" if translate else "transcribe"
-    async with asyncio.timeout(service.limits.timeout_s):
-        async with request.form(max_files=1, max_fields=64) as form:
-            upload = form.get("file")
-            if not isinstance(upload, UploadFile):
-                raise BadRequest("file is missing: send the audio as a multipart file", "file")
-            if upload.size is not None and upload.size > service.limits.upload_bytes:
-                raise TooLarge
-            wanted = openai.read_request(form, service.batcher.model, service.head, translate)
-            if wanted.stream:
-                wanted.options["timestamps"] = True
-            transcript = await service.transcript(request, upload, wanted.options)
+    work = _transcribe(service, request, translate)
+    transcript, wanted = await asyncio.wait_for(work, service.limits.timeout_s)
     headers = {"x-unused-fields": ", ".join(wanted.unused)} if wanted.unused else {}
     if wanted.stream:
         return StreamingResponse(
             _events(transcript), media_type="text/event-stream", headers=headers
         )
     media_type = openai.MEDIA_TYPES.get(wanted.response_format, "application/json")
-    return Response(openai.answer(transcript, wanted, task), media_type=media_type, headers=headers)
+    content = openai.answer(transcript, wanted, "translate" if translate else "transcribe")
+    return Response(content, media_type=media_type, headers=headers)
+
+
+async def _transcribe(service: Service, request: Request, translate: bool):
+    """Reads a request's form -> what the model finds in its file, and what was wanted."""
+    async with request.form(max_files=1, max_fields=64) as form:
+        upload = form.get("file")
+        if not isinstance(upload, UploadFile):
+            raise BadRequest("file is missing: send the audio as a multipart file", "file")
+        if upload.size is not None and upload.size > service.limits.upload_bytes:
+            raise TooLarge
+        wanted = openai.read_request(form, service.batcher.model, service.head, translate)
+        if wanted.stream:
+            wanted.options["timestamps"] = True
+        return await service.transcript(request, upload, wanted.options), wanted
 
 
 async def _events(transcript):
@@ -299,53 +235,47 @@ def _page_file(request: Request) -> Response:
 def _metrics(service: Service) -> str:
     """Prometheus' text format."""
     batcher = service.batcher
+    counts = [
+        (f'path="{path}",status="{status}"', count)
+        for (path, status), count in sorted(service.requests.items())
+    ]
+    audio, busy_s = batcher.audio_s.items(), batcher.busy_s.items()
     rows = [
-        ("requests_total", "counter", "Requests by path and status.", None),
-        ("live_streams", "gauge", "Websockets that transcribe.", service.streams),
-        ("waiting_requests", "gauge", "Requests in the line.", batcher.waiting),
-        ("batches_total", "counter", "Passes of the model.", batcher.batches),
-        ("audio_seconds_total", "counter", "Audio transcribed.", batcher.audio_s),
-        ("busy_seconds_total", "counter", "Time the model worked.", batcher.busy_s),
+        ("requests_total", "counter", "Requests by path and status.", counts),
+        ("live_streams", "gauge", "Websockets that transcribe.", [("", service.streams)]),
+        ("uploads", "gauge", "Requests from first byte to answer.", [("", service.uploads)]),
+        ("waiting_requests", "gauge", "Requests in the line.", [("", batcher.waiting)]),
+        ("batches_total", "counter", "Passes over files.", [("", batcher.batches)]),
+        ("audio_seconds_total", "counter", "Audio heard.", [(f'of="{k}"', s) for k, s in audio]),
+        ("busy_seconds_total", "counter", "Work on it.", [(f'of="{k}"', s) for k, s in busy_s]),
     ]
     lines = []
-    for name, kind, text, value in rows:
+    for name, kind, text, values in rows:
         name = f"fastconformer_{name}"
         lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}"]
-        if value is None:
-            lines += [
-                f'{name}{{path="{path}",status="{status}"}} {count}'
-                for (path, status), count in sorted(service.requests.items())
-            ]
-        else:
-            lines.append(f"{name} {value:g}")
+        lines += [
+            f"{name}{{{labels}}} {x:g}" if labels else f"{name} {x:g}" for labels, x in values
+        ]
     return "\n".join(lines) + "\n"
-
-
-def _too_large(service: Service) -> str:
-    return f"the upload is larger than {service.limits.upload_bytes / 2**20:g} MiB"
-
-
-def _error_response(status: int, message: str, param=None, code=None, headers=None) -> Response:
-    kind = KINDS.get(status, "invalid_request_error" if status < 500 else "server_error")
-    body = openai.error_body(message, kind, param, code)
-    return JSONResponse(body, status, headers=headers)
 
 
 def _error(request: Request, error: Exception) -> Response:
     service: Service = request.scope["service"]
     if isinstance(error, Full):
-        headers = {"retry-after": str(error.retry_after_s)}
-        return _error_response(503, "the server is busy, try again later", headers=headers)
+        return busy(error.retry_after_s)
     if isinstance(error, BadRequest):
-        return _error_response(error.status, str(error), error.param)
+        return error_response(error.status, str(error), error.param)
     if isinstance(error, TooLarge):
-        return _error_response(413, _too_large(service), headers={"connection": "close"})
+        return too_large(service)
+    if isinstance(error, Stalled):
+        headers = {"connection": "close"}
+        return error_response(408, "the upload came too slowly, or stopped", headers=headers)
     if isinstance(error, MultiPartException):
-        return _error_response(400, f"the form cannot be read: {error.message}")
-    if isinstance(error, TimeoutError):
-        return _error_response(504, f"no answer within {service.limits.timeout_s:g} s")
+        return error_response(400, f"the form cannot be read: {error.message}")
+    if isinstance(error, asyncio.TimeoutError):
+        return error_response(504, f"no answer within {service.limits.timeout_s:g} s")
     if isinstance(error, ClientDisconnect):
         return Response(status_code=499)
     if isinstance(error, HTTPException):
-        return _error_response(error.status_code, str(error.detail), headers=error.headers)
-    return _error_response(500, f"{type(error).__name__} while serving this request")
+        return error_response(error.status_code, str(error.detail), headers=error.headers)
+    return error_response(500, f"{type(error).__name__} while serving this request")

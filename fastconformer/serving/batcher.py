@@ -1,13 +1,16 @@
-"""One thread that owns the model: requests that wait are transcribed together.
+"""The threads that own the model: requests that wait are transcribed together, streams are heard.
 
-Samples come in, `Transcript`s go out. A request waits in a line of bounded length; the thread takes
-the oldest and, with it, all others in the line that ask for the same options, up to a batch. A
-request that is given up before its turn leaves the line at once. Live streams go first, all that
-have something new together.
+Samples come in, `Transcript`s go out. A request waits in a line of bounded length; the thread for
+files takes the oldest and, with it, all others in the line that ask for the same options, up to a
+batch. A request that is given up before its turn leaves the line at once. Live streams have a
+thread of their own, so that none waits for a long file; all that have something new go together.
 """
 
 import collections
 import concurrent.futures
+import math
+import os
+import sys
 import threading
 import time
 from dataclasses import dataclass, field
@@ -16,6 +19,8 @@ import numpy as np
 
 from ..recordings.stream import Stream, WindowStream
 from ..recordings.transcript import Transcript
+
+NICE = 5  # of the thread for files
 
 
 class Full(Exception):
@@ -41,24 +46,33 @@ class _Feed:
 
 
 class Batcher:
-    """Transcribes what is submitted, in batches, on one thread.
+    """Transcribes what is submitted, in batches on one thread, and feeds streams on another.
 
     Args:
         model: an `ASRModel` or another model with `transcribe` and `sample_rate`.
         batch_size: most requests a pass.
         max_queue: most requests that wait; those being transcribed are not counted.
+        max_audio_s: most audio that waits, unless it is one request's.
     """
 
-    def __init__(self, model, batch_size: int = 16, max_queue: int = 64):
-        self.model, self.batch_size, self.max_queue = model, batch_size, max_queue
+    def __init__(
+        self, model, batch_size: int = 16, max_queue: int = 64, max_audio_s: float = math.inf
+    ):
+        self.model, self.batch_size = model, batch_size
+        self.max_queue, self.max_audio_s = max_queue, max_audio_s
         self.batches = 0  # passes so far
-        self.audio_s = self.busy_s = 0.0  # transcribed so far, and the time it took
+        self.audio_s = {"files": 0.0, "streams": 0.0}  # heard so far, and the time it took
+        self.busy_s = {"files": 0.0, "streams": 0.0}
         self._waiting: collections.deque[_Job] = collections.deque()
         self._feeds: list[_Feed] = []
-        self._change = threading.Condition()
+        self._change = threading.Condition()  # its lock may be taken again
         self._closed = False
-        self._thread = threading.Thread(target=self._work, name="model", daemon=True)
-        self._thread.start()
+        self._threads = [
+            threading.Thread(target=work, name=name, daemon=True)
+            for name, work in (("files", self._work_on_files), ("streams", self._work_on_streams))
+        ]
+        for thread in self._threads:
+            thread.start()
 
     @property
     def waiting(self) -> int:
@@ -73,10 +87,12 @@ class Batcher:
         with self._change:
             if self._closed:
                 raise Full(1)
-            if len(self._waiting) >= self.max_queue:
-                raise Full(self._seconds_to_wait())
+            audio_s = self._waiting_s() + len(samples) / self.model.sample_rate
+            too_much = self._waiting and audio_s > self.max_audio_s
+            if len(self._waiting) >= self.max_queue or too_much:
+                raise Full(self.seconds_to_wait())
             self._waiting.append(job)
-            self._change.notify()
+            self._change.notify_all()
         job.done.add_done_callback(lambda done: done.cancelled() and self._remove(job))
         return job.done
 
@@ -88,35 +104,36 @@ class Batcher:
             if self._closed:
                 raise Full(1)
             self._feeds.append(feed)
-            self._change.notify()
+            self._change.notify_all()
         return feed.done
 
     def close(self) -> None:
-        """Finishes what was accepted, and ends the thread."""
+        """Finishes what was accepted, and ends the threads."""
         with self._change:
             self._closed = True
-            self._change.notify()
-        self._thread.join()
+            self._change.notify_all()
+        for thread in self._threads:
+            thread.join()
 
-    def _seconds_to_wait(self) -> int:
-        if not self.audio_s:
-            return 1
-        waiting_s = sum(len(job.samples) for job in self._waiting) / self.model.sample_rate
-        return max(1, round(waiting_s * self.busy_s / self.audio_s))
+    def seconds_to_wait(self) -> int:
+        """How long the line may take, at least 1: for Retry-After."""
+        with self._change:
+            waiting_s, heard_s = self._waiting_s(), self.audio_s["files"]
+        return max(1, round(waiting_s * self.busy_s["files"] / heard_s)) if heard_s else 1
+
+    def _waiting_s(self) -> float:
+        return sum(len(job.samples) for job in self._waiting) / self.model.sample_rate
 
     def _remove(self, job: _Job) -> None:
         with self._change:
             if job in self._waiting:
                 self._waiting.remove(job)
 
-    def _take(self) -> tuple[list[_Feed], list[_Job]]:
-        """All feeds, or the oldest request and those that can go with it; nothing at the end."""
+    def _take(self) -> list[_Job]:
+        """The oldest request and those that can go with it; none once closed and all is done."""
         with self._change:
-            while not (self._waiting or self._feeds or self._closed):
+            while not (self._waiting or self._closed):
                 self._change.wait()
-            if self._feeds:
-                feeds, self._feeds = self._feeds, []
-                return feeds, []
             batch: list[_Job] = []
             for job in list(self._waiting):
                 if len(batch) == self.batch_size:
@@ -125,20 +142,32 @@ class Batcher:
                     self._waiting.remove(job)
                     if job.done.set_running_or_notify_cancel():
                         batch.append(job)
-            return [], batch
+            return batch
 
-    def _work(self) -> None:
+    def _work_on_files(self) -> None:
+        if sys.platform == "linux":  # where threads have a priority each: streams go first
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
         while True:
-            feeds, batch = self._take()
-            if not (feeds or batch or self.waiting) and self._closed:
-                return
-            began = time.monotonic()
-            if feeds:
-                self._hear(feeds)
+            batch = self._take()
             if batch:
+                began = time.monotonic()
                 self._transcribe(batch)
                 self.batches += 1
-            self.busy_s += time.monotonic() - began
+                self.busy_s["files"] += time.monotonic() - began
+            elif self._closed and not self.waiting:
+                return
+
+    def _work_on_streams(self) -> None:
+        while True:
+            with self._change:
+                while not (self._feeds or self._closed):
+                    self._change.wait()
+                feeds, self._feeds = self._feeds, []
+            if not feeds:
+                return
+            began = time.monotonic()
+            self._hear(feeds)
+            self.busy_s["streams"] += time.monotonic() - began
 
     def _hear(self, feeds: list[_Feed]) -> None:
         """Advances the streams together; one that fails is the fault of its own samples."""
@@ -147,7 +176,7 @@ class Batcher:
             try:
                 if feed.samples is not None:
                     feed.stream.take(feed.samples)
-                    self.audio_s += len(feed.samples) / self.model.sample_rate
+                    self.audio_s["streams"] += len(feed.samples) / self.model.sample_rate
             except ValueError as error:
                 feed.done.set_exception(error)
                 continue
@@ -178,6 +207,6 @@ class Batcher:
                 for job in batch:
                     self._transcribe([job])
             return
-        self.audio_s += sum(transcript.duration for transcript in found)
+        self.audio_s["files"] += sum(transcript.duration for transcript in found)
         for job, transcript in zip(batch, found, strict=True):
             job.done.set_result(transcript)

@@ -92,7 +92,9 @@ class Session:
         self.heard_s += len(samples) / self.rate_hz
         if self.heard_s > self.longest_s:
             raise Refused(f"an utterance is at most {self.longest_s:g} s long; commit it", "audio")
-        await self._tell(await self._hear(samples, last=False))
+        for start in range(0, len(samples), self.rate_hz):  # others may speak in between
+            part = samples[start : start + self.rate_hz]
+            await self._tell(await self._hear(part, last=False))
 
     async def _hear(self, samples: np.ndarray, last: bool):
         model_hz = self.batcher.model.sample_rate
@@ -192,7 +194,7 @@ async def serve_session(
                 await session.send("error", error=fields)
     except WebSocketDisconnect:
         return
-    except TimeoutError:
+    except asyncio.TimeoutError:
         await socket.close(1001, "nothing was said")
     except (KeyError, ValueError) as error:  # a binary message, or a model that cannot be streamed
         await socket.close(1003, " ".join(str(error).split())[:100])

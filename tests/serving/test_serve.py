@@ -34,12 +34,14 @@ def free_port() -> int:
 
 
 class Server:
-    """`python -m fastconformer.serve` in a process of its own."""
+    """`python -m fastconformer.serve` in a process of its own; `before` is run there first."""
 
-    def __init__(self, *options: str, **environment: str):
-        port = free_port()
+    def __init__(self, *options: str, before: str = "", **environment: str):
+        port = self.port = free_port()
         self.url = f"http://127.0.0.1:{port}"
-        command = [sys.executable, "-m", "fastconformer.serve", "--model", str(BASE)]
+        code = f"import sys; {before}; from fastconformer.serve import main; sys.exit(main())"
+        start = ["-c", code] if before else ["-m", "fastconformer.serve"]
+        command = [sys.executable, *start, "--model", str(BASE)]
         self.process = subprocess.Popen(
             [*command, "--port", str(port), *options],
             cwd=ROOT,
