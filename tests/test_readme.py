@@ -47,7 +47,8 @@ def commands(alone: bool = False) -> list[tuple[str, str, list[str]]]:
     line of its own; also behind a pipe or torchrun, unless they shall stand alone."""
     found = []
     for page in PAGES:
-        for line in page.read_text(encoding="utf-8").splitlines():
+        text = re.sub(r" *\\\n\s*", " ", page.read_text(encoding="utf-8"))  # goes on below
+        for line in text.splitlines():
             match = LINE.match(line)
             if not match or match["module"] in ("pip", "pytest", "venv"):
                 continue
