@@ -1,5 +1,7 @@
 """Commands that bring checkpoints and tokenizers in and out, and what they share."""
 
+import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -30,4 +32,45 @@ def check(checkpoint: "Checkpoint") -> str:
     return (
         f"{config.class_name}, heads {' '.join(config.heads)}, {n_values / 1e6:.2f} M parameters "
         f"and statistics, {config.vocab_size} tokens, {config.sample_rate} Hz{beside}"
+    )
+
+
+def add_card_arguments(parser: argparse.ArgumentParser) -> None:
+    """What a model card says beyond the model; `model_card` reads them."""
+    group = parser.add_argument_group("model card")
+    group.add_argument(
+        "--results",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="error rates: what fastconformer.evaluate -o wrote",
+    )
+    group.add_argument(
+        "--recipe",
+        type=Path,
+        metavar="FILE",
+        help="how it was trained (default: the recipe.yaml of the run folder that MODEL lies in)",
+    )
+    group.add_argument("--licence", help="the hub's name of a licence: apache-2.0, cc-by-4.0 ...")
+    group.add_argument("--base-model", metavar="ID", help="what it was fine-tuned from, on the hub")
+    group.add_argument("--languages", default="", metavar="CODES", help="en,de ...")
+
+
+def model_card(args, source: Path, target: Path, config, head: str, library: str) -> str:
+    """The card of a model read from `source`, for `target`. ValueError or FileNotFoundError: a
+    file of `add_card_arguments` that cannot be read."""
+    from fastconformer.export import model_card as card
+
+    recipe = args.recipe or source.absolute().parent / "recipe.yaml"
+    return card.model_card(
+        target.absolute().stem,
+        config,
+        head,
+        library,
+        results=[card.read_evaluation(path) for path in args.results],
+        recipe=card.read_recipe(recipe) if args.recipe or recipe.is_file() else None,
+        licence=args.licence,
+        base=args.base_model,
+        languages=[code for code in args.languages.split(",") if code],
     )

@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+from converters import add_card_arguments, model_card
 from fastconformer import cli
 
 
@@ -11,28 +12,31 @@ def main(argv: list[str] | None = None) -> int:
     parser = cli.parser(
         "converters.st2hf",
         f"{__doc__}\nParakeetForCTC, ForRNNT or ForTDT; what those cannot run is refused.",
-        "parakeet.nemo -o parakeet-hf --head tdt",
+        "parakeet.nemo -o parakeet-hf --head tdt --results test.json --licence cc-by-4.0",
     )
     parser.add_argument("model", metavar="MODEL", help="whatever load_model takes")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER")
     parser.add_argument("--head", help="which of the model's heads (default: its first)")
+    add_card_arguments(parser)
     args = parser.parse_args(argv)
-    return cli.run("st2hf", lambda: convert(args.model, args.output, args.head))
+    return cli.run("st2hf", lambda: convert(args))
 
 
-def convert(model: str, folder: Path, head: str | None = None) -> None:
+def convert(args) -> None:
     """Loads, checks, writes."""
     from fastconformer import load_model
     from fastconformer.export import hugging_face
 
-    loaded = load_model(model)
-    head = loaded.head(head).name
+    model = load_model(args.model)
+    head = model.head(args.head).name
+    source = Path(args.model)
+    card = model_card(args, source, args.output, model.config, head, "transformers")
     try:
-        hugging_face.export(loaded, head, folder)
+        hugging_face.export(model, head, args.output, card)
     except ValueError as error:
-        raise ValueError(f"{model}: {error}") from None
-    print(f"head {head}, for transformers")
-    print(f"wrote {folder}")
+        raise ValueError(f"{args.model}: {error}") from None
+    print(f"head {head}, for transformers; its card is README.md")
+    print(f"wrote {args.output}")
 
 
 if __name__ == "__main__":

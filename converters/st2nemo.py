@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from converters import check
+from converters import add_card_arguments, check, model_card
 from fastconformer import cli
 
 if TYPE_CHECKING:
@@ -33,12 +33,39 @@ def main(argv: list[str] | None = None) -> int:
         help="under half the size: weights of 2 or more dimensions rounded to float16, which NeMo "
         "and load_model make float32 again, and the archive gzipped",
     )
+    parser.add_argument(
+        "--card",
+        action="store_true",
+        help="a README.md for the hub beside the archive, where there is none yet",
+    )
+    add_card_arguments(parser)
     args = parser.parse_args(argv)
     folder = args.folder
     if folder.name in ("", ".."):  # "." has a name only as an absolute path
         folder = Path(os.path.abspath(folder))
     archive = args.output or folder.with_name(f"{folder.name}.nemo")
-    return cli.run("st2nemo", lambda: convert(args.folder, archive, args.half))
+
+    def job():
+        convert(args.folder, archive, args.half)
+        if args.card:
+            write_card(args, archive)
+
+    return cli.run("st2nemo", job)
+
+
+def write_card(args, archive: Path) -> None:
+    """The archive's README.md; one that is there stays."""
+    from fastconformer.checkpoint.files import write_text
+    from fastconformer.checkpoint.read import read_checkpoint
+    from fastconformer.config import ModelConfig
+
+    config = ModelConfig.from_nemo(read_checkpoint(args.folder).config)
+    path = archive.parent / "README.md"
+    if path.exists():
+        print(f"kept {path}")
+        return
+    write_text(path, model_card(args, args.folder, archive, config, config.heads[0], "nemo"))
+    print(f"wrote {path}")
 
 
 def convert(folder: Path, archive: Path, half: bool = False) -> None:

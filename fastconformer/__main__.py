@@ -26,6 +26,7 @@ COMMANDS = {
         "st2onnx": ("converters.st2onnx", "a model to ONNX, for sherpa-onnx or onnx-asr"),
         "st2hf": ("converters.st2hf", "a model to a Hugging Face folder"),
         "hf2st": ("converters.hf2st", "a Hugging Face folder to one of ours"),
+        "st2mlx": ("converters.st2mlx", "a model to a folder of parakeet-mlx"),
         "check_export": ("converters.check_export", "an export's texts beside the model's"),
         "funasr2st": ("converters.funasr2st", "a Fun-ASR-Nano folder to one of ours"),
         "st2funasr": ("converters.st2funasr", "a folder to one that FunASR loads"),

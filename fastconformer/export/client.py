@@ -1,6 +1,6 @@
 """What the layouts of all ONNX clients share: the vocabulary's lines, and what none can run."""
 
-from ..config import ModelConfig, PreprocessorConfig
+from ..config import EncoderConfig, ModelConfig, PreprocessorConfig
 from ..model import ASRModel
 
 BLANK = "<blk>"  # the name that clients look for
@@ -47,3 +47,19 @@ def check_front_end(client: str, preprocessor: PreprocessorConfig, wanted: dict)
                 f"preprocessor: {name} is {value!r}; {client} computes its features with "
                 f"{' or '.join(map(repr, values))}"
             )
+
+
+def check_encoder(client: str, encoder: EncoderConfig) -> None:
+    """ValueError: an encoder other than that of the clients who build the network themselves."""
+    for name, value, wanted in (
+        ("self_attention_model", encoder.self_attention_model, ("rel_pos",)),
+        ("att_context_size", encoder.att_contexts[0], ((-1, -1),)),
+        ("subsampling", encoder.subsampling, ("dw_striding",)),
+        ("causal_downsampling", encoder.causal_downsampling, (False,)),
+        ("conv_norm_type", encoder.conv_norm_type, ("batch_norm",)),
+        ("conv_context_size", encoder.conv_context[0], (encoder.conv_context[1],)),
+        ("reduction", encoder.reduces, (False,)),
+        ("feat_out", encoder.d_out, (encoder.d_model,)),
+    ):
+        if value not in wanted:
+            raise ValueError(f"encoder.{name} is {value!r}; {client} has {wanted[0]!r}")

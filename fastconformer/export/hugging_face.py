@@ -12,11 +12,11 @@ from safetensors.torch import save_file
 from ..checkpoint.contents import CONFIG_FILE, WEIGHTS_FILE
 from ..checkpoint.files import filled_folder
 from ..checkpoint.hugging_face import CTC_NAMES, PROCESSOR_FILE, TRANSDUCER_NAMES, renamed
-from ..config import EncoderConfig, ModelConfig
+from ..config import ModelConfig
 from ..model import ASRModel
 from ..text.sentencepiece_model import SentencePieceModel
 from ..text.tokenizer_json import tokenizer_json
-from .client import check_durations, check_front_end
+from .client import check_durations, check_encoder, check_front_end
 
 BLANK = "<blank>"
 # By the head's family: names of its tensors, and of model classes, which end in the head's name.
@@ -50,7 +50,7 @@ def export(model: ASRModel, head: str, folder: Path, card: str | None = None) ->
         )
     config = model.config
     check_front_end("transformers", config.preprocessor, FRONT_END)
-    _check_encoder(config.encoder)
+    check_encoder("transformers", config.encoder)
     if model.tokenizer.kind != "bpe":
         raise ValueError(
             f"the tokenizer is {model.tokenizer.kind!r}; transformers' Parakeet takes one "
@@ -100,23 +100,6 @@ def _tensors(model: ASRModel, head: str, names) -> dict:
                 else tensor.clone()
             )
     return tensors
-
-
-def _check_encoder(encoder: EncoderConfig) -> None:
-    for name, value, wanted in (
-        ("self_attention_model", encoder.self_attention_model, ("rel_pos",)),
-        ("att_context_size", encoder.att_contexts[0], ((-1, -1),)),
-        ("subsampling", encoder.subsampling, ("dw_striding",)),
-        ("causal_downsampling", encoder.causal_downsampling, (False,)),
-        ("conv_norm_type", encoder.conv_norm_type, ("batch_norm",)),
-        ("conv_context_size", encoder.conv_context[0], (encoder.conv_context[1],)),
-        ("reduction", encoder.reduces, (False,)),
-        ("feat_out", encoder.d_out, (encoder.d_model,)),
-    ):
-        if value not in wanted:
-            raise ValueError(
-                f"encoder.{name} is {value!r}; transformers' Parakeet has {wanted[0]!r}"
-            )
 
 
 def _check_transducer(model: ASRModel) -> None:

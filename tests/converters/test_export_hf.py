@@ -10,6 +10,7 @@ import random
 import pytest
 import sentencepiece
 import torch
+import yaml
 from conftest import extra, golden, load_case
 from safetensors.torch import load_file, save_file
 
@@ -218,3 +219,39 @@ def test_tokenizer_of_transformers_own_conversion():
     back = sentencepiece_model(document, len(model.pieces))
     assert back.pieces == model.pieces
     assert back.normalizer["add_dummy_prefix"] == 1 and back.trainer["byte_fallback"] == 0
+
+
+def test_model_card(tmp_path):
+    """Front matter that the hub takes, error rates with their normaliser, the run's recipe."""
+    run_folder = tmp_path / "run"
+    run_folder.mkdir()
+    archive = run_folder / "model.nemo"
+    archive.write_bytes((golden("ctc_bpe") / "model.nemo").read_bytes())
+    recipe = "model: {init_from: nvidia/parakeet-ctc-0.6b}\ndata: {train: [corpus/train.jsonl]}\n"
+    (run_folder / "recipe.yaml").write_text(recipe + "trainer: {max_steps: 500}\n")
+    counts = {"wer": 0.125, "cer": 0.05}
+    results = {"manifest": "sets/dev.jsonl", "n_utterances": 20, "normalizer": "basic"}
+    results |= {"normalized": counts, "raw": {"wer": 0.25, "cer": 0.1}, "audio_s": 36.0}
+    (tmp_path / "dev.json").write_text(json.dumps(results))
+    words = ["--results", tmp_path / "dev.json", "--licence", "cc-by-4.0", "--languages", "en,de"]
+    run(converters.st2hf, archive, "-o", tmp_path / "hf", *words)
+    card = (tmp_path / "hf" / "README.md").read_text()
+    front = yaml.safe_load(card.split("---")[1])
+    assert front["license"] == "cc-by-4.0" and front["language"] == ["en", "de"]
+    assert front["base_model"] == "nvidia/parakeet-ctc-0.6b"
+    (result,) = front["model-index"][0]["results"]
+    assert result["metrics"][0]["value"] == 12.5 and "basic" in result["metrics"][0]["name"]
+    assert "| dev | 20 | basic | 12.50 % | 5.00 % | 25.00 % |" in card
+    assert "corpus/train.jsonl" in card and "max_steps: 500" in card
+    # for the archive, beside it; one that is there stays
+    run(converters.hf2st, tmp_path / "hf", "-o", tmp_path / "st")
+    out = tmp_path / "out" / "model.nemo"
+    out.parent.mkdir()
+    for _ in range(2):
+        run(converters.st2nemo, tmp_path / "st", "-o", out, "--card")
+    card = (out.parent / "README.md").read_text()
+    assert "| licence | not stated" in card and "restore_from" in card
+    (tmp_path / "dev.json").write_text("{}")
+    words = [archive, "-o", tmp_path / "x", "--results", tmp_path / "dev.json"]
+    assert converters.st2hf.main(list(map(str, words))) == 1
+    assert not (tmp_path / "x").exists()
