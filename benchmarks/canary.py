@@ -3,9 +3,10 @@
     python -m benchmarks.canary --nemo-python nemo-venv/bin/python [--audio long.wav]
 
 Both sides load the same archive, which our own `write_nemo` wrote: canary-180m-flash's sizes (17
-layers x 512, projection, 4 decoder layers x 1024, 5,248 pieces) with random weights. One bias is
-set, by bisection: the end's, so that texts have about so many tokens a second as speech. Texts
-must be equal. Workers are separate processes with the same number of threads, and take turns.
+layers x 512, projection, 4 decoder layers x 1024, 5,248 pieces) with random weights. Special tokens
+never win, and there are positions for about as many tokens a second as speech has, where a text
+then ends. Texts must be equal. Workers are separate processes with the same number of threads, and
+take turns.
 
 `token_ms`: of our decoder alone, per token of one clip, at the beginning and at the end of a long
 text: with its cache a token costs the same wherever it stands.
@@ -13,6 +14,7 @@ text: with its cache a token costs the same wherever it stands.
 The last line printed is the result as JSON; it is also written to `--out`.
 """
 
+import copy
 import json
 import statistics
 import sys
@@ -71,28 +73,23 @@ def random_canary(pieces: int, encoder_layers: int, decoder_layers: int):
     return ASRModel(ModelConfig.from_nemo(config), load_tokenizer(config, files), files).eval()
 
 
-def set_rate(model, clips, tokens_per_second: float) -> float:
-    """Sets the end's bias, so that texts have about this rate; gives what they have. Special tokens
-    do not occur."""
-    import torch
-
-    seconds = sum(len(clip) for clip in clips) / model.sample_rate
+def end_never(model) -> None:
+    """Texts are as long as they may be: no special token ever wins."""
     bias = model.log_softmax.mlp["layer0"].bias.data
-    end = model.tokenizer.eos_id
     for token in model.tokenizer.special_tokens.values():
-        bias[token] = -50.0
-    low, high, rate = -50.0, 50.0, 0.0
-    audio = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(c) for c in clips], batch_first=True)
-    lengths = torch.tensor([len(c) for c in clips])
-    with torch.inference_mode():
-        encoded, lengths = model.encode(*model.featurize(audio, lengths))
-    for _ in range(10):
-        bias[end] = (low + high) / 2
-        rate = sum(len(h.tokens) for h in model.decode(encoded, lengths)) / seconds
-        low, high = (
-            (float(bias[end]), high) if rate > tokens_per_second else (low, float(bias[end]))
-        )
-    return rate
+        bias[token] = -1e4
+
+
+def bounded(checkpoint, n_tokens: int):
+    """The checkpoint with positions for so many tokens, prompt included: its texts end there."""
+    import dataclasses
+
+    name = "transf_decoder._embedding.position_embedding.pos_enc"
+    state = dict(checkpoint.state_dict)
+    state[name] = state[name][:n_tokens].clone()
+    config = copy.deepcopy(checkpoint.config)
+    config["transf_decoder"]["config_dict"]["max_sequence_length"] = n_tokens
+    return dataclasses.replace(checkpoint, config=config, state_dict=state)
 
 
 def token_times(model, clip) -> dict:
@@ -104,8 +101,6 @@ def token_times(model, clip) -> dict:
     audio, length = torch.from_numpy(clip)[None], torch.tensor([len(clip)])
     with torch.inference_mode():
         encoded, length = model.encode(*model.featurize(audio, length))
-    bias, end = model.log_softmax.mlp["layer0"].bias.data, model.tokenizer.eos_id
-    kept, bias[end] = float(bias[end]), -1e4
     spent = {}
     for n_tokens in (20, 60, 360, 400):
         options = DecodingOptions(max_generation_delta=n_tokens)
@@ -115,7 +110,6 @@ def token_times(model, clip) -> dict:
             model.decode(encoded[:, :1], torch.ones(1).long(), options=options)
             times.append(time.perf_counter() - start)
         spent[n_tokens] = min(times)
-    bias[end] = kept
     early, late = (spent[60] - spent[20]) / 40, (spent[400] - spent[360]) / 40
     return {"tokens_20_to_60": round(1e3 * early, 2), "tokens_360_to_400": round(1e3 * late, 2)}
 
@@ -154,15 +148,18 @@ def run(arguments) -> int:
     result = {"machine": machine(), "versions": versions() | {"nemo": peer["nemo"]}}
     clips = cut_clips(arguments.audio, arguments.clip_count, arguments.shortest, arguments.longest)
     model = random_canary(arguments.pieces, arguments.encoder_layers, arguments.decoder_layers)
-    rate = set_rate(model, clips, arguments.tokens_per_second)
+    end_never(model)
     audio_s = sum(len(c) for c in clips) / 16000
+    n_tokens = round(arguments.tokens_per_second * audio_s / len(clips))
+    rate = n_tokens * len(clips) / audio_s
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{parameters / 1e6:.1f} M parameters, {rate:.1f} tokens/s, {audio_s:.0f} s of speech")
     result["token_ms"] = token_times(model, clips[0])
     seconds, texts = {side: [] for side in SIDES}, {}
     with tempfile.TemporaryDirectory() as folder:
         archive, clips_path = Path(folder) / "model.nemo", Path(folder) / "clips.npz"
-        write_nemo(archive, model.to_checkpoint())
+        n_prompt = len(model.prompt_ids())
+        write_nemo(archive, bounded(model.to_checkpoint(), n_prompt + n_tokens - 1))
         np.savez(clips_path, **{f"clip{i:03d}": clip for i, clip in enumerate(clips)})
         task = {"model": str(archive), "clips": str(clips_path), "device": "cpu", "head": None}
         work_file = Path(folder) / "work.json"

@@ -138,6 +138,7 @@ def reader(folder: Path) -> None:
     for name in (*MODELS_OF_READERS, "runs/finetune/model.nemo"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).symlink_to(folder / "models" / BASE.name)
+    (folder / "canary.nemo").symlink_to(golden("canary_flash_agg") / "model.nemo")
     write_folder(folder / "runs" / "finetune" / "best", read_checkpoint(BASE))
     lines = []
     for line in (ROOT / "samples" / "digits_8k.jsonl").read_text().splitlines()[:3]:

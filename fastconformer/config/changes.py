@@ -89,11 +89,17 @@ def with_encoder_dropout(config: dict, probability: float) -> dict:
     return config
 
 
-def with_vocabulary(config: dict, tokenizer) -> dict:
+def with_vocabulary(config: dict, tokenizer, files: dict | None = None) -> dict:
     """A copy that names the tokenizer's files and pieces, as NeMo writes it; a
-    model class for characters becomes the one for SentencePiece, and the other way round."""
+    model class for characters becomes the one for SentencePiece, and the other way round. `files`:
+    keys of the `tokenizer` section that name the files of a multi-task model."""
     config = copy.deepcopy(config)
     pieces = list(tokenizer.pieces)
+    if "transf_decoder" in config:  # names no pieces, and keeps its own kind of tokenizer
+        config["head"]["num_classes"] = -(-len(pieces) // 8) * 8
+        if files is not None:
+            config["tokenizer"] = {**config["tokenizer"], **files}
+        return config
     is_char = tokenizer.kind == "char"
     module, _, name = str(config.get("target", "")).rpartition(".")
     for classes, modules in NEMO_CLASSES.items():

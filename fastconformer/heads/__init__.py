@@ -16,6 +16,7 @@ Its weights:
     modules                         {name in recipes: path}: what freeze.modules may call its parts,
                                     and what is unused where the head is not trained
     token_layers()                  {path: layer} of layers with a row for each token
+    n_rows(path, n_tokens)          how many such a layer has, where padding follows the tokens
     output_layer()                  the one whose biases decide which token wins
     logits(encoded, tokens)         (n, outputs) of one clip, to compare two models
     int8_parts()                    modules that dtype int8 quantises

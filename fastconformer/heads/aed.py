@@ -114,6 +114,9 @@ class AED(Head):
             "log_softmax.mlp.layer0": self.model.log_softmax.mlp["layer0"],
         }
 
+    def n_rows(self, path: str, n_tokens: int) -> int:
+        return -(-n_tokens // 8) * 8
+
     def int8_parts(self) -> list[nn.Module]:
         return [getattr(self.model, path) for path in self.modules.values()]
 
@@ -235,7 +238,10 @@ class AED(Head):
 
     def logits(self, encoded: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         lengths = torch.tensor([encoded.shape[1]], device=encoded.device)
-        return self.decoder_log_probs(encoded, lengths, tokens[None])[0]
+        prompt = torch.tensor(self.prompt.ids(), device=tokens.device)
+        states = self.states(encoded, lengths)
+        hidden = self.model.transf_decoder(torch.cat((prompt, tokens))[None], *states)
+        return self.model.log_softmax.logits(hidden)[0]
 
     @property
     def reduction(self) -> str:

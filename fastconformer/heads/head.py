@@ -83,6 +83,11 @@ class Head:
         embedding, or layers whose outputs are tokens, blank and whatever else."""
         return {}
 
+    def n_rows(self, path: str, n_tokens: int) -> int | None:
+        """Rows that one of `token_layers` has for so many tokens, where what lies behind the
+        tokens' is padding; None: it is blank and the like."""
+        return None
+
     def output_layer(self) -> nn.Module:
         """The one of `token_layers` whose outputs are the logits that decoding compares."""
         return list(self.token_layers().values())[-1]

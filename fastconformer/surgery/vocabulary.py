@@ -47,6 +47,12 @@ def match_pieces(old: Tokenizer, new: Tokenizer) -> list[int | None]:
 
 
 def _identities(tokenizer: Tokenizer) -> list[tuple[str, str]]:
+    if isinstance(tokenizer, AggregateTokenizer):  # a piece is of its language
+        return [
+            (f"{lang} {kind}", text)
+            for lang, part in tokenizer.languages.items()
+            for kind, text in _identities(part)
+        ]
     if isinstance(tokenizer, CharTokenizer):
         return [("text", "▁" if label == " " else label) for label in tokenizer.pieces]
     pieces = SentencePieceModel.from_bytes(tokenizer.processor.serialized_model_proto()).pieces
@@ -61,10 +67,31 @@ def spellings(old: Tokenizer, new: Tokenizer, sources: list[int | None]) -> list
     """For each new token that has no source, how the old tokenizer writes the same characters
     (without unknown tokens); empty for all others."""
     identities = _identities(new)
+    if isinstance(old, AggregateTokenizer):
+        return _spellings_by_language(old, new, sources)
     found = []
     for source, (kind, text) in zip(sources, identities, strict=True):
         ids = _spell(old, text) if source is None and kind == "text" else []
         found.append([i for i in ids if i != old.unk_id])
+    return found
+
+
+def _spellings_by_language(old, new, sources) -> list[list[int]]:
+    """A piece of a language that the old tokenizer has is spelled in it; of another language by the
+    piece of the same text that comes first in any."""
+    anywhere: dict[str, int] = {}
+    for i, piece in enumerate(old.pieces):
+        anywhere.setdefault(piece, i)
+    found, at = [], 0
+    for lang, part in new.languages.items():
+        for kind, text in _identities(part):
+            ids = []
+            if sources[at] is None and kind == "text":
+                known = old.languages.get(lang)
+                ids = _spell(known, text) if known else [anywhere[text]] if text in anywhere else []
+                ids = [i for i in ids if known is None or i != known.unk_id]
+            found.append(ids)
+            at += 1
     return found
 
 
@@ -105,10 +132,11 @@ class Change:
         """Whether every old token is still there, so that the old output still can be."""
         return {s for s in self.sources if s is not None} == set(range(self.n_old))
 
-    def old_outputs(self) -> tuple[Tensor, Tensor]:
-        """(old, new) positions of the outputs that are in both, blank included; in old order."""
+    def old_outputs(self, blank: bool = True) -> tuple[Tensor, Tensor]:
+        """(old, new) positions of the outputs that are in both, blank included where there is one;
+        in old order."""
         pairs = [(s, i) for i, s in enumerate(self.sources) if s is not None]
-        pairs = [*sorted(pairs), (self.n_old, len(self.sources))]
+        pairs = [*sorted(pairs), *([(self.n_old, len(self.sources))] if blank else [])]
         old, new = torch.tensor(pairs).T
         return old, new
 
@@ -120,6 +148,7 @@ def change_vocabulary(
     transfer: str = "by_piece",
     new_rows: str = "mean",
     seed: int = 0,
+    section: dict | None = None,
 ) -> tuple:
     """A model with another tokenizer over the same tensors, but for rows of tokens.
 
@@ -131,15 +160,18 @@ def change_vocabulary(
             as NeMo initialises them. Where all old tokens stay, the output biases of new ones are
             lowered so that they do not win.
         seed: of noise and random rows.
+        section: keys of the config's `tokenizer` section that name the files, for a model whose
+            config names no pieces.
     Returns:
         (the new model, the Change).
     Raises:
-        ValueError: unknown names of the rules, or a model with a tokenizer for each language.
+        ValueError: unknown names of the rules, or tokenizers of two kinds.
     """
-    if isinstance(model.tokenizer, AggregateTokenizer):
+    if (model.tokenizer.kind == "agg") != (tokenizer.kind == "agg"):
+        names = ", ".join(getattr(model.tokenizer, "languages", None) or [model.tokenizer.kind])
         raise ValueError(
-            f"the model has a tokenizer for each of {', '.join(model.tokenizer.languages)}; such a "
-            "vocabulary cannot be changed, leave model.tokenizer away"
+            f"the model's tokenizer ({names}) and the new one ({tokenizer.kind}) are of two kinds; "
+            "give a model with a tokenizer for each language {language: tokenizer}, others one file"
         )
     if transfer not in ("by_piece", "none"):
         raise ValueError(f"transfer is {transfer!r}, expected by_piece or none")
@@ -178,18 +210,30 @@ def change_vocabulary(
         return torch.cat([weights, weight[n_old:]]), torch.cat([new_bias, bias[n_old:]])
 
     n_new, tensors = tokenizer.vocab_size, {}
-    for name in model.heads:
-        for path, layer in model.head(name).token_layers().items():
+    for head in map(model.head, model.heads):
+        for path, layer in head.token_layers().items():
             weight, bias = layer.weight.detach(), getattr(layer, "bias", None)
             fresh = _fresh_rows(layer, n_new, generator)
             if bias is None:  # an embedding; its padding stays last
                 moved = rows(weight[: old.vocab_size], fresh[0])
-                tensors[f"{path}.weight"] = torch.cat([moved, weight[old.vocab_size :]])
+                made = {"weight": torch.cat([moved, weight[old.vocab_size :]])}
             else:
                 moved = outputs(weight, bias.detach(), *fresh)
-                tensors[f"{path}.weight"], tensors[f"{path}.bias"] = moved
-    config = ModelConfig.from_nemo(with_vocabulary(model.config.nemo, tokenizer))
+                made = dict(zip(("weight", "bias"), moved, strict=True))
+            n_rows = head.n_rows(path, n_new)
+            for part, values in made.items():
+                tensors[f"{path}.{part}"] = _padded_rows(values, n_new, n_rows)
+    config = ModelConfig.from_nemo(with_vocabulary(model.config.nemo, tokenizer, section))
     return model.changed(config, tensors, tokenizer, files), change
+
+
+def _padded_rows(values: Tensor, n_tokens: int, n_rows: int | None) -> Tensor:
+    """So many rows; those behind the tokens' are padding, of tokens that do not occur. None:
+    as they are."""
+    if n_rows is None:
+        return values
+    padding = values[:n_tokens].amin(0, keepdim=True) if values.dim() == 1 else values[:1] * 0
+    return torch.cat([values[:n_tokens], padding.expand(n_rows - n_tokens, *values.shape[1:])])
 
 
 def _fresh_rows(layer: nn.Module, n: int, generator: torch.Generator) -> tuple[Tensor, ...]:
@@ -239,7 +283,9 @@ def check_transfer(
     """
     original.eval()
     model.eval()
-    old_ids, new_ids = change.old_outputs()
+    has_blank = not any(original.head(head).n_rows("", 1) for head in original.heads)
+    old_ids, new_ids = change.old_outputs(has_blank)
+    n_compared = change.n_old + has_blank  # outputs that compete; durations lie behind them
     new_id = dict(zip(old_ids.tolist(), new_ids.tolist(), strict=True))
     lowered, largest, scale, n_clips, n_same = {}, 0.0, 1.0, 0, 0
     heard = []
@@ -250,7 +296,7 @@ def check_transfer(
         n_clips += len(batch.utterances)
         for head, hypotheses in found.items():
             for old, new in _logits(original, model, new_id, encoded, lengths, head, hypotheses):
-                n_durations = old.shape[-1] - original.blank_id - 1
+                n_durations = old.shape[-1] - n_compared if has_blank else 0
                 pairs = [(old[:, old_ids], new[:, new_ids])]
                 if n_durations:
                     pairs.append((old[:, -n_durations:], new[:, -n_durations:]))
@@ -258,7 +304,7 @@ def check_transfer(
                     largest = max(largest, float((before - after).abs().max()))
                     scale = max(scale, float(before.abs().max()))
                 if change.keeps_all and change.new:
-                    rival = new[:, change.new].amax(-1) - old[:, : original.blank_id + 1].amax(-1)
+                    rival = new[:, change.new].amax(-1) - old[:, :n_compared].amax(-1)
                     excess = float(rival.max()) + margin
                     if excess > lowered.get(head, 0.01):
                         lowered[head] = excess

@@ -231,3 +231,65 @@ def test_frozen_all_but_the_decoder(tmp_path):
     assert {name for name in moved if name.startswith("encoder.")} == {
         name for name in before if "batch_norm.running" in name or "num_batches_tracked" in name
     }
+
+
+def spanish(folder):
+    """A tokenizer of a language that canary_flash_agg lacks."""
+    from conftest import TESTS
+
+    from fastconformer.text.sentencepiece_model import SentencePieceModel
+
+    model = load_model(TESTS / "golden" / "canary_flash_agg" / "model.nemo")
+    german = model.tokenizer.languages["de"].processor.serialized_model_proto()
+    pieces = SentencePieceModel.from_bytes(german).pieces[:60]
+    (folder / "es.model").write_bytes(
+        SentencePieceModel.from_bytes(german).with_pieces(pieces).to_bytes()
+    )
+    return str(folder / "es.model")
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+def test_a_language_is_added(tmp_path, steps):
+    """Old tokens keep their rows at their places and their logits; padding is as wide as it must
+    be; a run trains it, new rows first."""
+    case = load_case("canary_flash_agg")
+    archive = str(case.folder / "model.nemo")
+    before = load_model(archive)
+    added = {"es": spanish(tmp_path)}
+    model = build_model(ModelRecipe(init_from=archive, tokenizer=added), LossRecipe(), 0)
+    assert list(model.tokenizer.languages) == ["spl_tokens", "en", "de", "es"]
+    assert model.config.aed.vocab_size == 424 and model.tokenizer.vocab_size == 363 + 60
+    table = model.log_softmax.mlp["layer0"].weight
+    assert table is model.transf_decoder._embedding.token_embedding.weight
+    assert torch.equal(table[:363], before.log_softmax.mlp["layer0"].weight[:363])
+    clips, lengths = case.tensors["audio"], case.tensors["audio_len"]
+    for one, other in zip(before.transcribe(list(clips)), model.transcribe(list(clips))):
+        assert one.tokens == other.tokens
+    line = {"text": "das Wetter", "source_lang": "es", "target_lang": "es"}
+    ids, n_prompt = load_saved(model, tmp_path).decoder_ids(line)
+    assert all(id >= 363 for id in ids[n_prompt:-1])
+    if steps:
+        recipe = recipe_of(
+            case,
+            tmp_path,
+            model={"init_from": archive, "tokenizer": added},
+            retain={"new_rows_steps": 1},
+            trainer={"max_steps": 2},
+        )
+        assert finetune.main([str(recipe)]) == 0
+        assert load_model(tmp_path / "run" / "best").config.aed.vocab_size == 424
+    assert lengths is not None
+
+
+def test_tokenizers_of_another_kind(tmp_path):
+    cases = [load_case(name).folder / "model.nemo" for name in CASES[:2]]
+    agg, unified = (ModelRecipe(init_from=str(path)) for path in cases)
+    import dataclasses
+
+    for recipe, tokenizer, reason in (
+        (agg, "some.model", "expected {language: path}"),
+        (unified, {"es": "some.model"}, "expected one path"),
+        (unified, spanish(tmp_path), "has no piece <|startoftranscript|>"),
+    ):
+        with pytest.raises(ValueError, match=reason.replace("{", r"\{").replace("|", r"\|")):
+            build_model(dataclasses.replace(recipe, tokenizer=tokenizer), LossRecipe(), 0)

@@ -67,7 +67,8 @@ def row_tensors(model: ASRModel) -> list[str]:
     for head in map(model.head, model.heads):
         for path, layer in head.token_layers().items():
             names += [f"{path}.{name}" for name, _ in layer.named_parameters()]
-    return list(dict.fromkeys(names))
+    own = dict(model.named_parameters())  # a tensor that two names share has one of them
+    return [name for name in dict.fromkeys(names) if name in own]
 
 
 class Retain:

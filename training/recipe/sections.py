@@ -11,7 +11,9 @@ REDUCTIONS = (None, "mean_batch", "mean", "mean_volume", "sum")
 class ModelRecipe:
     init_from: str | None = None  # .nemo file or converted folder
     config: str | dict | None = None  # from scratch instead: a NeMo-style model config
-    tokenizer: str | None = None  # a folder or file; with init_from: change the vocabulary to it
+    # A folder or file; with init_from: change the vocabulary to it. {language: file} adds languages
+    # to a model with a tokenizer for each.
+    tokenizer: str | dict[str, str] | None = None
     labels: tuple[str, ...] = ()  # characters, in the place of a tokenizer
     # Rows to the new vocabulary; none: all are random.
     transfer: str = key("by_piece", one_of=("by_piece", "none"))

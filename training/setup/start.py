@@ -63,9 +63,9 @@ def build_model(
         if isinstance(model, FunASRNano):
             return as_asked(model, recipe, loss, encoder)
         if recipe.changes_vocabulary:
-            tokenizer, files = vocabulary_of(recipe)
+            tokenizer, files, section = read_like(model, recipe)
             model, _ = change_vocabulary(
-                model, tokenizer, files, recipe.transfer, recipe.new_rows, seed
+                model, tokenizer, files, recipe.transfer, recipe.new_rows, seed, section
             )
     else:
         config, files = scratch_config(recipe.config, *vocabulary_of(recipe))
@@ -109,6 +109,8 @@ def vocabulary_of(recipe: ModelRecipe) -> tuple[Tokenizer, dict[str, bytes]]:
     """The tokenizer that a recipe names, and the files that a checkpoint keeps of it."""
     if recipe.labels:
         return characters(recipe.labels, "model.labels"), {}
+    if isinstance(recipe.tokenizer, dict):
+        raise ValueError("model.tokenizer has languages; that is for models that have them already")
     return read_tokenizer(recipe.tokenizer)
 
 
@@ -156,6 +158,49 @@ def scratch_config(
         }
         config["model_defaults"] = defaults | (config.get("model_defaults") or {})
     return config, files
+
+
+def read_like(model: ASRModel, recipe: ModelRecipe):
+    """The recipe's tokenizer, of the model's kind: (tokenizer, its files, and for a multi-task
+    model the keys of the config's `tokenizer` section that name them). Of a model with a tokenizer
+    for each language those that are given are added to the others or take their place.
+
+    Raises:
+        FileNotFoundError, ValueError: no such file, or another kind than the model's.
+    """
+    old, given = model.tokenizer, recipe.tokenizer
+    if isinstance(given, dict) != (old.kind == "agg"):
+        wanted = "{language: path}" if old.kind == "agg" else "one path"
+        raise ValueError(f"model.tokenizer is {given!r}, expected {wanted}, as the model's own")
+    if not isinstance(given, dict):
+        tokenizer, files = vocabulary_of(recipe)
+        if old.bos_id is None:
+            return tokenizer, files, None
+        if not files:
+            raise ValueError("model.labels: this model has SentencePiece pieces")
+        names = zip(("model_path", "spe_tokenizer_vocab", "vocab_path"), files, strict=True)
+        section = {key: f"nemo:{name}" for key, name in names}
+        return type(old)(files["tokenizer.model"]), files, section
+    if old.bos_id is None:
+        raise ValueError(
+            f"the model has a tokenizer for each of {', '.join(old.languages)}; such a vocabulary "
+            "can be changed in multi-task models only, leave model.tokenizer away"
+        )
+    kept = dict(model.config.nemo["tokenizer"]["langs"])
+    files, langs = {}, {}
+    for lang in [*kept, *(lang for lang in given if lang not in kept)]:
+        if lang in given:
+            new = tokenizer_files(given[lang])
+            names = zip(("model_path", "spe_tokenizer_vocab", "vocab_path"), new, strict=True)
+            langs[lang] = {"dir": "tokenizer", "type": "bpe"}
+            langs[lang] |= {key: f"nemo:{lang}_{name}" for key, name in names}
+            files |= {f"{lang}_{name}": content for name, content in new.items()}
+        else:
+            langs[lang] = kept[lang]
+            names = (v[5:] for v in kept[lang].values() if str(v).startswith("nemo:"))
+            files |= {name: model.tokenizer_files[name] for name in names}
+    models = {lang: files[part["model_path"][5:]] for lang, part in langs.items()}
+    return type(old)(models), files, {"langs": langs}
 
 
 def read_tokenizer(path: str) -> tuple[Tokenizer, dict[str, bytes]]:
