@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
@@ -34,7 +35,7 @@ from triton.runtime import driver
 from benchmarks import commit
 from fastconformer.checkpoint.files import atomic_file
 from fastconformer.losses import fused_triton
-from fastconformer.losses.fused_cells import Job, Tile, empty_cells
+from fastconformer.losses.fused_cells import PADDED_TO, Job, Tile, empty_cells
 
 # Shared memory that a block may ask for, bytes: A100; H100 and H200; RTX 50 (as RTX 30 and 40).
 SHARED_BYTES = {80: 166_912, 90: 232_448, 120: 101_376}
@@ -55,7 +56,7 @@ def compiling(target: int) -> Iterator[list]:
 
     def compile_only(kernel, *args, grid, warmup, **options):
         compiled = run(kernel, *args, grid=grid, warmup=True, **options)
-        if compiled.hash not in names:
+        if compiled is not None and compiled.hash not in names:
             names[compiled.hash] = kernel.fn.__name__
             found.append((kernel.fn.__name__, compiled))
         return compiled
@@ -95,6 +96,7 @@ def launch_loss(
     """All launches of one training step's loss, on tensors without data."""
     n_classes = n_tokens + 1
     n_outputs = n_classes + len(durations or ())
+    n_outputs += -n_outputs % PADDED_TO["cuda"]
     n_frames, n_rows = (max(shape[i] for shape in shapes) for i in (0, 1))
     n_cells = sum(t * u for t, u in shapes)
     n_tile = min(n_cells, 10_000)
@@ -157,6 +159,29 @@ def launches(few: bool) -> Iterator[tuple[str, Callable[[], None]]]:
                     )
                 ),
             )
+
+
+def compilations(n_batches: int, target: int = 90) -> int:
+    """Kernels that a run of random batches compiles, dense and eps in turn: clips of log-normal
+    length (2.3, 0.6; 1.5 to 35 s), about 400 s a batch, 12.5 frames and 4 tokens a second. Counted
+    by what Triton would ask its compiler for; nothing is compiled."""
+    generator, keys = np.random.default_rng(0), set()
+    do_compile = triton.JITFunction._do_compile
+
+    def record(kernel, key, *rest):
+        keys.add((kernel.fn.__name__, str(key)))
+
+    triton.JITFunction._do_compile = record
+    try:
+        with compiling(target):
+            for i in range(n_batches):
+                seconds = np.clip(np.exp(generator.normal(2.3, 0.6, 60)), 1.5, 35.0)
+                seconds = seconds[: int((seconds.cumsum() < 400).sum())]
+                shapes = tuple((int(12.5 * s) + 1, int(4 * s) + 1) for s in seconds)
+                launch_loss(torch.bfloat16, (0, 1, 2, 3, 4), dense=i % 2 == 0, shapes=shapes)
+    finally:
+        triton.JITFunction._do_compile = do_compile
+    return len(keys)
 
 
 def label(dtype: str, durations, dense: bool) -> str:
@@ -232,11 +257,17 @@ def main(argv: list[str] | None = None) -> int:
         "--target", type=int, action="append", choices=SHARED_BYTES, help="all by default"
     )
     parser.add_argument("--few", action="store_true", help="one case of each kind")
+    parser.add_argument(
+        "--batches", type=int, metavar="N", help="count what N random batches compile, nothing else"
+    )
     parser.add_argument("--out", type=Path, help="also write the JSON here")
     args = parser.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET", "0") not in ("0", ""):
         print("error: TRITON_INTERPRET is set; the interpreter compiles nothing", file=sys.stderr)
         return 1
+    if args.batches:
+        print(json.dumps({"batches": args.batches, "compilations": compilations(args.batches)}))
+        return 0
     begun = time.monotonic()
     rows, errors = measure(args.target or list(SHARED_BYTES), args.few)
     print(table(rows))

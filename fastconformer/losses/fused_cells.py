@@ -9,9 +9,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 # Logits of a tile: large enough for full speed of the products, small beside everything else, and
-# on a CPU within its caches.
-_TILE_BYTES = {"cpu": 16 << 20, "cuda": 128 << 20}
+# within the device's caches.
+_TILE_BYTES = {"cpu": 16 << 20, "cuda": 32 << 20}
 _TILE_CELLS = {"cpu": 1024, "cuda": 32768}
+# Hidden rows of a tile where no logits are written: for each processor of a GPU some programs.
+_HIDDEN_BYTES = 128 << 20
+# Rows of the output layer are padded with zeros to a multiple of this: the products of a GPU want
+# rows of logits that begin at multiples of 16 bytes.
+PADDED_TO = {"cpu": 1, "cuda": 64}
 
 
 class Options(NamedTuple):
@@ -28,7 +33,7 @@ class Job(NamedTuple):
 
     enc: Tensor  # (B * T', H)
     pred: Tensor  # (B * R, H), of the same type
-    weight: Tensor  # (outputs in use, H), in the type of the products
+    weight: Tensor  # (outputs in use, padded, H), in the type of the products
     bias: Tensor
     targets: Tensor  # (B, R), int64, 0 where there is none
     frames: Tensor  # (B,), int64
@@ -45,6 +50,11 @@ class Job(NamedTuple):
     activation: str
     dropout: float
     seed: int
+
+    @property
+    def n_outputs(self) -> int:
+        """Outputs in use, V+1+N or V+1."""
+        return self.n_classes + len(self.durations or ())
 
 
 class Tile(NamedTuple):
@@ -77,6 +87,9 @@ def make_job(
     if coin is not None and coin.item() < options.omega:
         durations, sigma = None, 0.0
         weight, bias = weight[:n_classes], bias[:n_classes]
+    weight, bias = weight.to(dtype), bias.to(dtype)
+    if more := -len(weight) % PADDED_TO.get(device.type, 1):
+        weight, bias = F.pad(weight, (0, 0, 0, more)), F.pad(bias, (0, more))
     frames = logit_lengths.to(device, torch.int64)
     rows = target_lengths.to(device, torch.int64) + 1
     ends = (frames * rows).cumsum(0)
@@ -90,8 +103,8 @@ def make_job(
     return Job(
         enc.to(states).reshape(-1, width).contiguous(),
         pred.to(states).reshape(-1, width).contiguous(),
-        weight.to(dtype).contiguous(),
-        bias.to(dtype).contiguous(),
+        weight.contiguous(),
+        bias.contiguous(),
         targets[:, :n_rows].masked_fill(none, 0).contiguous(),
         frames,
         rows,
@@ -116,12 +129,18 @@ def tiles(
     lo: int = 0,
     hi: int | None = None,
     skipped: Tensor | None = None,
+    logits: bool = True,
 ) -> Iterator[Tile]:
-    """The cells from lo to hi, those that are not skipped (hi - lo,)."""
+    """The cells from lo to hi, those that are not skipped (hi - lo,). `logits`: whether those of a
+    tile are in memory."""
     hi = job.n_cells if hi is None else hi
     kind = "cpu" if job.enc.device.type == "cpu" else "cuda"
-    row_bytes = len(job.weight) * job.weight.element_size()
-    most = min(_TILE_CELLS[kind], max(128, _TILE_BYTES[kind] // row_bytes))
+    itemsize = job.weight.element_size()
+    if logits:
+        most = _TILE_BYTES[kind] // (len(job.weight) * itemsize)
+        most = min(_TILE_CELLS[kind], max(128, most))
+    else:
+        most = max(128, _HIDDEN_BYTES // (job.weight.shape[1] * itemsize))
     # On a CPU `tile_cells` may mean more, to be kept.
     tile_cells = min(tile_cells or most, most) if kind == "cpu" else tile_cells or most
     # Kernels have offsets of 32 bits inside a tile.

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..compiled import REORDER, exp_of, kernel, maximum, sum_exp, threads, wide
 from .compiled_lattice import arcs_of, occupancies_of_clip
-from .fused_vectorised import dropout_threshold
+from .fused_vectorised import dropout_threshold, scores_write_logits  # noqa: F401
 from .products import product
 
 _ACTIVATIONS = {"relu": 0, "tanh": 1, "sigmoid": 2}

@@ -76,7 +76,7 @@ def transducer_forward(
                 total.zero_()
             log_likelihood = _visit_once(job, backend, cells, options, tile_cells, kept_cells, sums)
         else:
-            for tile in tiles(job, tile_cells):
+            for tile in tiles(job, tile_cells, logits=backend.scores_write_logits(job)):
                 backend.scores(job, tile, cells)
             log_likelihood = backend.lattice(job, cells, needs_grad)
     activity = cells.top.new_tensor([[1.0], [0.0]]).repeat(1, batch)
@@ -134,10 +134,10 @@ def _add_gradients(job, backend, tile, cells, weights, options, hidden, logits, 
     """Adds a tile's share to the gradients `sums`, those that are not empty."""
     backend.gradient(job, tile, cells, weights, options.fastemit_lambda, options.clamp, logits)
     of_enc, of_pred, of_weight, of_bias = sums
-    n_outputs = len(job.weight)  # omega's branch leaves the durations alone
+    n = job.n_outputs  # omega's branch leaves the durations alone
     if of_weight.numel():
-        add_outer_product(of_weight[:n_outputs], logits, hidden)
-        of_bias[:n_outputs] += logits.sum(0, dtype=of_bias.dtype)
+        add_outer_product(of_weight[:n], logits[:, :n], hidden)
+        of_bias[:n] += logits[:, :n].sum(0, dtype=of_bias.dtype)
     if of_enc.numel():
         d_hidden = product(logits, job.weight.t(), None)
         if job.activation != "relu" and job.enc.dtype != hidden.dtype:

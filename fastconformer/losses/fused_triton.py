@@ -7,6 +7,6 @@ the tests check them without a GPU. Importing this module needs triton.
 
 from .triton_gradient import gradient, scatter
 from .triton_lattice import lattice
-from .triton_scores import hidden, scores
+from .triton_scores import hidden, scores, scores_write_logits
 
-__all__ = ["gradient", "hidden", "lattice", "scatter", "scores"]
+__all__ = ["gradient", "hidden", "lattice", "scatter", "scores", "scores_write_logits"]

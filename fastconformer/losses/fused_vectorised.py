@@ -1,12 +1,13 @@
 """The tiles of the fused loss in plain PyTorch, for any device; what they compute is in fused.py.
 
-The five functions of a backend, on a Job, a Tile of n cells and the batch's Cells:
+The functions of a backend, on a Job, a Tile of n cells and the batch's Cells:
 
     scores    fills the cells' entries of Cells from their logits
     lattice   log-likelihoods (B,); with a gradient, scores in Cells become occupancies in place
     hidden    (n, H), the rows that the output layer multiplies, in its dtype or another
     gradient  logits (n, outputs) become the loss's gradient in place
     scatter   gradients of hidden, summed onto the rows of d_enc (B * T', H) and d_pred (B * R, H)
+    scores_write_logits   whether `scores` has a tile's logits in memory
 """
 
 import torch
@@ -71,7 +72,7 @@ def scores(job, tile, cells) -> Tensor:
     label = tokens.gather(1, job.targets[clip, row][:, None])[:, 0]
     cells.label[lo:hi] = label - top - offset
     if job.durations is not None:
-        duration = logits[:, job.n_classes :].to(cells.top.dtype)
+        duration = logits[:, job.n_classes : job.n_outputs].to(cells.top.dtype)
         cells.duration[lo:hi] = duration.log_softmax(-1)
     return logits
 
@@ -117,9 +118,10 @@ def gradient(job, tile, cells, weights, fastemit_lambda, clamp, logits):
     ignored = ((scale == 0.0) | (passing == 0.0))[:, None]
     logits[:, : job.n_classes] = grad.masked_fill_(ignored, 0.0).to(logits.dtype)
     if job.durations is not None:
-        share = logits[:, job.n_classes :].to(blank.dtype).softmax(-1) * passing[:, None]
+        share = logits[:, job.n_classes : job.n_outputs].to(blank.dtype).softmax(-1)
+        share = share * passing[:, None]
         grad = (share - cells.duration[index]).mul_(scale[:, None])
-        logits[:, job.n_classes :] = grad.masked_fill_(ignored, 0.0).to(logits.dtype)
+        logits[:, job.n_classes : job.n_outputs] = grad.masked_fill_(ignored, 0.0).to(logits.dtype)
 
 
 def scatter(job, tile, hidden, d_hidden, d_enc, d_pred):
@@ -137,3 +139,7 @@ def scatter(job, tile, hidden, d_hidden, d_enc, d_pred):
         grad = grad * (1.0 - value * value if job.activation == "tanh" else value - value * value)
     d_enc.index_add_(0, clip * job.n_frames + frame, grad)
     d_pred.index_add_(0, clip * job.n_rows + row, grad)
+
+
+def scores_write_logits(job) -> bool:
+    return True

@@ -5,6 +5,11 @@ import triton.language as tl
 
 from .fused_vectorised import dropout_threshold
 
+# Arguments that change from batch to batch. Compiled apart for values of 1 and multiples of 16, as
+# is usual, kernels would take the first minutes of a run.
+SIZES = ("n", "first", "last", "lowest", "start", "first_clip")
+SIZES += ("n_frames", "n_rows", "n_clips", "n_cells", "max_frames", "max_rows")
+SEEDS = ("seed_low", "seed_high", "threshold")
 ACTIVATIONS = {"relu": 0, "tanh": 1, "sigmoid": 2}
 
 
@@ -13,7 +18,7 @@ def clips_of(job):
 
 
 def clip_block(job) -> int:
-    return triton.next_power_of_2(len(job.rows))
+    return max(64, triton.next_power_of_2(len(job.rows)))  # one kernel for most batches
 
 
 def dropout_of(job):

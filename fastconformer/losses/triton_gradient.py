@@ -7,17 +7,17 @@ import torch
 import triton
 import triton.language as tl
 
-from .triton_cells import ACTIVATIONS, clip_block, clips_of, dropout_of, fold, kept
+from .triton_cells import ACTIVATIONS, SEEDS, SIZES, clip_block, clips_of, dropout_of, fold, kept
 
 
 def gradient(job, tile, cells, weights, fastemit_lambda, clamp, logits):
-    n, n_outputs = logits.shape
+    n, stride = logits.shape
     block = min(4096, triton.next_power_of_2(job.n_classes))
     _gradient_kernel[(n,)](
         logits, tile.index, job.targets, cells.blank, cells.label, cells.duration, weights,
-        n_outputs, job.n_classes, job.blank, cells.duration.shape[1], job.n_rows, *clips_of(job),
-        n_outputs - job.n_classes, 1.0 + fastemit_lambda, clamp, weights.dtype == torch.float64,
-        clip_block(job), block, triton.next_power_of_2(max(1, n_outputs - job.n_classes)),
+        stride, job.n_classes, job.blank, cells.duration.shape[1], job.n_rows, *clips_of(job),
+        job.n_outputs - job.n_classes, 1.0 + fastemit_lambda, clamp, weights.dtype == torch.float64,
+        clip_block(job), block, triton.next_power_of_2(max(1, job.n_outputs - job.n_classes)),
         num_warps=4 if block <= 2048 else 8,
     )  # fmt: skip
 
@@ -50,10 +50,10 @@ def _clip_and_frame(job, cell: int) -> tuple[int, int]:
     return clip, (cell - starts[clip]) // job.shapes[clip][1]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _gradient_kernel(
     logits_ptr, index_ptr, targets_ptr, blank_ptr, label_ptr, duration_ptr, weights_ptr,
-    n_outputs, n_classes, blank, stride_d, n_rows, offsets_ptr, rows_ptr, n_clips,
+    stride, n_classes, blank, stride_d, n_rows, offsets_ptr, rows_ptr, n_clips,
     n_durations, EMPHASIS: tl.constexpr, CLAMP: tl.constexpr, EXACT: tl.constexpr,
     CLIPS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -72,7 +72,7 @@ def _gradient_kernel(
     scale = tl.load(weights_ptr + clip)
     # A clip that does not count or has no alignment: not even NaN may come through.
     counts = (scale != 0.0) & (passing != 0.0)
-    row = logits_ptr + i.to(tl.int64) * n_outputs
+    row = logits_ptr + i.to(tl.int64) * stride
     # The row's own normaliser: that of `scores` is of logits that were not rounded to bfloat16.
     top = tl.full((1,), float("-inf"), kind)
     total = tl.zeros((1,), kind)
@@ -111,7 +111,7 @@ def _row_of(cell, before_ptr, start, first, DENSE: tl.constexpr, inside):
     return (row - start).to(tl.int32), inside & (after > row)
 
 
-@triton.jit(do_not_specialize=["seed_low", "seed_high", "threshold"])
+@triton.jit(do_not_specialize=[*SIZES, *SEEDS])
 def _enc_kernel(
     hidden_ptr, d_hidden_ptr, d_enc_ptr, index_ptr, before_ptr, start, n, first, last, lowest,
     width, max_frames, frames_ptr, rows_ptr, offsets_ptr, seed_low, seed_high, threshold,
@@ -155,7 +155,7 @@ def _enc_kernel(
         tl.store(out, tl.load(out, mask=h < width) + total, mask=h < width)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _pred_kernel(
     d_hidden_ptr, d_pred_ptr, before_ptr, start, first, last, first_clip, width, max_rows,
     frames_ptr, rows_ptr, offsets_ptr, DENSE: tl.constexpr, BLOCK: tl.constexpr,

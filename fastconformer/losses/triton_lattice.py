@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_cells import clip_block, clip_of, clips_of
+from .triton_cells import SIZES, clip_block, clip_of, clips_of
 
 
 def lattice(job, cells, needs_grad) -> Tensor:
@@ -25,7 +25,7 @@ def lattice(job, cells, needs_grad) -> Tensor:
     # By diagonal and row: neighbouring rows of a diagonal lie side by side.
     a, b = torch.empty(2, n_clips, n_diagonals, job.n_rows, dtype=torch.float64, device=device)
     n_durations = cells.duration.shape[1]
-    block_u = triton.next_power_of_2(job.n_rows)
+    block_u = max(128, triton.next_power_of_2(job.n_rows))  # one kernel for most texts
     exact = cells.top.dtype == torch.float64
     shared = (
         cells.blank, cells.label, cells.duration, a, b, durations, len(durations), n_durations,
@@ -119,7 +119,7 @@ def _downward(
     return score, end + row, row, allowed & onwards
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _lattice_kernel(
     blank_ptr, label_ptr, duration_ptr, a_ptr, b_ptr, durations_ptr, n_classes, n_durations,
     max_frames, max_rows, frames_ptr, rows_ptr, offsets_ptr,
@@ -170,7 +170,7 @@ def _lattice_kernel(
             tl.debug_barrier()
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _occupancy_kernel(
     blank_ptr, label_ptr, duration_ptr, a_ptr, b_ptr, durations_ptr, n_classes, n_durations,
     max_frames, max_rows, frames_ptr, offsets_ptr, rows_ptr, n_clips, n_cells,

@@ -12,7 +12,18 @@ import triton.language as tl
 from torch import Tensor
 
 from . import fused_vectorised
-from .triton_cells import ACTIVATIONS, clip_block, clip_of, clips_of, dropout_of, fold, kept, wide
+from .triton_cells import (
+    ACTIVATIONS,
+    SEEDS,
+    SIZES,
+    clip_block,
+    clip_of,
+    clips_of,
+    dropout_of,
+    fold,
+    kept,
+    wide,
+)
 
 
 def hidden(job, tile, dtype=None) -> Tensor:
@@ -27,12 +38,16 @@ def hidden(job, tile, dtype=None) -> Tensor:
     return out
 
 
+def scores_write_logits(job) -> bool:
+    return job.weight.dtype == torch.float64
+
+
 def scores(job, tile, cells):
-    if job.weight.dtype == torch.float64:  # for gradcheck; tensor cores have no such product
+    if scores_write_logits(job):  # for gradcheck; tensor cores have no such product
         return fused_vectorised.scores(job, tile, cells)
     rows, weight, bias = hidden(job, tile), job.weight, job.bias
     n, width = rows.shape
-    n_outputs = len(job.weight)
+    n_outputs = job.n_outputs
     assert max(n, n_outputs) * width < 1 << 31, "a tile's offsets are 32 bits wide"
     # Blank and durations are the tail; blank in front is one of the wide blocks' columns.
     n_main = job.n_classes - 1 if job.blank == job.n_classes - 1 else job.n_classes
@@ -42,7 +57,8 @@ def scores(job, tile, cells):
     if interpreted:  # small, to see the loops turn; no bfloat16 products
         block_m, block_v, block_k = 16, 16, 16
         rows, weight, bias = rows.float(), weight.float(), bias.float()
-    precision = "tf32" if _allows_tf32() else "ieee"
+    # In three parts float32 keeps its accuracy on tensor cores.
+    precision = "tf32" if _allows_tf32() else "tf32x3"
     _scores_kernel[(triton.cdiv(n, block_m),)](
         rows, weight, bias, job.targets, *cells, n, tile.first, width, job.n_rows,
         n_main, job.n_classes, n_outputs, job.blank, job.sigma, *clips_of(job),
@@ -66,7 +82,7 @@ def _stages() -> int:
     return 3 if properties["max_shared_mem"] > 200_000 else 2
 
 
-@triton.jit(do_not_specialize=["seed_low", "seed_high", "threshold"])
+@triton.jit(do_not_specialize=[*SIZES, *SEEDS])
 def _hidden_kernel(
     enc_ptr, pred_ptr, out_ptr, index_ptr, n, width, n_frames, n_rows, offsets_ptr, rows_ptr,
     n_clips, seed_low, seed_high, threshold, SCALE: tl.constexpr, ACTIVATION: tl.constexpr,
@@ -125,7 +141,7 @@ def _pick(z, column, wanted):
     return tl.sum(tl.where(column[None, :] == wanted[:, None], z, 0.0), 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _scores_kernel(
     hidden_ptr, weight_ptr, bias_ptr, targets_ptr,
     top_ptr, total_ptr, blank_ptr, label_ptr, duration_ptr,

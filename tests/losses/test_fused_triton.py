@@ -39,6 +39,8 @@ def losses_and_grads(backend, monkeypatch, inputs, batch, **options):
     ],
 )
 def test_kernels_equal_plain_pytorch(monkeypatch, dtype, durations, options):
+    if dtype == torch.float32:  # as on a GPU; plain PyTorch too has to leave the padding alone
+        monkeypatch.setitem(fused_cells.PADDED_TO, "cpu", 64)
     generator = torch.Generator().manual_seed(0)
     n_outputs, width = 18 + len(durations or ()), 20
     shapes = [(3, 5, width), (3, 7, width), (n_outputs, width), (n_outputs,)]
@@ -95,3 +97,19 @@ def test_kernels_on_a_gpu(monkeypatch, dtype):
             assert (a - e).abs().max() <= tolerance * e.abs().max()
         again = losses_and_grads(fused_triton, monkeypatch, inputs, batch, **options)
         assert all(torch.equal(a, b) for a, b in zip(again[1], actual[1], strict=True))
+
+
+def test_tiles_of_a_gpu_fill_it():
+    """Hidden rows bound the forward pass, where no logits are written: at a vocabulary of 8192 it
+    has some programs for each processor. In the backward pass logits stay within the L2 cache."""
+    meta = {"device": "meta", "dtype": torch.bfloat16}
+    weight = torch.empty(8256, 640, **meta)
+    job = fused_cells.Job(
+        torch.empty(1, 640, **meta), None, weight, *[None] * 5, (), 1, 1, 1_500_000, 8192, 8193,
+        (0, 1, 2, 3, 4), 0.0, "relu", 0.0, 0,
+    )  # fmt: skip
+    forward = next(fused_cells.tiles(job, 0, logits=False))
+    backward = next(fused_cells.tiles(job, 0))
+    assert len(forward.index) / 128 > 4 * 132  # rows of a program; processors of an H200
+    assert len(forward.index) * 640 < 1 << 31  # offsets of 32 bits
+    assert len(backward.index) * 8256 * 2 <= 32 << 20
