@@ -127,6 +127,8 @@ RUNNABLE = {
     "converters.st2nemo",
     "converters.to_birwkv7",
     "converters.train_lm",
+    "converters.funasr2st",
+    "converters.st2funasr",
 }
 MODELS_OF_READERS = ("model.nemo", "parakeet.nemo", "before.nemo", "after.nemo")
 SHORTER = {"samples/talk.ogg": "samples/espeak.wav", "cuda": "cpu", "bfloat16": "float32"}
@@ -140,6 +142,7 @@ def reader(folder: Path) -> None:
         (folder / name).symlink_to(folder / "models" / BASE.name)
     (folder / "canary.nemo").symlink_to(golden("canary_flash_agg") / "model.nemo")
     write_folder(folder / "runs" / "finetune" / "best", read_checkpoint(BASE))
+    (folder / "Fun-ASR-Nano-2512").symlink_to(golden("fun_asr_nano_tiny"))
     lines = []
     for line in (ROOT / "samples" / "digits_8k.jsonl").read_text().splitlines()[:3]:
         entry = json.loads(line)

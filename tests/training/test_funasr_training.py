@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -387,3 +388,20 @@ def test_a_killed_run_goes_on_bit_equal(recipe, tmp_path):
         before = read_checkpoint(tmp_path / "unbroken" / name).state_dict
         after = read_checkpoint(tmp_path / "run" / name).state_dict
         assert all(torch.equal(tensor, after[key]) for key, tensor in before.items())
+
+
+def test_the_recipe_of_the_book_runs_to_its_end(tmp_path, monkeypatch):
+    recipe = Path(__file__).parents[2] / "recipes" / "telephone_llm.yaml"
+    case = golden(CASE).resolve()
+    (tmp_path / "Fun-ASR-Nano-2512").symlink_to(case)
+    (tmp_path / "calls").mkdir()
+    (tmp_path / "calls" / "audio").symlink_to(case / "audio")
+    for name in ("train.jsonl", "dev.jsonl"):
+        shutil.copy(case / "train.jsonl", tmp_path / "calls" / name)
+    monkeypatch.chdir(tmp_path)
+    changes = ["trainer.device=cpu", "trainer.threads=1", "schedule.warmup_steps=0"]
+    text = recipe.read_text().replace("trainer: {epochs: 20}", "trainer: {epochs: 1}")
+    (tmp_path / "recipe.yaml").write_text(text)
+    assert finetune.main(["recipe.yaml", "trainer.epochs=1", *changes]) == 0
+    model = load_model("runs/telephone_llm/best")
+    assert model.sample_rate == 8000 and "of them empty" in model.preprocessor.description
