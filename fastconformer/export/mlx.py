@@ -51,7 +51,7 @@ def export(model: ASRModel, folder: Path) -> None:
     if model.tokenizer.kind == "char":
         raise ValueError("the tokenizer is 'char'; parakeet-mlx takes models of pieces")
     document = _document(model, f"nemo.collections.asr.models.{TARGETS[families]}")
-    tensors = _tensors(model.state_dict(), with_ctc="ctc" in families)
+    tensors = _tensors(model.state_dict(), with_ctc="CTC" in TARGETS[families])
     with filled_folder(folder) as new:
         save_file(tensors, new / WEIGHTS_FILE, {"format": "mlx"})
         text = json.dumps(document, ensure_ascii=False, indent=1)
