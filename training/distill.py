@@ -43,15 +43,16 @@ def main(arguments: list[str] | None = None) -> int:
     return cli.run("error", lambda: run(options))
 
 
-def run(options) -> None:
+def run(options) -> int | None:
     try:
         recipe = load_recipe(options.recipe, options.overrides)
     except (ValueError, FileNotFoundError) as error:
         raise cli.UsageError(str(error)) from None
     try:
         distill(recipe)
-    except Stopped as error:
-        raise cli.Failed(str(error)) from None
+    except Stopped as stop:
+        return stop.end()
+    return None
 
 
 if __name__ == "__main__":

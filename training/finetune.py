@@ -49,27 +49,28 @@ def main(arguments: list[str] | None = None) -> int:
     return cli.run(who, lambda: job(options, is_main))
 
 
-def job(options, is_main: bool) -> None:
+def job(options, is_main: bool) -> int | None:
     try:
         recipe = load_recipe(options.recipe, options.overrides)
     except (ValueError, FileNotFoundError) as error:
         raise cli.UsageError(str(error)) from None
     try:
         finetune(recipe, join())
-    except Stopped as error:
-        raise cli.Failed(str(error)) from None
+    except Stopped as stop:
+        return stop.end()
     except torch.OutOfMemoryError as error:  # outside of a step's passes, which are split
         words = " ".join(str(error).split())[:200]
         raise cli.Failed(f"{words}; lower data.batch_duration_s or batch_size") from None
     except KeyboardInterrupt:  # the second Ctrl-C, or one before the first step
-        log.error("the last checkpoint stands")
-        raise
+        print("interrupted; the last checkpoint stands", file=sys.stderr)
+        return 130
     if is_main:
         try:
             log.info("the run on one page: %s", write_report(Path(recipe.output)))
         except (ValueError, OSError, RuntimeError) as error:  # the run itself is safe
             log.warning("no report.html: %s; python -m training.report makes it", error)
     leave()  # not after an error: then torchrun ends the others
+    return None
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from .contents import (
     check_plain_name,
     dense_tensors,
 )
-from .files import sync, work_folder
+from .files import naming_file, sync, work_folder
 
 FORMAT_VERSION = 1
 KINDS = ("nemo", "funasr")
@@ -57,12 +57,15 @@ def write_folder(folder: str | os.PathLike, checkpoint: Checkpoint) -> None:
 
     # Inside an existing folder, which may be a file system of its own; beside a new one.
     parent = folder if folder.is_dir() else folder.parent
-    with work_folder(parent, folder.name) as work:
+    with naming_file(folder), work_folder(parent, folder.name) as work:
         new = work / "new"
         new.mkdir()
         for name, content in checkpoint.tokenizer_files.items():
             (new / name).write_bytes(content)
-        save_file(dense_tensors(checkpoint.state_dict), new / WEIGHTS_FILE, {"format": "pt"})
+        try:
+            save_file(dense_tensors(checkpoint.state_dict), new / WEIGHTS_FILE, {"format": "pt"})
+        except SafetensorError as error:  # a full disk, as safetensors tells it
+            raise OSError(f"{folder / WEIGHTS_FILE} cannot be written: {error}") from None
         text = json.dumps(document, ensure_ascii=False, indent=1)
         (new / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
         shutil.copymode(new / CONFIG_FILE, new / WEIGHTS_FILE)  # safetensors makes it 0600

@@ -26,6 +26,7 @@ from ..text.chat import SYSTEM
 ABSURD_DURATION_S = 7 * 24 * 3600.0
 # Sound that is this many times longer or shorter than its line says belongs to another line.
 DURATION_MISMATCH = 2.0
+JUNK_LINES = 1000  # without one that is JSON: not a manifest
 CHAT_FRAME_S = 0.01  # of a chat's speech_length
 _SPEECH = re.compile(r"(?P<prompt>.*)<\|startofspeech\|>!(?P<path>[^!].*)<\|endofspeech\|>", re.S)
 
@@ -94,10 +95,12 @@ def read_manifest(
 
 
 def manifest_lines(path: str | os.PathLike, lang: str | None = None) -> Iterator[Clip | LeftOut]:
-    """What each line that is not blank names, in order. FileNotFoundError: no such manifest."""
+    """What each line that is not blank names, in order. FileNotFoundError: no such manifest.
+    ValueError: a file of something else, not one of whose first lines is JSON."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"manifest {path} is not a file")
+    junk = 0  # lines that are no JSON, as long as there is nothing else
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
@@ -111,7 +114,14 @@ def manifest_lines(path: str | os.PathLike, lang: str | None = None) -> Iterator
                 if entry.get("_skipme"):
                     raise BadLine("skipme", "the manifest says _skipme")
                 yield _clip(entry, path, number)
+                junk = -1
             except BadLine as error:
+                is_junk = error.args[0] == "not_json"
+                junk = junk + 1 if is_junk and junk >= 0 else -1
+                if junk == JUNK_LINES:
+                    raise ValueError(
+                        f"{path} is no manifest: none of its first {junk} lines is a JSON object"
+                    ) from None
                 yield LeftOut(str(path), number, *error.args, audio=name)
 
 
@@ -168,6 +178,8 @@ def _clip(entry: dict, manifest: Path, number: int) -> Clip:
     text, lang = entry.get("text"), entry.get("lang")
     if text is None and isinstance(entry.get("text_filepath"), str):
         text = _text_of_file(manifest.parent / entry["text_filepath"])
+    if isinstance(text, str) and not _is_text(text):
+        raise BadLine("bad_text", f"text holds half of a character: {ascii(text)[:80]}")
     if text is not None and not isinstance(text, str):
         raise BadLine("no_text", f"text is {text!r}, expected a string")
     known = ("audio_filepath", "offset", "duration", "text", "lang", "channel", "_skipme")
@@ -196,13 +208,22 @@ def _text_of_file(path: Path) -> str:
         raise BadLine("no_text", f"text_filepath {path}: {error}") from None
 
 
+def _is_text(text: str) -> bool:
+    """JSON can write half of a surrogate pair, which is no character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _seconds(entry: dict, key: str, expected: str) -> float | None:
     value = entry.get(key)
     if value is None:
         return None
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if not is_number or not 0 <= value <= ABSURD_DURATION_S or (key == "duration" and value == 0):
-        raise BadLine(f"bad_{key}", f"{key} is {value!r}, expected seconds, {expected}")
+        raise BadLine(f"bad_{key}", f"{key} is {repr(value)[:40]}, expected seconds, {expected}")
     return float(value)
 
 

@@ -340,6 +340,47 @@ def test_never_resuming_does_not_touch_a_run(corpus, capsys):
     assert "already holds a run" in capsys.readouterr().err
 
 
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(corpus, capsys):
+    recipe, run = corpus
+    assert main([str(recipe), "trainer.save_every_steps=1"]) == 0
+    before, newest = sorted((run / "checkpoints").iterdir())
+    expected = logged(run)[-1]["loss"]
+    newest.write_bytes(newest.read_bytes()[:1000])
+    assert main([str(recipe), "trainer.save_every_steps=1"]) == 0
+    told = capsys.readouterr().out
+    assert f"{newest} is damaged" in told and f"from {before}" in told
+    assert newest.with_name(f"{newest.name}.damaged").exists() and newest.exists()
+    assert logged(run)[-1]["loss"] == expected
+
+
+def test_ctrl_c_ends_with_130_and_no_error(corpus, tmp_path):
+    recipe, _ = corpus
+    run = tmp_path / "stopped"
+    process = start(recipe, run, "trainer.save_every_steps=1000")
+    wait_for_steps(process, run, 2)
+    process.send_signal(signal.SIGINT)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    assert error.startswith("stopped by SIGINT; saved ") and error.count("\n") == 1
+
+
+def test_a_full_disk_in_best_is_one_line(corpus):
+    """No file may grow beyond 100 kB, which the model's does."""
+    recipe, _ = corpus
+    code = (
+        "import resource, signal, sys\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+        "from training.finetune import main\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    command = [sys.executable, "-c", code, str(recipe)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.startswith("error: ") and "best" in done.stderr.splitlines()[-1]
+    assert done.stderr.count("\n") == 1
+
+
 def test_a_damaged_checkpoint_is_named(corpus, capsys):
     recipe, run = corpus
     assert main([str(recipe)]) == 0

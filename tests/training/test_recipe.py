@@ -131,11 +131,20 @@ def test_wrong_values_are_named(recipe_file, override, expected):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("text", ["a: [1,", "- 1\n- 2\n", "optim: {lr: 1.0}\noptim: {lr: 2.0}\n"])
+@pytest.mark.parametrize(
+    "text", ["5", "a: [1,", "- 1\n- 2\n", "optim: {lr: 1.0}\noptim: {lr: 2.0}\n"]
+)
 def test_a_file_that_is_no_recipe(recipe_file, text):
     path = recipe_file(text)
     with pytest.raises(ValueError, match="recipe.yaml"):
         load_recipe(path)
+
+
+@pytest.mark.parametrize("key", ["metric=cer", "top_k=3", "patience=2", "min_delta=0.1"])
+def test_what_is_kept_needs_something_measured(recipe_file, key):
+    load_recipe(recipe_file(), [f"keep.{key}"])
+    with pytest.raises(ValueError, match=rf"keep\.{key.split('=')[0]} needs data\.validation"):
+        load_recipe(recipe_file(), ["data.validation={}", f"keep.{key}"])
 
 
 def test_a_missing_file_is_named(tmp_path):

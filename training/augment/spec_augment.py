@@ -3,8 +3,8 @@ only.
 
 Input: features (B, M, T) and lengths (B,) from `model.featurize`; output: features of that shape.
 Source: Park et al. 2019 (arXiv:1904.08779) and, for rectangles, DeVries and Taylor 2017
-(arXiv:1708.04552), with the distributions of NeMo's SpectrogramAugmentation (its vectorised
-SpecAugment, its SpecCutout).
+(arXiv:1708.04552), with the distributions of NeMo 3.0's SpectrogramAugmentation: its vectorised
+SpecAugment, draw for draw where torch's generator is the same, and its SpecCutout.
 """
 
 import torch
@@ -30,8 +30,9 @@ def spec_augment(
         lengths: valid frames of each clip, (B,); time masks start and end inside them.
         freq_masks: bands of mel bins for each clip.
         time_masks: bands of frames for each clip.
-        freq_width: widest band in mel bins; each is uniform in 0..freq_width.
-        time_width: widest band in frames (int), or as a share of the clip's frames (float).
+        freq_width: bands are of 0 to freq_width - 1 mel bins, uniform.
+        time_width: w, in frames (int), or as a share of the clip's frames (float); bands are of
+            floor(u * w) frames, u uniform in 0..1, and lie anywhere in the clip.
         rect_masks: rectangles for each clip.
         rect_time: longest rectangle in frames; each is uniform in 0..rect_time.
         rect_freq: highest rectangle in mel bins; each is uniform in 0..rect_freq.
@@ -49,21 +50,21 @@ def spec_augment(
     if isinstance(time_width, float) and not 0.0 <= time_width <= 1.0:
         raise ValueError(f"time_width is {time_width}, expected a share 0..1, or an int of frames")
     lengths = lengths.cpu().long()
+
+    def uniform(n_masks: int, dtype: torch.dtype = torch.float64) -> Tensor:
+        return torch.rand(n_clips, n_masks, generator=generator, dtype=dtype)
+
+    def bands(n_masks: int, widest, room: int | Tensor, size: int) -> Tensor:
+        """NeMo's draws, in its order and type: floor(u * widest), then a place that has room."""
+        widths = (uniform(n_masks, torch.float32) * widest).long()
+        starts = (uniform(n_masks, torch.float32) * (room - widths)).long()
+        return _bands(starts, widths, size)
+
+    widest = time_width
     if isinstance(time_width, float):
-        widest = (lengths * time_width).long().clamp(min=1)  # NeMo: at least one frame
-    else:
-        widest = torch.full_like(lengths, time_width)
-    widest = torch.minimum(widest, lengths)[:, None]  # (B, 1)
-
-    def uniform(n_masks: int) -> Tensor:
-        return torch.rand(n_clips, n_masks, generator=generator, dtype=torch.float64)
-
-    starts = (uniform(freq_masks) * (n_mels - freq_width + 1)).long()
-    widths = (uniform(freq_masks) * (freq_width + 1)).long()
-    mask = _bands(starts, widths, n_mels)[:, :, None]  # (B, M, 1)
-    starts = (uniform(time_masks) * (lengths[:, None] - widest + 1)).long()
-    widths = (uniform(time_masks) * (widest + 1)).long()
-    mask = mask | _bands(starts, widths, n_frames)[:, None, :]  # (B, M, T)
+        widest = (time_width * lengths).clamp(max=n_frames)[:, None]  # (B, 1), no whole number
+    frames = bands(time_masks, widest, lengths[:, None], n_frames)
+    mask = frames[:, None, :] | bands(freq_masks, freq_width, n_mels, n_mels)[:, :, None]
     if rect_masks:
         starts = (uniform(rect_masks) * (n_mels - rect_freq + 1)).long()
         widths = (uniform(rect_masks) * (rect_freq + 1)).long()

@@ -25,6 +25,8 @@ from training.recipe.data_sections import AugmentRecipe, DataRecipe, SourceRecip
 
 log = logging.getLogger("finetune")
 
+MOST_LISTED = 10_000  # lines of dropped.jsonl
+
 
 @dataclasses.dataclass(frozen=True)
 class TrainingSet:
@@ -94,7 +96,13 @@ def load_data(
 
     def store(clips, max_duration_s=None, pad_to_s=data.pad_to_s):
         return AudioStore(
-            clips, model.sample_rate, data.cache_gb, max_duration_s, pad_to_s, on_dropped
+            clips,
+            model.sample_rate,
+            data.cache_gb,
+            max_duration_s,
+            pad_to_s,
+            on_dropped,
+            data.retry,
         )
 
     durations_s = np.array([utterance.duration_s for utterance in utterances])
@@ -161,7 +169,9 @@ def read_sets(
             raise ValueError(f"data.test.{name}: no usable line in {manifest}; {_why(bad)}")
         if bad:
             log.warning("data.test.%s: left out %d lines: %s", name, len(bad), _why(bad))
-        stores[name] = AudioStore(clips, sample_rate_hz, data.cache_gb, pad_to_s=data.pad_to_s)
+        stores[name] = AudioStore(
+            clips, sample_rate_hz, data.cache_gb, pad_to_s=data.pad_to_s, retry=data.retry
+        )
     return stores
 
 
@@ -178,7 +188,10 @@ def _frame_counter(model: ASRModel, fastest: float, pad_to_s: float) -> Callable
 def _tell_dropped(dropped: list[Dropped], path: Path, is_main: bool) -> None:
     if is_main:
         with atomic_file(path) as temporary:
-            lines = [json_line(dataclasses.asdict(item)) for item in dropped]
+            lines = [json_line(dataclasses.asdict(item)) for item in dropped[:MOST_LISTED]]
+            if len(dropped) > MOST_LISTED:
+                more = f"and {len(dropped) - MOST_LISTED} more lines, which are not listed"
+                lines.append(json_line(dataclasses.asdict(Dropped("", 0, "not_listed", more))))
             temporary.write_text("".join(lines), encoding="utf-8")
     if dropped:
         log.warning("left out %d manifest lines: %s", len(dropped), _why(dropped))

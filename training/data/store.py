@@ -6,7 +6,9 @@ Letters of shapes: B clips, L samples, U target tokens.
 
 import collections
 import dataclasses
+import logging
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -21,7 +23,12 @@ from training.data.batching import Draw
 from training.data.tarred import TarReader
 from training.data.utterances import Dropped, UnusableLine, Utterance, dropped_line
 
+log = logging.getLogger("finetune")
+
 TAR_SLACK_S = 0.2
+FIRST_WAIT_S = 0.5  # before a file that cannot be reached is tried again; then twice as long
+GONE_CLIPS = 16  # so many in a row that cannot be reached: the storage is gone
+PROBED_BYTES = 1 << 26  # of a file that could not be decoded, to tell damage from storage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +52,24 @@ class Batch:
         return Batch(self.utterances, *(t.to(device, non_blocking=True) for t in tensors))
 
 
+class Unreachable(OSError):
+    """A clip's file that is known to be there cannot be read now."""
+
+
+class StorageGone(OSError):
+    """Many clips in a row were unreachable."""
+
+
+def can_be_read(path: str) -> bool:
+    """Whether the bytes of a file come, whatever they are."""
+    try:
+        with open(path, "rb") as file:
+            file.read(PROBED_BYTES)
+    except OSError:
+        return False
+    return True
+
+
 class AudioStore:
     """Reads clips, keeps them in memory as 16-bit samples when all fit, and lists what is unusable.
 
@@ -56,6 +81,7 @@ class AudioStore:
         max_duration_s: a clip that turns out longer than this is unusable; None: no limit.
         pad_to_s: shorter clips get silence on both sides, as `transcribe` gives them.
         on_dropped: called once for each unusable clip.
+        retry: how often a file that cannot be reached is tried again, after 0.5, 1, 2 ... s.
     `augment`, where it is set, changes the sound of each Draw.
     """
 
@@ -67,16 +93,20 @@ class AudioStore:
         max_duration_s: float | None = None,
         pad_to_s: float = 0.0,
         on_dropped: Callable[[Dropped], None] = lambda dropped: None,
+        retry: int = 0,
     ):
         self.utterances = utterances
         self.sample_rate_hz = sample_rate_hz
         self.max_duration_s = max_duration_s
         self.pad_to_samples = round(pad_to_s * sample_rate_hz)
         self.on_dropped = on_dropped
+        self.retry = retry
         total_s = sum(utterance.duration_s for utterance in utterances)
         self.keeps_audio = total_s * sample_rate_hz * 2 <= cache_gb * 1e9
         self._kept: dict[int, np.ndarray] = {}
         self._unusable: set[int] = set()
+        self._unreached: dict[int, int | None] = {}  # clip -> epoch in which it was not reached
+        self._failed_in_a_row = 0
         self._lock = threading.Lock()
         self._tars = TarReader()
         self.augment: WaveAugment | None = None
@@ -90,7 +120,7 @@ class AudioStore:
         fast as it says and augmented."""
         if not isinstance(draw, Draw):
             return self._padded(self.samples(draw))
-        samples = self.samples(draw.clip)
+        samples = self.samples(draw.clip, draw.epoch)
         if samples is not None:
             samples = change_speed(samples, draw.speed)
             if self.augment is not None:
@@ -103,15 +133,23 @@ class AudioStore:
             samples = np.pad(samples, (missing // 2, missing - missing // 2))
         return samples
 
-    def samples(self, index: int) -> np.ndarray | None:
-        """A clip as it is, (L,) float32 at the model's rate, or None when it cannot be used."""
+    def samples(self, index: int, epoch: int | None = None) -> np.ndarray | None:
+        """A clip as it is, (L,) float32 at the model's rate, or None when it cannot be used: for
+        good where it is damaged, for this epoch where its file cannot be reached.
+
+        Raises:
+            StorageGone: many files in a row could not be reached.
+        """
         if index in self._kept:
             return self._kept[index].astype(np.float32) / 32768.0
-        if index in self._unusable:
+        if index in self._unusable or (epoch is not None and self._unreached.get(index) == epoch):
             return None
         utterance = self.utterances[index]
         try:
-            samples = self._decode(utterance)
+            samples = self._read_patiently(utterance)
+        except Unreachable as error:
+            self._note_unreached(index, epoch, error)
+            return None
         except (OSError, ValueError) as error:
             with self._lock:
                 is_new = index not in self._unusable
@@ -120,11 +158,38 @@ class AudioStore:
                 detail = str(error.args[-1]) if isinstance(error, UnusableLine) else str(error)
                 self.on_dropped(dropped_line(utterance, "unreadable_audio", detail))
             return None
+        self._failed_in_a_row = 0
         if self.keeps_audio:
             pcm = np.clip(np.rint(samples * 32768.0), -32768, 32767).astype(np.int16)
             self._kept[index] = pcm
             samples = pcm.astype(np.float32) / 32768.0
         return samples
+
+    def _read_patiently(self, utterance: Utterance) -> np.ndarray:
+        """A clip's samples; Unreachable where its file is not there after all tries."""
+        wait_s = FIRST_WAIT_S
+        for left in range(self.retry, -1, -1):
+            try:
+                return self._decode(utterance)
+            except UnusableLine:
+                raise
+            except (OSError, ValueError) as error:
+                if can_be_read(utterance.audio_path):
+                    return self._decode(utterance)  # it is back, or what is in it is damaged
+                if not left:
+                    raise Unreachable(f"{utterance.audio_name}: {error}") from error
+            time.sleep(wait_s)
+            wait_s *= 2
+        raise AssertionError
+
+    def _note_unreached(self, index: int, epoch: int | None, error: Unreachable) -> None:
+        with self._lock:
+            self._unreached[index] = epoch
+            self._failed_in_a_row += 1
+            gone = self._failed_in_a_row >= min(GONE_CLIPS, len(self.utterances))
+        if gone:
+            raise StorageGone(f"the data cannot be reached any more: {error}")
+        log.warning("not reached, tried again in the next epoch: %s", error)
 
     def _decode(self, utterance: Utterance) -> np.ndarray:
         audio, is_section = utterance.audio_path, utterance.offset_s is not None

@@ -7,9 +7,26 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from fastconformer import cli
+
 
 class Stopped(Exception):
-    """SIGINT or SIGTERM asked for an end."""
+    """SIGINT or SIGTERM asked for an end; `signal` says which."""
+
+    def __init__(self, text: str, number: signal.Signals = signal.SIGTERM):
+        super().__init__(text)
+        self.signal = number
+
+    def end(self) -> int:
+        """A command's exit status: of Ctrl-C 130, after the line that says where it stands.
+
+        Raises:
+            Failed: it was another signal.
+        """
+        if self.signal != signal.SIGINT:
+            raise cli.Failed(str(self)) from None
+        print(self, file=sys.stderr)
+        return 130
 
 
 def tensorboard(folder: Path, step: int):
@@ -26,13 +43,13 @@ def stop_signals() -> Iterator[Callable[[], None]]:
     def note(number, frame):
         if received:  # the second one does not wait
             raise KeyboardInterrupt
-        received.append(signal.Signals(number).name)
+        received.append(signal.Signals(number))
 
     before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
 
     def check_stop():
         if received:
-            raise Stopped(f"stopped by {received[0]}")
+            raise Stopped(f"stopped by {received[0].name}", received[0])
 
     try:
         yield check_stop

@@ -104,6 +104,33 @@ def save_checkpoint(
     return path
 
 
+def resume_newest(
+    paths: list[Path], model, optimizer, ema: EMA | None, recipe: Recipe, ranks: Ranks = ONE
+) -> RunState:
+    """`resume` from the newest of these checkpoints, oldest first, that can be read; damaged ones
+    are renamed, so that they count no more.
+
+    Raises:
+        ValueError: none of them can be read; of the newest.
+    """
+    first_error, damaged = None, []
+    for path in reversed(paths):
+        try:
+            state = resume(path, model, optimizer, ema, recipe)
+        except ValueError as error:
+            first_error = first_error or error
+            damaged.append(path)
+            continue
+        ranks.barrier()  # all have read
+        for bad in damaged:
+            log.warning("%s is damaged, and is now %s.damaged", bad, bad.name)
+            if ranks.is_main:
+                bad.rename(bad.with_name(f"{bad.name}.damaged"))
+        log.info("resuming after step %d from %s", state.step, path)
+        return state
+    raise first_error
+
+
 def resume(path: Path, model, optimizer, ema: EMA | None, recipe: Recipe) -> RunState:
     """Load `save_checkpoint`'s file into model, optimizer and moving average.
 
@@ -118,7 +145,7 @@ def resume(path: Path, model, optimizer, ema: EMA | None, recipe: Recipe) -> Run
         if ema is not None:
             ema.load_state_dict(cut_like(state["ema"] or {}, ema.average), model)
         progress = RunState(**state["progress"] | {"kept": Kept(**state["progress"]["kept"])})
-    except (RuntimeError, KeyError, TypeError, ValueError, pickle.UnpicklingError) as error:
+    except (RuntimeError, KeyError, TypeError, ValueError, EOFError, pickle.PickleError) as error:
         raise ValueError(
             f"cannot resume from {path}: {' '.join(str(error).split())[:300]}; "
             "remove it to go on from an older one, or choose another output folder"

@@ -10,7 +10,7 @@ from pathlib import Path
 from fastconformer.checkpoint.native import write_native
 from fastconformer.checkpoint.read import read_checkpoint
 from training.data.json_lines import append_line, read_lines
-from training.data.store import Batch
+from training.data.store import Batch, StorageGone
 from training.data.stream import training_batches
 from training.loop.batch_norm import StepStatistics
 from training.loop.console import Stopped, progress_bar, stop_signals
@@ -58,10 +58,11 @@ def train_stage(recipe: Recipe, ranks: Ranks, baseline: dict | None, entry: dict
                 if progress.step >= max_steps or progress.ended:
                     break
                 stop_together(raise_stopped, ranks)
-                batches = []
+                batches, position = [], (progress.epoch, progress.batch)
                 while len(batches) < len(run.share.mine):
-                    progress.epoch, progress.batch, batch = next(stream)
+                    *position, batch = next(stream)
                     batches.append(batch.to(run.device))
+                progress.epoch, progress.batch = position
                 loss = take_step(run, batches)
                 show(progress.step, loss)
                 entry |= summary(progress, recipe)
@@ -75,7 +76,14 @@ def train_stage(recipe: Recipe, ranks: Ranks, baseline: dict | None, entry: dict
             run.save()
         except Stopped as stop:
             path = run.save()
-            raise Stopped(f"{stop}; saved {path}, the same command goes on from there") from None
+            told = f"{stop}; saved {path}, the same command goes on from there"
+            raise Stopped(told, stop.signal) from None
+        except StorageGone as error:
+            if ranks.world > 1:  # the others wait elsewhere: torchrun ends them
+                raise
+            path = run.save()
+            told = f"{error}; saved {path}, the same command goes on from there"
+            raise StorageGone(told) from None
         finally:
             stream.close()
 

@@ -36,6 +36,7 @@ MEANINGS = {  # prefixes of keys; the longest decides
     "optim.lr": "how far a step goes; too high forgets the checkpoint in the first hundred steps",
     "optim": "how the optimizer moves",
     "schedule": "how the rate rises and falls",
+    "prompt": "other values of a prompt's slots",
     "retain": "how much of the original is held on to",
     "trainer.max_steps": "how long it learns",
     "trainer.epochs": "how long it learns",

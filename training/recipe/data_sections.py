@@ -49,6 +49,7 @@ class DataRecipe:
     batch_duration_s: float | str | None = None
     batch_memory_gb: float | None = key(None, above=0)  # for "auto"; null: nearly all that is free
     quadratic_duration_s: float | None = key(None, above=0)  # a clip of d s counts d + d^2 / this
+    retry: int = key(4, at_least=0)  # tries more of files out of reach, 0.5, 1, 2 ... s later
     num_workers: int = key(2, at_least=0)  # threads that read ahead; 0 reads in the loop
     cache_gb: float = key(4.0, at_least=0)  # decoded audio stays in memory when all fits in this
 

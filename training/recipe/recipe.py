@@ -94,9 +94,9 @@ def load_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recip
         check_yaml_depth(b"" if path.suffix == ".sh" else path.read_bytes())
         is_script = path.suffix == ".sh"  # FunASR's fine-tuning is a script with overrides in it
         tree = OmegaConf.create(read_script(path)) if is_script else OmegaConf.load(path)
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
-        detail = " ".join(str(error).split())
-        raise ValueError(f"{path}: not a readable YAML file: {detail}") from None
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
+        detail = " ".join(str(error).split())  # an OSError: a number alone is no tree to OmegaConf
+        raise ValueError(f"{path}: not a readable YAML file of sections: {detail}") from None
     if not OmegaConf.is_dict(tree):
         raise ValueError(f"{path}: expected sections such as `data:`, found {tree!r}")
     for override in overrides:
@@ -207,6 +207,10 @@ def check_together(recipe: Recipe) -> None:
             f"guard.set is {recipe.guard.set!r}, data.validation has "
             f"{', '.join(recipe.data.validation) or 'none'}"
         )
+    if not recipe.data.validation:
+        for field in dataclasses.fields(recipe.keep):
+            if getattr(recipe.keep, field.name) != field.default:
+                raise ValueError(f"keep.{field.name} needs data.validation: nothing is measured")
     if recipe.schedule.min_lr > recipe.optim.lr:
         raise ValueError(
             f"schedule.min_lr {recipe.schedule.min_lr} is above optim.lr {recipe.optim.lr}"

@@ -20,7 +20,7 @@ from training.loop.run_folder import (
     RunState,
     checkpoint_paths,
     prune_top,
-    resume,
+    resume_newest,
     save_checkpoint,
 )
 from training.objective.objective import Objective
@@ -127,8 +127,7 @@ def set_up(recipe: Recipe, ranks: Ranks, baseline: dict | None) -> Run:
 
     progress = RunState()
     if checkpoints:
-        progress = resume(checkpoints[-1], model, optimizer, ema, recipe)
-        log.info("resuming after step %d from %s", progress.step, checkpoints[-1])
+        progress = resume_newest(checkpoints, model, optimizer, ema, recipe, ranks)
     ranks.barrier()  # nobody looks for checkpoints any more
     if ranks.is_main:
         for name in ("log.jsonl", "nonfinite.jsonl"):
