@@ -54,7 +54,8 @@ def language_model_scorer(
     """The scorer for what the model's words are: the tokenizer's pieces, tokens as NeMo's KenLM
     scripts write them, or whole words. `bonus` is added for each token or word; None: for words
     what an average one costs, since the audio's scores have no such cost that would be saved by
-    not ending a word."""
+    not ending a word. A word that the model does not know then costs that much, once: by the
+    model's own account three unknown words cost far more than one, and would be glued together."""
     names = [word for word in model.words if word not in _MARKERS]
     # a file of words between spaces spells a space otherwise
     space = "<space>" if "<space>" in model.words else "▁"
@@ -65,8 +66,9 @@ def language_model_scorer(
     as_nemo = sum(len(name) == 1 and ord(name) in encoded for name in names)
     most = 0.9 * len(names)
     if max(as_pieces, as_nemo) < most:
-        bonus = weight * model.entropy() if bonus is None else bonus
-        return WordScorer(model, tokenizer, weight, bonus, device)
+        average = weight * model.entropy()
+        costs = (average, -average) if bonus is None else (bonus, None)
+        return WordScorer(model, tokenizer, weight, *costs, device)
     if as_nemo > as_pieces:
         spelled = [chr(i) for i in encoded]
     return TokenScorer(model, spelled, weight, bonus or 0.0, device)
@@ -102,11 +104,13 @@ class WordScorer:
 
     The state holds the model's state and a hash of the word so far, which pieces extend without
     text: hash(ab) = hash(a) * base ** len(b) + hash(b). Upper case and punctuation that the model's
-    words do not have are passed over.
+    words do not have are passed over. `unknown`: the score of a word that the model does not know,
+    None: the model's.
     """
 
-    def __init__(self, model: NGramModel, tokenizer: Tokenizer, weight, bonus, device):
+    def __init__(self, model: NGramModel, tokenizer: Tokenizer, weight, bonus, unknown, device):
         self.model, self.weight, self.bonus = model.to(device), weight, bonus
+        self.unknown = unknown
         self.hashes, self.ids = _hashed_words(model, device)
         chars = {char for word in model.words if word not in _MARKERS for char in word}
         lower = not any(char.isupper() for char in chars)
@@ -133,8 +137,11 @@ class WordScorer:
         at = torch.searchsorted(self.hashes, word.contiguous()).clamp(max=len(self.hashes) - 1)
         known = self.hashes[at] == word
         score, after = self.model.score(state, torch.where(known, self.ids[at], self.model.unk_id))
+        score = self.weight * score + self.bonus
+        if self.unknown is not None:
+            score = torch.where(known, score, self.unknown)
         empty = word == 0
-        score = torch.where(empty, 0.0, self.weight * score + self.bonus)
+        score = torch.where(empty, 0.0, score)
         return score, torch.where(empty, state, after)
 
     def score(self, states, tokens):

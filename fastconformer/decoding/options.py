@@ -22,7 +22,8 @@ class DecodingOptions:
     lm: an ARPA file (.gz too), or the NGramModel that `read_arpa` gave, of words or of tokens.
     lm_weight: of its log-probabilities beside the audio's; lm_bonus: nats added for each word (or
         token, as the model has it), against texts that become too short. None: for a model of
-        words what an average word of it costs, for one of tokens nothing.
+        words what an average word of it costs, and a word that it does not know costs as much; for
+        one of tokens nothing.
     boost: phrases to expect, with nats for each piece they are written with, or phrases alone,
         which get `boost_weight`.
     allow: languages, scripts or pieces that may occur; empty: all.

@@ -151,14 +151,21 @@ def normalize_none(text: str) -> str:
     return text
 
 
+# What people type for an apostrophe; NFKC makes a space of some.
+_APOSTROPHES = dict.fromkeys(map(ord, "\u2018\u2019\u201b\u2032\u02bc\u00b4`"), "'")
+_PARTING = "\u200b\u200c"  # format characters that part words: SentencePiece makes spaces of them
+
+
 def normalize_basic(text: str) -> str:
     """Unicode NFKC, lower case, no punctuation or symbols, single spaces.
 
     An apostrophe between two letters or digits stays (typographic ones become '); every other
-    punctuation mark or symbol parts words, as a space does.
+    punctuation mark or symbol parts words, as a space does. Format characters vanish (joiners, soft
+    hyphens, marks of direction), but those that part words.
     """
-    text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).lower())
-    text = text.translate({0x2018: "'", 0x2019: "'", 0x02BC: "'"})
+    text = unicodedata.normalize("NFKC", text.translate(_APOSTROPHES)).lower()
+    text = unicodedata.normalize("NFKC", text).replace("i\u0307", "i")  # of a Turkish capital
+    text = "".join(c for c in text if unicodedata.category(c) != "Cf" or c in _PARTING)
     kept = []
     for k, c in enumerate(text):
         around = text[max(k - 1, 0) : k + 2]

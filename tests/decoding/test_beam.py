@@ -3,6 +3,7 @@
 import gzip
 import itertools
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,11 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_decoding import DURATIONS, D, V, transducer
 
+from fastconformer import load_model
 from fastconformer.decoding import ctc_align, read_arpa, transducer_greedy
 from fastconformer.decoding.ctc_beam import ctc_beam
 from fastconformer.decoding.fusion import Fusion, PhraseScorer, language_model_scorer
 from fastconformer.decoding.transducer_beam import transducer_beam
 from fastconformer.text.tokenizer import CharTokenizer
+
+ROOT = Path(__file__).parents[2]
+BASE = ROOT / "models" / "base_tiny.nemo"
 
 
 def collapsed(path, blank):
@@ -301,3 +306,22 @@ def test_fusion_changes_what_a_beam_finds(tmp_path):
     model = language_model_scorer(read_arpa(tmp_path / "lm.arpa"), CHARS, 0.5, 0.0, "cpu")
     for scorer in (model, PhraseScorer({"cat": 0.3}, CHARS, "cpu")):
         assert CHARS.decode(ctc_beam(log_probs, n, 8, Fusion([scorer]))[0].tokens).strip() == "cat"
+
+
+def test_words_that_the_model_lacks_are_not_glued(tmp_path):
+    """A small model of another domain: an unknown word costs what an average known one does, and
+    the words of real speech stay apart."""
+    (tmp_path / "lm.arpa").write_text(ARPA)
+    model = read_arpa(tmp_path / "lm.arpa")
+    scorer = language_model_scorer(model, CHARS, 0.5, None, "cpu")
+    average = 0.5 * model.entropy()
+    (nothing, one, three) = (total(scorer, text) for text in ("", "dog", "dog got toad"))
+    assert (one - nothing, three - nothing) == pytest.approx((-average, -3 * average), abs=0.6)
+    assert three - one == pytest.approx(-2 * average, abs=1e-4)
+    speech = load_model(BASE)
+    clips = [ROOT / "samples" / "jfk.flac", ROOT / "samples" / "sentence.wav"]
+    for head in ("ctc", "tdt"):
+        alone = speech.transcribe(clips, head=head, beam=4)
+        with_lm = speech.transcribe(clips, head=head, beam=4, lm=model)
+        counts = [sum(len(t.text.split()) for t in found) for found in (alone, with_lm)]
+        assert counts[1] >= 0.8 * counts[0]

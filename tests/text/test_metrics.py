@@ -146,3 +146,22 @@ def test_bootstrap_checks_lengths():
         bootstrap_difference([1], [1, 2], [3, 4])
     with pytest.raises(ValueError, match="at least one"):
         bootstrap_difference([], [], [])
+
+
+@pytest.mark.parametrize(
+    ("written", "spoken"),
+    [
+        ("क्\u200dया हाल है", "क्या हाल है"),  # a joiner
+        ("die auto\u00adbahn", "die autobahn"),  # a soft hyphen
+        ("zusammen\u2060gesetzt", "zusammengesetzt"),
+        ("\u200fשלום\u200e", "שלום"),  # marks of direction
+        ("می\u200cروم", "می روم"),  # parts words, as SentencePiece has it
+        ("İzmir'de", "izmir'de"),
+        ("don\u00b4t go", "don't go"),
+        ("l\u2032été", "l'été"),
+        ("o\u201bneil", "o'neil"),
+        ("rock`n roll", "rock'n roll"),
+    ],
+)
+def test_what_is_not_heard_is_no_error(written, spoken):
+    assert normalize_basic(written) == normalize_basic(spoken)
