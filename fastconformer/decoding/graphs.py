@@ -9,13 +9,16 @@ from .label_loop import LabelLoop, window_frames
 
 
 class GraphCache:
-    """CUDA graphs of the label loop for a few batch shapes, kept by a model between calls.
+    """CUDA graphs of the label loop for a few numbers of clips, kept by a model between calls.
 
-    Shapes are rounded up, so that few graphs serve many batches; clips that are not there have
-    length 0. One call at a time uses it. A copy of the model starts with an empty one.
+    The number of clips is rounded up, and their frames lie in one line of fixed size, so that one
+    graph serves nearly all batches of a run; clips that are not there have length 0. One call at a
+    time uses it. A copy of the model starts with an empty one.
     """
 
     SHAPES = 4  # graphs kept; each holds a batch of projected frames
+    FRAMES = 512  # of a clip, that a graph has room for: 40 s; the whole line is shared
+    ROWS = 2048  # of a graph, at least
     STEPS = 16  # steps in a graph: what is wasted at the end against what a launch costs
 
     def __init__(self):
@@ -33,7 +36,10 @@ class GraphCache:
         late, and so never waits for the device while there is work."""
         with self.lock:
             loop, replay = self._loop(projected, options)
-            loop.projected[: projected.shape[0], : projected.shape[1]].copy_(projected)
+            batch, n_frames = projected.shape[:2]
+            loop.projected[: batch * n_frames].copy_(projected.flatten(0, 1))
+            loop.starts.zero_()
+            loop.starts[:batch].copy_(loop.rows[:batch] * n_frames)
             loop.begin(lengths)
             ints, floats, before = [], [], None
             while True:
@@ -53,23 +59,26 @@ class GraphCache:
     def _loop(self, projected: torch.Tensor, options: tuple):
         """A loop with room for `projected`, and the function that replays its steps."""
         decoder, joint, blank, durations, max_symbols, bias, confidence = options
-        batch, frames = (_round_up(max(1, n)) for n in projected.shape[:2])
+        batch = _round_up(max(1, len(projected)))
         # a graph reads its weights where they lay when it was made
         weights = tuple(p.data_ptr() for m in (decoder, joint) for p in m.parameters())
         tokens = None if bias is None else tuple(bias.tolist())
-        key = batch, frames, projected.dtype, projected.device, weights, tokens, confidence
+        key = batch, projected.dtype, projected.device, weights, tokens, confidence
         key += (blank, durations, max_symbols)
-        if key in self.graphs:
+        rows = max(self.ROWS, self.FRAMES * batch)
+        while rows < projected.shape[0] * projected.shape[1]:
+            rows *= 2
+        if key in self.graphs and len(self.graphs[key][0].projected) >= rows:
             self.graphs.move_to_end(key)
             return self.graphs[key]
+        self.graphs.pop(key, None)  # it has too little room
         while len(self.graphs) >= self.SHAPES:
             self.graphs.popitem(last=False)
         # kept for later calls, which may run outside of an inference mode that holds now
         with torch.inference_mode(False), torch.no_grad():
             loop = LabelLoop(*options, batch, window_frames(batch, projected.device), self.STEPS)
-            loop.projected = torch.zeros(
-                batch, frames, projected.shape[2], dtype=projected.dtype, device=projected.device
-            )
+            shape = rows, projected.shape[2]
+            loop.projected = torch.zeros(shape, dtype=projected.dtype, device=projected.device)
 
             def replay():
                 for i in range(self.STEPS):

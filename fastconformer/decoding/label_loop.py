@@ -42,14 +42,14 @@ class LabelLoop:
         self.frame = torch.zeros(batch, dtype=torch.long, device=device)
         self.on_frame = torch.zeros_like(self.frame)  # tokens emitted on the current frame
         self.lengths = torch.zeros_like(self.frame)
-        self.source = self.rows  # row of `projected` that each clip reads
+        self.starts = torch.zeros_like(self.frame)  # row of `projected` with a clip's first frame
         self.predicted = weight.new_zeros(batch, weight.shape[0])
         shape = decoder.n_layers, batch, decoder.hidden
         self.h, self.c = weight.new_zeros(shape), weight.new_zeros(shape)
         # of each step: token (-1: none), frame, duration; log-probability, confidence
         self.int_records = torch.zeros(n_steps, 3, batch, dtype=torch.long, device=device)
         self.float_records = torch.zeros(n_steps, 2, batch, device=device)
-        self.projected = None
+        self.projected = None  # (rows, J): the frames of all clips, in one line
 
     def begin(self, lengths: torch.Tensor, state: list[torch.Tensor] | None = None):
         """To the first frame of every clip, or where `state` (as of `state()`) says; `projected` is
@@ -78,7 +78,8 @@ class LabelLoop:
     def run(self, projected: torch.Tensor, lengths: torch.Tensor, state=None):
         """Step by step, from `state` or the start, to the end -> records (S, 3, B) and (S, 2, B),
         the state at the end."""
-        self.projected = projected
+        self.projected = projected.flatten(0, 1)
+        self.starts.copy_(self.rows * projected.shape[1])
         self.begin(lengths, state)
         ints, floats = [self.int_records[:0]], [self.float_records[:0]]
         ended = not bool((self.frame < self.lengths).any())
@@ -99,7 +100,7 @@ class LabelLoop:
         frames = self.frame[:, None] + self.window  # (B, W)
         inside = torch.minimum(frames, (self.lengths - 1).clamp(min=0)[:, None])
         logits = self.joint.step(
-            self.projected[self.source[:, None], inside], self.predicted[:, None]
+            self.projected[self.starts[:, None] + inside], self.predicted[:, None]
         )
         token_logits = logits[..., : self.blank + 1]
         if self.bias is not None:

@@ -91,7 +91,8 @@ def _begin_again(projected, limits, rows, ended, options, to_the_end=False):
     """
     n, device = len(rows), projected.device
     loop = LabelLoop(*options, 2 * n, window_frames(2 * n, device))
-    loop.projected, loop.source = projected, torch.cat((rows, rows))
+    loop.projected = projected.flatten(0, 1)
+    loop.starts = torch.cat((rows, rows)) * projected.shape[1]
     ends = limits[rows]
     loop.begin(torch.cat((ends, ends)))
     parts = loop.frame[:, None], loop.on_frame[:, None], loop.predicted, loop.h, loop.c

@@ -156,6 +156,6 @@ class RelPositionMultiHeadAttention(nn.Module):
 def _relative_shift(x: torch.Tensor, t: int) -> torch.Tensor:
     """Scores of N successive queries by falling distance, (B, H, N, T+N-1), -> by key,
     (B, H, N, T): row i takes columns N-1-i ... N-1-i+T-1."""
-    b, h, n, w = x.shape
-    x = x.contiguous()
-    return x.as_strided((b, h, n, t), (h * n * w, n * w, w - 1, 1), x.storage_offset() + n - 1)
+    n, w = x.shape[2:]
+    # Rows of w - 1 in a row, from N - 1 on: a view, which torch.compile follows.
+    return x.flatten(2)[..., n - 1 :].unfold(2, t, max(1, w - 1))[:, :, :n]

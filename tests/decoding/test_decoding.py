@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from fastconformer.config import JointConfig, PredictionConfig
 from fastconformer.decoding import Confidence, GraphCache, ctc_greedy, segments, transducer_greedy
+from fastconformer.decoding import graphs as graphs_module
 from fastconformer.decoding import transducer as transducer_module
 from fastconformer.decoding.label_loop import LabelLoop
 from fastconformer.networks.heads import Joint, PredictionNetwork
@@ -182,3 +183,28 @@ def test_segments_decoded_side_by_side_equal_one_after_the_other(durations, forg
             assert a.score == pytest.approx(b.score, abs=1e-2)
             assert a.confidences == pytest.approx(b.confidences, abs=1e-3)
     assert max(met) > 0.5 if forgetful else len(met) > 3  # else nothing was gained or tried
+
+
+def test_an_hour_of_clips_makes_few_graphs(monkeypatch):
+    """Batches of 64, sorted by length, with clips tried again alone: a graph serves them whatever
+    their frames; a longer clip than it has room for makes a larger one."""
+    decoder, joint = transducer(5)
+    graphs, built = GraphCache(), []
+    build = graphs_module.LabelLoop
+    monkeypatch.setattr(
+        graphs_module, "LabelLoop", lambda *a: built.append(a[7]) or build(*a)
+    )  # fmt: skip
+    seconds = torch.exp(2.3 + 0.6 * torch.randn(2000, generator=torch.manual_seed(0)))
+    seconds = seconds.clamp(1.5, 35.0)
+    seconds = seconds[: int((seconds.cumsum(0) < 3600).sum())].sort(descending=True).values
+    frames = (seconds * 12.5).long() + 1
+    options = decoder, joint, V, (0, 1, 2, 3, 4), 10, None, None
+    for batch in frames.split(64):
+        for lengths in (batch, batch[:1] // 2 + 1):
+            projected = torch.zeros(len(lengths), int(lengths.max()), 8)
+            graphs._loop(projected, options)
+    assert len(built) <= 8 and max(built) == 64
+    before = len(built)
+    assert len(graphs._loop(torch.zeros(1, 5000, 8), options)[0].projected) >= 5000
+    graphs._loop(torch.zeros(1, 400, 8), options)
+    assert len(built) == before + 1
