@@ -15,6 +15,7 @@ from training.data.store import collate
 from training.data.utterances import read_utterances
 from training.objective.objective import batch_loss, make_views, objective_of, views_loss
 from training.recipe.data_sections import SpecAugmentRecipe
+from training.recipe.recipe import load_recipe
 from training.recipe.sections import LossRecipe, ModelRecipe, PromptRecipe
 from training.setup.start import build_model
 
@@ -231,6 +232,81 @@ def test_frozen_all_but_the_decoder(tmp_path):
     assert {name for name in moved if name.startswith("encoder.")} == {
         name for name in before if "batch_norm.running" in name or "num_batches_tracked" in name
     }
+
+
+NEMO = """
+name: canary
+init_from_nemo_model: {archive}
+spl_tokens: {{model_dir: spl, tokens: [translate, transcribe, en, de], force_rebuild: false}}
+model:
+  sample_rate: 16000
+  label_smoothing: 0.1
+  use_loss_mask_for_prompt: true
+  log_prediction: true
+  prompt_format: canary2
+  prompt_defaults:
+    - {{role: user, slots: {{source_lang: "<|en|>", target_lang: "<|en|>", pnc: "<|pnc|>"}}}}
+  model_defaults: {{asr_enc_hidden: 40, lm_enc_hidden: 48, lm_dec_hidden: 48}}
+  train_ds:
+    use_lhotse: true
+    manifest_filepath: train.jsonl
+    sample_rate: ${{model.sample_rate}}
+    shuffle: true
+    num_workers: 8
+    batch_duration: 360
+    quadratic_duration: 15
+    use_bucketing: true
+    num_buckets: 20
+    bucket_buffer_size: 20000
+    text_field: text
+    lang_field: target_lang
+    max_duration: 40.0
+    min_duration: 0.1
+    concurrent_bucketing: false
+  validation_ds: {{use_lhotse: true, manifest_filepath: dev.jsonl, batch_size: 8, shuffle: false}}
+  tokenizer:
+    dir: null
+    type: agg
+    langs: {{spl_tokens: {{dir: spl, type: bpe}}, en: {{dir: en, type: bpe}}}}
+    custom_tokenizer: {{_target_: x.CanaryTokenizer, tokenizers: null}}
+  preprocessor: {{features: 128}}
+  spec_augment: {{_target_: x.SpectrogramAugmentation, freq_masks: 2, time_masks: 10,
+    freq_width: 27, time_width: 0.05}}
+  encoder: {{n_layers: 2}}
+  transf_encoder: {{num_layers: 0}}
+  transf_decoder: {{config_dict: {{max_sequence_length: 128, num_layers: 2}}}}
+  head: {{num_layers: 1, activation: relu, log_softmax: true}}
+  decoding: {{strategy: beam, beam: {{beam_size: 1, len_pen: 0.0, max_generation_delta: 50}}}}
+  loss:
+    _target_: x.SmoothedCrossEntropyLoss
+    label_smoothing: ${{model.label_smoothing}}
+  optim:
+    name: adamw
+    lr: 3e-4
+    betas: [0.9, 0.98]
+    weight_decay: 1e-3
+    sched: {{name: InverseSquareRootAnnealing, warmup_steps: 2500, min_lr: 1e-6}}
+trainer: {{devices: -1, accelerator: cpu, max_steps: 100, precision: bf16-mixed,
+  accumulate_grad_batches: 1, gradient_clip_val: 0.0}}
+exp_manager: {{exp_dir: out, checkpoint_callback_params: {{monitor: val_loss, mode: min}}}}
+"""
+
+
+def test_nemos_own_configuration_is_taken(tmp_path):
+    """speech_to_text_aed.yaml as people copy it: the architecture is the checkpoint's, data,
+    loss and optimizer the file's."""
+    case = load_case("canary_flash_agg")
+    path = tmp_path / "speech_to_text_aed.yaml"
+    path.write_text(NEMO.format(archive=case.folder / "model.nemo"))
+    recipe = load_recipe(path)
+    assert recipe.loss.label_smoothing == 0.1 and recipe.loss.mask_prompt is True
+    assert recipe.optim.lr == 3e-4 and recipe.schedule.name == "inverse_sqrt"
+    assert recipe.data.batch_duration_s == 360 and recipe.data.lang_field == "target_lang"
+    model = build_model(recipe.model, recipe.loss, 0)
+    assert model.config.loss.label_smoothing == 0.1 and model.config.loss.mask_prompt
+    path.write_text(NEMO.format(archive="null"))
+    with pytest.raises(ValueError, match="init_from_nemo_model"):
+        load_recipe(path)
 
 
 def spanish(folder):

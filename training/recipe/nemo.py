@@ -54,6 +54,16 @@ WITHOUT_EFFECT = {
     "model.joint": CHECKPOINTS,
     "model.aux_ctc": CHECKPOINTS,
     "model.loss": CHECKPOINTS,
+    "model.transf_encoder": CHECKPOINTS,
+    "model.transf_decoder": CHECKPOINTS,
+    "model.head": CHECKPOINTS,
+    "model.prompt_format": CHECKPOINTS,
+    "model.prompt_defaults": CHECKPOINTS,
+    "model.multitask_metrics_cfg": "WER and CER are measured; see fastconformer.evaluate",
+    "model.train_ds.prompt_format": CHECKPOINTS,
+    "model.train_ds.pretokenize": "texts are tokenized once, at the start",
+    "model.train_ds.concurrent_bucketing": "batches are of like durations anyway",
+    "spl_tokens": "the checkpoint's tokenizer stays",
     "model.interctc": CHECKPOINTS,
     "model.labels": CHECKPOINTS,
     "model.model_defaults": CHECKPOINTS,
@@ -235,6 +245,11 @@ def _start(tree: dict, found: Translation) -> bool:
         found.set("model.init_from", start, "init_from_pretrained_model")
     take("init_from_ptl_ckpt") and found.refuse("init_from_ptl_ckpt", "convert it: converters")
     scratch = start is None and "encoder" in model
+    if scratch and "transf_decoder" in model:
+        found.refuse(
+            "model.transf_decoder",
+            "multi-task models are not trained from scratch here; give init_from_nemo_model=FILE",
+        )
     kind = take("model.tokenizer.type")
     if scratch:
         section = {k: v for k, v in model.items() if k in ARCHITECTURE}
@@ -274,6 +289,8 @@ def _model_class(model: dict) -> str:
 
 def _losses(found: Translation) -> None:
     take = found.take
+    take("model.label_smoothing", "loss.label_smoothing", float)
+    take("model.use_loss_mask_for_prompt", "loss.mask_prompt", bool)
     for loss in ("tdt", "warprnnt_numba"):
         take(f"model.loss.{loss}_kwargs.fastemit_lambda", "loss.fastemit_lambda", float)
     for key in ("sigma", "omega"):
@@ -359,6 +376,10 @@ def _keeping(found: Translation) -> None:
     take = found.take
     section = "exp_manager.checkpoint_callback_params"
     metrics = {"val_wer": "wer", "val_cer": "cer", "train_loss": "train_loss"}
+    multi_task = any(key.startswith("model.transf_decoder.") for key in found.left)
+    if multi_task and found.left.get(f"{section}.monitor") == "val_loss":  # their default
+        found.left.pop(f"{section}.monitor")
+        found.unused.append((f"{section}.monitor", "the WER of validation decides, not its loss"))
     monitor = found.left.get(f"{section}.monitor")
     if monitor is not None and monitor not in metrics:
         known = ", ".join(metrics)
