@@ -50,7 +50,7 @@ EXPORT = ["onnx>=1.16", "onnxruntime>=1.18"]
 QUICKSTART = [*TRAIN, "espeakng-loader>=0.2.4"]
 MEDIA = ["av>=14"]  # PyAV: its wheels bring FFmpeg
 HUB = ["huggingface_hub>=0.30"]
-EVAL = ["whisper-normalizer>=0.1.10"]
+EVAL = ["whisper-normalizer>=0.1.10", "sacrebleu>=2.4"]
 SERVE = ["starlette>=0.45", "uvicorn>=0.30", "python-multipart>=0.0.18", "websockets>=13"]
 LLM = ["tokenizers>=0.20"]  # Qwen's tokenizer, of Fun-ASR-Nano
 

@@ -52,9 +52,44 @@ def evaluate(model, clips, head=None, batch_size=16, normalizer="basic", **decod
         "empty_outputs": sum(not text.strip() for text in hypotheses),
         "raw": _corpus(references, hypotheses, "none"),
         "normalized": _corpus(references, hypotheses, normalizer),
+        **_by_pair(utterances, normalizer),
         "n_skipped": len(skipped),
         "skipped": skipped,
         "utterances": utterances,
+    }
+
+
+def _by_pair(utterances: list[dict], normalizer: str) -> dict:
+    """{"pairs": {"de-en": counts}} of lines that say what is spoken and what is written; of
+    translations also corpus BLEU and chrF, where sacrebleu is installed."""
+    pairs: dict[str, list[dict]] = {}
+    for utterance in utterances:
+        if "pair" in utterance:
+            pairs.setdefault(utterance["pair"], []).append(utterance)
+    found = {}
+    for pair, members in sorted(pairs.items()):
+        references = [u["reference"] for u in members]
+        hypotheses = [u["hypothesis"] for u in members]
+        source, _, target = pair.partition(">")
+        found[pair] = {
+            "n_utterances": len(members),
+            "raw": _corpus(references, hypotheses, "none"),
+            "normalized": _corpus(references, hypotheses, normalizer),
+            **(translation_scores(references, hypotheses) if source != target else {}),
+        }
+    return {"pairs": found} if found else {}
+
+
+def translation_scores(references: list[str], hypotheses: list[str]) -> dict:
+    """{"bleu": ..., "chrf": ...} of a corpus, 0 to 100; empty without sacrebleu, which the extra
+    `eval` brings."""
+    try:
+        import sacrebleu  # optional
+    except ModuleNotFoundError:
+        return {}
+    return {
+        "bleu": round(sacrebleu.corpus_bleu(hypotheses, [references]).score, 4),
+        "chrf": round(sacrebleu.corpus_chrf(hypotheses, [references]).score, 4),
     }
 
 
@@ -73,6 +108,9 @@ def _utterance(clip: Clip, transcript, normalizer: str) -> dict:
     raw = word_errors([clip.text], [transcript.text])
     normalized = _normalized_errors(clip.text, transcript.text, normalizer)
     section = {} if clip.offset_s is None else {"offset": clip.offset_s}
+    source, target = (clip.others.get(f"{end}_lang") for end in ("source", "target"))
+    if source or target:
+        section["pair"] = f"{source or '?'}>{target or '?'}"
     return {"audio": clip.audio} | section | {
         "duration": round(transcript.duration, 6),
         "reference": clip.text,
@@ -241,6 +279,14 @@ def table(results: dict) -> str:
                 f"{unit + ' ' + label:12}{100 * part[rate]:8.2f}{part[prefix + 'errors']:9d}"
                 f"{part[total]:9d}{counts[0]:7d}{counts[1]:7d}{counts[2]:7d}"
             )
+    for pair, scores in results.get("pairs", {}).items():
+        text = f"{pair}: {scores['n_utterances']} utterances, WER {name} "
+        text += f"{100 * scores['normalized']['wer']:.2f} %"
+        if "bleu" in scores:
+            text += f", BLEU {scores['bleu']:.2f}, chrF {scores['chrf']:.2f}"
+        elif len(set(pair.split(">"))) > 1:
+            text += '; BLEU and chrF need pip install -e ".[eval]"'
+        lines.append(text)
     return "\n".join(lines)
 
 

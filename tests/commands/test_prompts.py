@@ -74,3 +74,13 @@ def test_manifest_lines_bring_their_own(clips, tmp_path, capsys):
     assert evaluate.main([str(manifest), *MODEL, "-o", str(result)]) == 0
     found = json.loads(result.read_text())
     assert [one["hypothesis"] for one in found["utterances"]] == texts
+    assert [*found["pairs"]] == ["de>en", "en>de"]
+    assert all(scores["raw"]["wer"] == 0 for scores in found["pairs"].values())
+    said = capsys.readouterr().out
+    assert "de>en: 1 utterances, WER basic 0.00 %" in said
+    try:
+        import sacrebleu  # noqa: F401
+    except ModuleNotFoundError:
+        assert "BLEU" not in said
+    else:
+        assert found["pairs"]["de>en"]["bleu"] == pytest.approx(100)
