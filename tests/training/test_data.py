@@ -45,6 +45,11 @@ def usable(folder, lines, encoder_frames=None, **limits):
     return kept, bad + unusable
 
 
+def test_a_cap_of_tokens(folder):
+    kept, dropped = usable(folder, [entry(1, text="abc"), entry(2, text="abcd")], max_tokens=3)
+    assert [u.text for u in kept] == ["abc"] and dropped[0].reason == "too_many_tokens"
+
+
 def test_text_and_language_by_other_keys_and_in_files(folder):
     (folder / "said.txt").write_text("from a\n file")
     lines = [

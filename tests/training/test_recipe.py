@@ -147,6 +147,26 @@ def test_what_is_kept_needs_something_measured(recipe_file, key):
         load_recipe(recipe_file(), ["data.validation={}", f"keep.{key}"])
 
 
+def test_sources_are_overridden_by_name(recipe_file):
+    text = MINIMAL.replace("train: train.jsonl", "train: [a/train.jsonl, {manifest: b, name: tv}]")
+    path = recipe_file(text)
+    recipe = load_recipe(path, ["data.train.tv.max_clips=15000", "data.train.train.lang=hi"])
+    first, second = recipe.data.sources
+    assert (first.manifest, first.lang, second.max_clips) == ("a/train.jsonl", "hi", 15000)
+    off = load_recipe(path, ["data.train.tv.weight=0"]).data
+    assert [source.manifest for source in off.sources] == ["a/train.jsonl"]
+    for override, message in (
+        ("data.train.tv.max_clip=3", "did you mean max_clips"),
+        ("data.train.radio.weight=1", "has no source of that name, but train, tv"),
+        ("data.train.tv.weight=2", "1 of 2 entries have a weight"),
+        ("data.train.tv.weight=-1", "weight is -1.0, expected at least 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_recipe(path, [override])
+    with pytest.raises(ValueError, match="every source is switched off"):
+        load_recipe(path, ["data.train.tv.weight=0", "data.train.train.weight=0"])
+
+
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nowhere\.yaml"):
         load_recipe(tmp_path / "nowhere.yaml")

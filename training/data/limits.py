@@ -16,6 +16,7 @@ class Limits:
     max_duration_s: float = math.inf
     min_tokens_per_s: float | None = None
     max_tokens_per_s: float | None = None
+    max_tokens: int | None = None
     min_chars_per_s: float | None = None
     max_chars_per_s: float | None = None
     max_tokens_per_frame: float | None = None  # of the encoder's frames, for transducers
@@ -92,6 +93,9 @@ def _tokens_of(
     if unknown:
         raise UnusableLine("unknown_characters", f"the tokenizer cannot write {unknown!r}")
     _check_rate("tokens", len(tokens), seconds, limits)
+    if limits.max_tokens is not None and len(tokens) > limits.max_tokens:
+        detail = f"{len(tokens)} tokens are above data.max_tokens"
+        raise UnusableLine("too_many_tokens", detail)
     return tokens
 
 

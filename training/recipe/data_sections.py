@@ -11,7 +11,8 @@ class SourceRecipe:
 
     manifest: str = ""  # NeMo manifest; {0..7} or _OP_0..7_CL_ stands for many, as in NeMo
     name: str | None = None  # in logs and tables; null: the manifest's
-    weight: float | None = key(None, above=0)  # share of the draws, beside the others'; all or none
+    # Share of the draws, beside the others'; all or none have one. 0: the source is switched off.
+    weight: float | None = key(None, at_least=0)
     max_hours: float | None = key(None, above=0)  # a fixed random part of it; null: all
     max_clips: int | None = key(None, above=0)
     lang: str | None = None  # only its lines of this `lang`; null: as data.lang
@@ -39,6 +40,7 @@ class DataRecipe:
     max_duration_s: float = key(40.0, above=0)
     min_tokens_per_s: float | None = key(None, at_least=0)
     max_tokens_per_s: float | None = key(None, above=0)
+    max_tokens: int | None = key(None, at_least=1)  # in a clip
     min_chars_per_s: float | None = key(None, at_least=0)
     max_chars_per_s: float | None = key(None, above=0)
     # Of transducers, of the encoder's frames; CTC has its own limit.
@@ -72,16 +74,19 @@ class DataRecipe:
         if not self.shuffle and any(source.weight is not None for source in self.sources):
             raise ValueError("data.shuffle: false keeps the manifests' order, and takes no weights")
         weighted = sum(source.weight is not None for source in self.sources)
-        if weighted not in (0, len(self.train)):
+        if weighted not in (0, len(self.sources)):
             raise ValueError(
-                f"data.train: {weighted} of {len(self.train)} entries have a weight; "
+                f"data.train: {weighted} of {len(self.sources)} entries have a weight; "
                 "give one to each, or to none"
             )
+        if self.train and not self.sources:
+            raise ValueError("data.train: every source is switched off by weight 0")
 
     @property
     def sources(self) -> list[SourceRecipe]:
-        """`train`, with plain paths as sources too."""
-        return [s if isinstance(s, SourceRecipe) else SourceRecipe(s) for s in self.train]
+        """`train` without what is switched off, plain paths as sources too."""
+        sources = [s if isinstance(s, SourceRecipe) else SourceRecipe(s) for s in self.train]
+        return [source for source in sources if source.weight != 0]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,12 @@ from pathlib import Path
 from yaml import YAMLError
 
 from fastconformer.checkpoint.yaml_config import check_yaml_depth
-from training.recipe.data_sections import AugmentRecipe, DataRecipe, SpecAugmentRecipe
+from training.recipe.data_sections import (
+    AugmentRecipe,
+    DataRecipe,
+    SourceRecipe,
+    SpecAugmentRecipe,
+)
 from training.recipe.fields import check_keys, convert, key
 from training.recipe.funasr import is_funasr, is_funasr_key, read_script
 from training.recipe.funasr import translate as translate_funasr
@@ -108,7 +113,10 @@ def load_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recip
         tree, overrides = _from_nemo(tree, overrides, path)
     check_keys(Recipe, _plain(tree, path, resolve=False), str(path))
     for override in overrides:
-        _override(tree, override, Recipe)
+        if override.startswith("data.train."):
+            _override_source(tree, override)
+        else:
+            _override(tree, override, Recipe)
     return recipe_from_dict(_plain(tree, path, resolve=True), str(path))
 
 
@@ -123,6 +131,26 @@ def _override(tree, override: str, cls: type | None) -> None:
         OmegaConf.update(tree, name, OmegaConf.select(given, name), merge=False)
     except (YAMLError, OmegaConfBaseException) as error:
         raise ValueError(f"{where}: {' '.join(str(error).split())}") from None
+
+
+def _override_source(tree, override: str) -> None:
+    """`data.train.NAME.key=value` into the source of that name, which is its own or its manifest's
+    without folder and ending."""
+    path, _, text = override.partition("=")
+    name, _, last = path.removeprefix("data.train.").rpartition(".")
+    entries = OmegaConf.select(tree, "data.train")
+    entries = _plain(entries, override, resolve=False) if OmegaConf.is_list(entries) else [entries]
+    sources = [{"manifest": entry} if isinstance(entry, str) else entry for entry in entries]
+    names = [source.get("name") or Path(str(source.get("manifest"))).stem for source in sources]
+    if names.count(name) != 1:
+        what = "several sources" if name in names else "no source"
+        raise ValueError(
+            f"override {override!r}: data.train has {what} of that name, but {', '.join(names)}"
+        )
+    given = OmegaConf.from_dotlist([f"{last}={text}"])
+    check_keys(SourceRecipe, _plain(given, override, resolve=False), f"override {override!r}")
+    entries[names.index(name)] = sources[names.index(name)] | OmegaConf.to_container(given)
+    OmegaConf.update(tree, "data.train", entries, merge=False)
 
 
 def _from_nemo(tree, overrides: typing.Sequence[str], path: Path):
