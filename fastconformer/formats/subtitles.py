@@ -5,7 +5,8 @@ import textwrap
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from ..recordings.timestamps import Span
+from ..recordings.timestamps import Span, joined
+from ..text.scripts import CLAUSE_ENDS, has_spaceless, units, width
 from .transcripts import need_times
 
 if TYPE_CHECKING:
@@ -102,8 +103,9 @@ def cues(
     most seven seconds. They end with segments and at pauses, and are cut between words.
 
     They stay for as long as they take to read, `reading_speed` characters a second, or until the
-    next cue. A single longer word stays whole. Cues are in order, do not overlap and are never of
-    length 0. ValueError: a limit below 1, or no times.
+    next cue. A single longer word stays whole. Where a script has no spaces, lines are cut between
+    characters, which count by the room they take, and cues behind clauses. Cues are in order, do
+    not overlap and are never of length 0. ValueError: a limit below 1, or no times.
     """
     if line_characters < 1 or lines < 1 or not reading_speed >= 1:
         raise ValueError(
@@ -114,21 +116,20 @@ def cues(
     groups: list[list[Span]] = []
     for word, starts_segment in _words_of_segments(transcript):
         group = groups[-1] if groups else None
-        if (
-            group is None
-            or starts_segment
-            or word.start - group[-1].end >= PAUSE_SECONDS
-            or word.end - group[0].start > CUE_SECONDS
+        if group is None or starts_segment or word.start - group[-1].end >= PAUSE_SECONDS:
+            groups.append([word])
+        elif (
+            word.end - group[0].start > CUE_SECONDS
             or len(_lines([*group, word], line_characters)) > lines
         ):
-            groups.append([word])
+            groups.append([*_behind_clause(group), word])
         else:
             group.append(word)
     spans = []
     for k, group in enumerate(groups):
         start = group[0].start
         start = max(start, spans[-1].end if spans else 0.0)
-        reading_s = sum(len(word.text) + 1 for word in group) / reading_speed
+        reading_s = sum(width(word.text) + 1 - word.glued for word in group) / reading_speed
         end = max(group[-1].end, start + SHORTEST_CUE_SECONDS, start + reading_s)
         if transcript.duration > start:
             end = min(end, max(transcript.duration, start + LEAST_CUE_SECONDS))
@@ -140,28 +141,64 @@ def cues(
 
 
 def _words_of_segments(transcript: "Transcript") -> Iterator[tuple[Span, bool]]:
-    """Each word, and whether a segment starts with it. Segments are words joined by spaces."""
-    remaining = [len(segment.text.split()) for segment in transcript.segments or ()]
+    """Each word, and whether a segment starts with it. Words of scripts without spaces come in the
+    parts that they may be cut in."""
+    remaining = [_n_characters(segment) for segment in transcript.segments or ()]
     starts = True
     for word in transcript.words:
         if not word.text.strip():
             continue
-        yield word, starts
-        starts = False
+        for part in _parts(word):
+            yield part, starts
+            starts = False
         if remaining:
-            remaining[0] -= len(word.text.split())
+            remaining[0] -= _n_characters(word)
             if remaining[0] <= 0:
                 remaining.pop(0)
                 starts = True
 
 
+def _n_characters(span: Span) -> int:
+    return len("".join(span.text.split()))
+
+
+def _parts(word: Span) -> list[Span]:
+    """A word that has no times within it is cut evenly."""
+    texts = list(units(word.text)) if has_spaceless(word.text) else []
+    if len(texts) < 2:
+        return [word]
+    parts, at, whole = [], 0, sum(map(len, texts))
+    step = (word.end - word.start) / whole
+    for text in texts:
+        start, at = word.start + at * step, at + len(text)
+        glued = bool(parts) or word.glued
+        parts.append(Span(text, start, word.start + at * step, word.confidence, glued))
+    return parts
+
+
+def _behind_clause(group: list[Span]) -> list[Span]:
+    """Takes what follows the last clause from the end of a group of a script without spaces, if
+    that leaves a half of it or more."""
+    for k in range(len(group) - 1, len(group) // 2 - 1, -1):
+        if k and group[k].glued and group[k - 1].text[-1:] in CLAUSE_ENDS:
+            rest = group[k:]
+            del group[k:]
+            return rest
+    return []
+
+
 def _lines(words: list[Span], characters: int) -> list[str]:
-    return textwrap.wrap(
-        " ".join(word.text for word in words),
-        characters,
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
+    text = joined(words)
+    if text.isascii() or not any(word.glued for word in words):
+        return textwrap.wrap(text, characters, break_long_words=False, break_on_hyphens=False)
+    lines = [""]
+    for word in words:
+        longer = f"{lines[-1]}{'' if word.glued or not lines[-1] else ' '}{word.text}"
+        if lines[-1] and width(longer) > characters:
+            lines.append(word.text)
+        else:
+            lines[-1] = longer
+    return lines
 
 
 def _clock(seconds: float, decimal_mark: str) -> str:

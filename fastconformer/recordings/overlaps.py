@@ -197,7 +197,7 @@ class _Joined:
 
 
 def _later(spans: Sequence[Span], start_s: float) -> list[Span]:
-    return [Span(s.text, s.start + start_s, s.end + start_s, s.confidence) for s in spans]
+    return [Span(s.text, s.start + start_s, s.end + start_s, s.confidence, s.glued) for s in spans]
 
 
 def _aligned_pieces(aligner, parts, clips, starts_s, shared_s) -> tuple[list[Span], str]:

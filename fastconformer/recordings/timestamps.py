@@ -6,21 +6,23 @@ Source: NeMo's timestamp_utils and decoding classes.
 import contextlib
 import gc
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ..decoding import Hypothesis
+from ..text.scripts import SENTENCE_ENDS, has_spaceless, is_spaceless, stands_alone, takes_next
 from ..text.tokenizer import Tokenizer
 
 
 @dataclass
 class Span:
-    """A word or a segment and its times, in seconds (inside this file also in frames), and the
-    confidence of a word where it was asked for."""
+    """A word or a segment and its times, in seconds (inside this file also in frames), the
+    confidence of a word where it was asked for, and whether no space stands before it."""
 
     text: str
     start: float
     end: float
     confidence: float | None = None
+    glued: bool = field(default=False, compare=False, repr=False)
 
 
 @contextlib.contextmanager
@@ -48,7 +50,8 @@ def spans_of_tokens(
 def word_spans(
     tokens: list[Span], pieces: list[str], tokenizer: Tokenizer, aggregate=min
 ) -> list[Span]:
-    """Joins tokens to words; marks are glued to the word before them.
+    """Joins tokens to words; marks are glued to the word before them. Where a script has no spaces,
+    as Chinese, a word is what a token writes.
 
     Args:
         tokens: from a head's `token_spans`; pieces: the same tokens as vocabulary pieces.
@@ -91,7 +94,40 @@ def word_spans(
     for word, of_word in zip(words, members):
         sure = [tokens[i].confidence for i in of_word]
         word.confidence = aggregate(sure) if sure and None not in sure else None
-    return words
+    if not any(has_spaceless(word.text) for word in words):
+        return words
+    parts = (_by_tokens(word, [tokens[i] for i in m]) for word, m in zip(words, members))
+    return [part for several in parts for part in several]
+
+
+def _by_tokens(word: Span, tokens: list[Span]) -> list[Span]:
+    """A word of a script without spaces as one for each token: their marks, and letters of other
+    scripts, stay together."""
+    if len(tokens) < 2 or not has_spaceless(word.text):
+        return [word]
+    parts: list[Span] = []
+    for token in tokens:
+        text = token.text.strip()
+        if not text:
+            continue
+        before = parts[-1].text if parts else ""
+        cut = is_spaceless(text[0]) or (before and is_spaceless(before[-1]))
+        if parts and not (cut and stands_alone(text) and not takes_next(before)):
+            parts[-1].text += text
+            parts[-1].end = token.end
+            sure = (parts[-1].confidence, token.confidence)
+            parts[-1].confidence = None if None in sure else min(sure)
+        else:
+            parts.append(Span(text, token.start, token.end, token.confidence, bool(parts)))
+    if "".join(part.text for part in parts) != "".join(word.text.split()):
+        return [word]  # the tokenizer writes them otherwise together than alone
+    parts[0].start, parts[-1].end = word.start, max(parts[-1].end, word.end)
+    return parts
+
+
+def joined(words: list[Span]) -> str:
+    """The text of words, with spaces where there are some."""
+    return "".join(("" if k == 0 or w.glued else " ") + w.text for k, w in enumerate(words))
 
 
 def _next_text(tokens: list[Span]) -> list[str | None]:
@@ -107,12 +143,12 @@ def _next_text(tokens: list[Span]) -> list[str | None]:
 def segment_spans(
     words: list[Span], separators: tuple[str, ...], gap_frames: int | None = None
 ) -> list[Span]:
-    """Joins words to segments that end at a separator, or where a pause of `gap_frames` is given
-    and reached."""
+    """Joins words to segments that end at a separator (or 。？！, which NeMo's lack), or where a
+    pause of `gap_frames` is given and reached."""
     segments, built = [], []
 
     def close():
-        segments.append(Span(" ".join(w.text for w in built), built[0].start, built[-1].end))
+        segments.append(Span(joined(built), built[0].start, built[-1].end, glued=built[0].glued))
         built.clear()
 
     for word in words:
@@ -124,7 +160,8 @@ def segment_spans(
             built.append(word)
             continue
         built.append(word)
-        if word.text and (word.text[-1] in separators or word.text in separators):
+        ends = word.text and (word.text[-1] in separators or word.text in separators)
+        if ends or word.text[-1:] in SENTENCE_ENDS:
             close()
     if built:
         close()
@@ -140,4 +177,6 @@ def in_seconds(spans: list[Span], frame_s: float, shift_s: float, duration_s: fl
         seconds = frame * frame_s
         return min(max(seconds - shift_s, 0.0), duration_s) if shift_s else seconds
 
-    return [Span(span.text, at(span.start), at(span.end), span.confidence) for span in spans]
+    return [
+        Span(span.text, at(span.start), at(span.end), span.confidence, span.glued) for span in spans
+    ]
