@@ -3,7 +3,7 @@
 A scorer has one interface, for many hypotheses at once and with nothing but tensors between steps
 (n hypotheses, C candidate tokens each, S numbers of state):
 
-    start() -> state (S,)
+    start() -> state (S,), or (B, 1, S) where it differs from clip to clip
     score(states (n, S), tokens (n, C)) -> nats (n, C), next states (n, C, S)
     final(states (n, S)) -> nats (n,), what the end of the clip adds
 
@@ -12,7 +12,7 @@ Scores telescope: a hypothesis's sum depends on its tokens alone, not on how the
 
 import unicodedata
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -32,8 +32,9 @@ class Fusion:
 
     def start(self) -> torch.Tensor:
         parts = [scorer.start() for scorer in self.scorers]
-        self.sizes = [len(part) for part in parts]
-        return torch.cat(parts)
+        self.sizes = [part.shape[-1] for part in parts]
+        clips = torch.broadcast_shapes(*(part.shape[:-1] for part in parts))
+        return torch.cat([part.expand(*clips, -1) for part in parts], -1)
 
     def score(self, states, tokens):
         total, following = 0.0, []
@@ -43,19 +44,30 @@ class Fusion:
             following.append(after)
         return total, torch.cat(following, -1)
 
+    @property
+    def trust(self) -> torch.Tensor | float:
+        """(B,): how far the language model is believed in each clip; 1.0: everywhere."""
+        told = [scorer.trust for scorer in self.scorers if isinstance(scorer, WordScorer)]
+        return 1.0 if not told or told[0] is None else told[0]
+
     def final(self, states):
         parts = zip(self.scorers, states.split(self.sizes, -1))
         return sum(scorer.final(part) for scorer, part in parts)
 
 
 def language_model_scorer(
-    model: NGramModel, tokenizer: Tokenizer, weight: float, bonus: float | None, device
+    model: NGramModel,
+    tokenizer: Tokenizer,
+    weight: float,
+    bonus: float | None,
+    device,
+    heard: Callable[[], list[str]] | None = None,
 ) -> "TokenScorer | WordScorer":
     """The scorer for what the model's words are: the tokenizer's pieces, tokens as NeMo's KenLM
     scripts write them, or whole words. `bonus` is added for each token or word; None: for words
     what an average one costs, since the audio's scores have no such cost that would be saved by
-    not ending a word. A word that the model does not know then costs that much, once: by the
-    model's own account three unknown words cost far more than one, and would be glued together."""
+    not ending a word, and an unknown word costs little in a clip of which the model knows little:
+    `heard`, what each clip says without the model, tells how much."""
     names = [word for word in model.words if word not in _MARKERS]
     # a file of words between spaces spells a space otherwise
     space = "<space>" if "<space>" in model.words else "▁"
@@ -66,14 +78,19 @@ def language_model_scorer(
     as_nemo = sum(len(name) == 1 and ord(name) in encoded for name in names)
     most = 0.9 * len(names)
     if max(as_pieces, as_nemo) < most:
-        average = weight * model.entropy()
-        costs = (average, -average) if bonus is None else (bonus, None)
-        return WordScorer(model, tokenizer, weight, *costs, device)
+        if bonus is not None:
+            return WordScorer(model, tokenizer, weight, bonus, device)
+        scorer = WordScorer(model, tokenizer, weight, weight * model.entropy(), device)
+        if heard is not None:
+            scorer.trust = torch.tensor(list(map(scorer.trust_in, heard())), device=device)
+        return scorer
     if as_nemo > as_pieces:
         spelled = [chr(i) for i in encoded]
     return TokenScorer(model, spelled, weight, bonus or 0.0, device)
 
 
+TRUSTED = 0.6  # of a clip's words, from which on the model is taken at its word
+_WHOLE = 1 << 20  # states are whole numbers
 _MARKERS = {"<s>", "</s>", "<unk>", "<UNK>"}
 
 
@@ -104,53 +121,69 @@ class WordScorer:
 
     The state holds the model's state and a hash of the word so far, which pieces extend without
     text: hash(ab) = hash(a) * base ** len(b) + hash(b). Upper case and punctuation that the model's
-    words do not have are passed over. `unknown`: the score of a word that the model does not know,
-    None: the model's.
+    words do not have are passed over. trust: (B,), how much of an unknown word's cost is asked for
+    in each clip; None: all of it. A fixed cost a word would glue the words of a clip that the model
+    knows nothing of.
     """
 
-    def __init__(self, model: NGramModel, tokenizer: Tokenizer, weight, bonus, unknown, device):
+    trust: torch.Tensor | None = None
+
+    def __init__(self, model: NGramModel, tokenizer: Tokenizer, weight, bonus, device):
         self.model, self.weight, self.bonus = model.to(device), weight, bonus
-        self.unknown = unknown
         self.hashes, self.ids = _hashed_words(model, device)
         chars = {char for word in model.words if word not in _MARKERS for char in word}
-        lower = not any(char.isupper() for char in chars)
+        self.chars, self.lower = chars, not any(char.isupper() for char in chars)
         begins, powers, hashes = [], [], []
         for piece in tokenizer.pieces:
             text = piece.replace("▁", " ")
-            if lower:
-                text = text.lower()
             begins.append(text.startswith(" "))
-            text = "".join(c for c in text if c in chars or not _is_mark(c)).strip()
-            power, value = _hash(text)
+            power, value = _hash(self._plain(text))
             powers.append(power)
             hashes.append(value)
         self.begins = torch.tensor(begins, device=device)
         self.powers = torch.tensor(powers, device=device)
         self.pieces = torch.tensor(hashes, device=device)
 
+    def _plain(self, text: str) -> str:
+        text = text.lower() if self.lower else text
+        return "".join(c for c in text if c in self.chars or not _is_mark(c)).strip()
+
+    def trust_in(self, heard: str) -> float:
+        """How far an unknown word counts against a text: not at all where the model knows none of
+        what was heard, fully from 0.6 of its words on."""
+        words = list(filter(None, map(self._plain, heard.split())))
+        known = sum(word in self.model.words for word in words) / max(1, len(words))
+        return min(1.0, known / TRUSTED) ** 3
+
     def start(self):
-        return torch.tensor([self.model.start_state, 0], device=self.begins.device)
+        first = torch.tensor([self.model.start_state, 0, _WHOLE], device=self.begins.device)
+        if self.trust is None:
+            return first
+        first = first.repeat(len(self.trust), 1, 1)
+        first[:, 0, 2] = (self.trust * _WHOLE).long()
+        return first
 
     def _ended(self, states):
         """(score, state of the model) once the word so far is complete; (n,) each."""
-        state, word = states[..., 0], states[..., 1]
+        state, word, trust = states.unbind(-1)
         at = torch.searchsorted(self.hashes, word.contiguous()).clamp(max=len(self.hashes) - 1)
         known = self.hashes[at] == word
         score, after = self.model.score(state, torch.where(known, self.ids[at], self.model.unk_id))
-        score = self.weight * score + self.bonus
-        if self.unknown is not None:
-            score = torch.where(known, score, self.unknown)
         empty = word == 0
-        score = torch.where(empty, 0.0, score)
-        return score, torch.where(empty, state, after)
+        score = self.weight * score + self.bonus
+        if self.trust is not None:
+            score = torch.where(known, score, score.clamp(max=0.0) * (trust / _WHOLE))
+            after = torch.where(known, after, 0)  # nor does the next word pay for it
+        return torch.where(empty, 0.0, score), torch.where(empty, state, after)
 
     def score(self, states, tokens):
         ended, after = self._ended(states)
         begins, piece = self.begins[tokens], self.pieces[tokens]
         score = torch.where(begins, ended[:, None], 0.0)
         state = torch.where(begins, after[:, None], states[:, :1])
-        word = torch.where(begins, 0, states[:, 1:]) * self.powers[tokens] + piece
-        return score, torch.stack((state, word), -1)
+        word = torch.where(begins, 0, states[:, 1:2]) * self.powers[tokens] + piece
+        trust = states[:, 2:].expand_as(word)
+        return score, torch.stack((state, word, trust), -1)
 
     def final(self, states):
         score, after = self._ended(states)

@@ -84,6 +84,9 @@ def read_arpa(path: str | Path) -> NGramModel:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"language model {path} is not a file")
+    with open(path, "rb") as head:
+        if head.read(8) == b"mmap lm ":
+            raise ValueError(f"{path} is a KenLM binary file; give the .arpa that it was made of")
     words: dict[str, int] = {}
     orders: list[tuple[list, list, list]] = []  # ids, log-probability, back-off of each order
     expected: dict[int, int] = {}

@@ -1,7 +1,7 @@
 """What a user may ask of decoding, and the scorers and masks that come of it."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from ..text.tokenizer import Tokenizer
 from .allow import token_bias
 from .confidence import Confidence
 from .fusion import Fusion, PhraseScorer, language_model_scorer
+from .hypothesis import Hypothesis
 from .ngram import NGramModel, read_arpa
 
 
@@ -93,12 +94,22 @@ class DecodingOptions:
     def is_greedy(self) -> bool:
         return self.beam == 1 and self.lm is None and not self.boost
 
-    def fusion(self, tokenizer: Tokenizer, device: torch.device) -> Fusion | None:
+    def fusion(
+        self,
+        tokenizer: Tokenizer,
+        device: torch.device,
+        greedy: Callable[[], list[Hypothesis]] | None = None,
+    ) -> Fusion | None:
+        """What is scored beside the audio, None for nothing; `greedy` decodes the clips without
+        it, and is called where a language model of words wants to know what they say."""
         scorers = []
         if self.lm is not None:
-            scorers.append(
-                language_model_scorer(self.lm, tokenizer, self.lm_weight, self.lm_bonus, device)
-            )
+
+            def heard() -> list[str]:
+                return [tokenizer.decode(found.tokens) for found in greedy()]
+
+            given = self.lm, tokenizer, self.lm_weight, self.lm_bonus, device
+            scorers.append(language_model_scorer(*given, heard if greedy else None))
         if self.boost:
             scorers.append(PhraseScorer(self.boost, tokenizer, device))
         return Fusion(scorers) if scorers else None

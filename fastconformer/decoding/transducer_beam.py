@@ -69,6 +69,8 @@ def transducer_beam(
     predicted = joint.pred(output)
     h, c = (torch.stack(part) for part in zip(*state))  # (layers, B*K, H)
     states = fusion.start().expand(batch, beam, -1) if fusion else None
+    if isinstance(blank_scale, torch.Tensor):
+        blank_scale = blank_scale.repeat_interleave(beam)  # (B*K,)
     offset = torch.zeros(batch, 1, dtype=torch.double, device=device)  # taken off from all scores
     best = torch.full_like(offset[:, 0], -infinity)  # normalised, of the finished
     best_score = torch.zeros_like(best)
@@ -88,7 +90,7 @@ def transducer_beam(
         if fusion:
             score, after = fusion.score(states.reshape(n, -1), tokens)
             spoken = torch.log(-torch.expm1(of_blank.clamp(max=-1e-7)))
-            top = top + score + blank_scale * spoken[:, None]
+            top = top + score + (blank_scale * spoken)[:, None]
             of_blank = of_blank * (1 + blank_scale)
         of_arc = logits[:, blank + 1 :].log_softmax(-1) if durations else logits.new_zeros(n, 1)
         # a choice: (token or blank) x arc; blank comes first

@@ -78,11 +78,15 @@ class CTC(Head):
             "bias": options.bias(tokenizer, encoded.device),
             "confidence": options.confidence,
         }
-        if options.is_greedy:
+
+        def greedy() -> list[Hypothesis]:
             size = max(1, LOG_PROBS // (max(1, len(encoded)) * (self.model.blank_id + 1)))
             pieces = (self.log_probs(piece) for piece in encoded.split(size, dim=1))
             return ctc_greedy(pieces, lengths, **common)
-        fusion = options.fusion(tokenizer, encoded.device)
+
+        if options.is_greedy:
+            return greedy()
+        fusion = options.fusion(tokenizer, encoded.device, greedy)
         return ctc_beam(self.log_probs(encoded), lengths, options.beam, fusion, **common)
 
     def first_hypothesis(self) -> Hypothesis:

@@ -134,14 +134,19 @@ class Transducer(Head):
             "durations": self.durations,
             "max_symbols": model.config.max_symbols,
         }
-        if options.is_greedy:
+
+        def greedy() -> list[Hypothesis]:
             graphs = model.joint.graphs if encoded.is_cuda else None
             return transducer_greedy(*parts, graphs=graphs, **common)
+
+        if options.is_greedy:
+            return greedy()
+        fusion = options.fusion(model.tokenizer, encoded.device, greedy)
         return transducer_beam(
             *parts,
             options.beam,
-            fusion=options.fusion(model.tokenizer, encoded.device),
-            blank_scale=options.lm_weight if options.lm is not None else 0.0,
+            fusion=fusion,
+            blank_scale=options.lm_weight * fusion.trust if options.lm is not None else 0.0,
             score_norm=options.score_norm,
             **common,
         )
