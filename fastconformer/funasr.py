@@ -19,7 +19,7 @@ from .checkpoint.funasr_folder import VOCABULARY
 from .config import config_errors
 from .config.funasr import AdaptorConfig, FunASRConfig
 from .decoding import DecodingOptions, Hypothesis
-from .heads.llm import LLM, AttendedCTC
+from .heads.llm import LLM, AttendedCTC, speech_rows
 from .model import NoInitialisation
 from .networks.qwen3 import Qwen3
 from .networks.sanm import Adaptor, CTCOutput, SANMEncoder
@@ -185,9 +185,13 @@ class FunASRNano(nn.Module):
         return self.audio_encoder(features.transpose(1, 2).to(self.dtype), lengths)
 
     def adapt(self, encoded: Tensor, lengths: Tensor):
-        """encoded (B, T, D), lengths (B,) -> rows of the language model's width (B, T, H), lengths;
-        of which it reads the first `speech_rows`."""
-        return self.audio_adaptor(encoded.to(self.audio_adaptor.linear1.weight.dtype), lengths)
+        """encoded (B, T, D), lengths (B,) -> rows of the language model's width (B, T, H), and how
+        many of each clip's it reads (B,): the first eighth, or all."""
+        dtype = self.audio_adaptor.linear1.weight.dtype
+        rows, counts = self.audio_adaptor(encoded.to(dtype), lengths)
+        if self.config.low_frame_rate:
+            counts = torch.minimum(speech_rows(lengths), counts)
+        return rows, counts
 
     def ctc_log_probs(self, encoded: Tensor, lengths: Tensor) -> Tensor:
         """(B, T, D), (B,) -> (B, T, V+1) float32, blank last. ValueError: there are no CTC
@@ -212,11 +216,11 @@ class FunASRNano(nn.Module):
         return context_header(asked, context) + asked
 
     def llm_inputs(
-        self, adapted: Tensor, lengths: Tensor, texts: Sequence[str], prompts: Sequence[str]
+        self, adapted: Tensor, counts: Tensor, texts: Sequence[str], prompts: Sequence[str]
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Adapted rows and lengths, texts and prompts of a batch -> ids, embeds, mask, labels, all
+        """What `adapt` gives, texts and prompts of a batch -> ids, embeds, mask, labels, all
         padded on the right; see `heads.llm.LLM.inputs`."""
-        return self.head("llm").inputs(adapted, lengths, texts, prompts)
+        return self.head("llm").inputs(adapted, counts, texts, prompts)
 
     def losses(
         self,

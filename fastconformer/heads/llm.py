@@ -67,14 +67,13 @@ class LLM(Head):
         return 1.0
 
     def prompt_embeds(
-        self, adapted: Tensor, lengths: Tensor, prompts: Sequence[str]
+        self, adapted: Tensor, counts: Tensor, prompts: Sequence[str]
     ) -> list[tuple[Tensor, Tensor]]:
-        """Adapted rows (B, T, D), their encoded lengths (B,) -> ids (S_i,) and embeddings
+        """Adapted rows (B, T, D), how many of them are read (B,) -> ids (S_i,) and embeddings
         (S_i, D) of each clip's prompt; ids of speech are 0."""
         config, llm = self.model.config, self.model.llm
-        chosen = speech_rows(lengths) if config.low_frame_rate else lengths
         parts = []
-        for rows, n_rows, prompt in zip(adapted, chosen.tolist(), prompts, strict=True):
+        for rows, n_rows, prompt in zip(adapted, counts.tolist(), prompts, strict=True):
             shape = config.system_prompt, config.think
             before, behind = chat_ids(self.model.tokenizer, prompt, *shape)
             ids = torch.tensor([*before, *[0] * n_rows, *behind], device=adapted.device)
@@ -84,11 +83,11 @@ class LLM(Head):
             parts.append((ids, torch.cat((embeds[:first], speech, embeds[first + n_rows :]))))
         return parts
 
-    def inputs(self, adapted: Tensor, lengths: Tensor, texts: Sequence[str], prompts):
+    def inputs(self, adapted: Tensor, counts: Tensor, texts: Sequence[str], prompts):
         """A batch to train on, padded on the right.
 
         Args:
-            adapted: (B, T, D) of `model.adapt`; lengths: encoded rows, (B,).
+            adapted, counts: (B, T, D) and (B,) of `model.adapt`.
             texts: what the model is to say; prompts: what it is asked, one each.
         Returns:
             ids (B, S), 0 on speech and padding; embeds (B, S, D); valid (B, S), True but on
@@ -96,7 +95,7 @@ class LLM(Head):
         """
         rows = []
         for (ids, embeds), text in zip(
-            self.prompt_embeds(adapted, lengths, prompts), texts, strict=True
+            self.prompt_embeds(adapted, counts, prompts), texts, strict=True
         ):
             answer = torch.tensor(answer_ids(self.model.tokenizer, text), device=ids.device)
             labels = torch.cat((torch.full_like(ids, IGNORED), answer))
@@ -117,8 +116,8 @@ class LLM(Head):
         """
         model = self.model
         prompts = [model.training_prompt()] * len(encoded) if prompts is None else prompts
-        adapted, lengths = model.adapt(encoded, encoded_lengths)
-        _, embeds, valid, labels = self.inputs(adapted, lengths, texts, prompts)
+        adapted = model.adapt(encoded, encoded_lengths)
+        _, embeds, valid, labels = self.inputs(*adapted, texts, prompts)
         positions = (valid.cumsum(1) - 1).clamp(min=0)
         hidden = model.llm(embeds, valid, positions)[:, :-1]
         labels = labels[:, 1:]
@@ -156,8 +155,7 @@ class LLM(Head):
         if prompts is None:
             prompts = model.prompt()
         prompts = [prompts] * len(encoded) if isinstance(prompts, str) else prompts
-        adapted, adapted_lengths = model.adapt(encoded, lengths)
-        parts = self.prompt_embeds(adapted, adapted_lengths, prompts)
+        parts = self.prompt_embeds(*model.adapt(encoded, lengths), prompts)
         embeds = [embed for _, embed in parts]
         repeats = options.max_repeats
         found = llm_greedy(model.llm, embeds, max_tokens, options.confidence, repeats)

@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import soundfile
 import torch
 from conftest import golden
 
@@ -231,3 +232,32 @@ def test_neither_kind_goes_through_the_other_s_converter(folder, tmp_path, capsy
     assert st2funasr.main([str(folder), "-o", str(folder)]) == 1
     assert "is there already" in capsys.readouterr().err
     assert not (tmp_path / "x.nemo").exists()
+
+
+@pytest.mark.parametrize(("downsample", "low"), [(1, "yes"), (1, "no"), (2, "yes")])
+def test_a_model_of_other_sizes_is_funasr_s(downsample, low, tmp_path):
+    """Random weights; other widths, heads, kernels, stacking, an untied language model, no system
+    prompt, no thinking: every tensor and every text."""
+    python = os.environ.get("FASTCONFORMER_FUNASR_PYTHON")
+    if not python:
+        pytest.skip("FASTCONFORMER_FUNASR_PYTHON is not set: the path of a Python with FunASR")
+    script, out = Path(__file__).with_name("funasr_other_sizes.py").resolve(), tmp_path / "other"
+    command = [python, script, golden(CASE).resolve(), out, str(downsample), low]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    reference = torch.load(out / "reference.pt", weights_only=True)
+    model = load_model(out)
+    clips = [out / "audio" / f"clip_{i}.wav" for i in range(4)]
+    texts = model.transcribe(clips, max_tokens=20, max_repeats=100)
+    ctc_texts = model.transcribe(clips, head="ctc")
+    for clip, wanted, text, ctc_text in zip(clips, reference, texts, ctc_texts, strict=True):
+        samples = torch.from_numpy(soundfile.read(clip, dtype="float32")[0])
+        with torch.no_grad():
+            features, lengths = model.featurize(samples[None], torch.tensor([len(samples)]))
+            encoded, lengths = model.encode(features, lengths)
+            adapted, _ = model.adapt(encoded, lengths)
+            log_probs = model.ctc_log_probs(encoded, lengths)
+        for found, name in ((features[0].T, "features"), (encoded[0], "encoded"),
+                            (adapted[0], "adapted"), (log_probs[0], "log_probs")):  # fmt: skip
+            torch.testing.assert_close(found, wanted[name], rtol=0, atol=5e-3)
+        assert text.text == wanted["text"] and ctc_text.text == wanted["ctc_text"]
