@@ -7,7 +7,8 @@
 The run folder holds `recipe.yaml` (resolved), `dropped.jsonl` (data that is left out, and why),
 `log.jsonl` (every step), `ledger.jsonl` (every evaluation; the first is the untouched model),
 `tensorboard/`, `checkpoints/` (for resuming), `best/`, `top/` and `last/` (model folders) and
-`model.nemo` (the best), and in the end `report.html`. The same command goes on where a run was
+`model.nemo` (the best), and `report.html`, made anew at every
+evaluation. The same command goes on where a run was
 stopped. A line about every run goes to `runs.jsonl` beside the run folder.
 
 Everything random in a step follows from (seed, step), so that a resumed run repeats the unbroken
@@ -23,10 +24,10 @@ import torch
 
 from fastconformer import cli
 from training.loop.console import Lines, Stopped
+from training.loop.evaluations import show_report
 from training.loop.ranks import join, leave
 from training.loop.stages import finetune
 from training.recipe.recipe import load_recipe
-from training.report import write_report
 
 log = logging.getLogger("finetune")
 
@@ -65,10 +66,8 @@ def job(options, is_main: bool) -> int | None:
         print("interrupted; the last checkpoint stands", file=sys.stderr)
         return 130
     if is_main:
-        try:
-            log.info("the run on one page: %s", write_report(Path(recipe.output)))
-        except (ValueError, OSError, RuntimeError) as error:  # the run itself is safe
-            log.warning("no report.html: %s; python -m training.report makes it", error)
+        show_report(Path(recipe.output))
+        log.info("the run on one page: %s", Path(recipe.output) / "report.html")
     leave()  # not after an error: then torchrun ends the others
     return None
 

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import re
 from html.parser import HTMLParser
 
 import numpy as np
@@ -11,7 +12,13 @@ import soundfile
 import yaml
 from conftest import golden
 
-from training import finetune, report
+import training.loop.train
+from training import finetune
+from training.loop.phases import PHASES, phase
+from training.loop.run_folder import check_format
+from training.pages import report
+from training.pages.html import chart, ticks
+from training.report import main
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +54,9 @@ class Page(HTMLParser):
         self.feed(text)
 
     def handle_starttag(self, tag, attributes):
-        if tag not in ("meta", "br"):
+        if tag not in ("meta", "br", "link"):
             self.open.append(tag)
-        self.sources += [v for k, v in attributes if k in ("src", "href")]
+        self.sources += [v for k, v in attributes if k in ("src", "href") and v != "data:,"]
 
     def handle_startendtag(self, tag, attributes):
         pass
@@ -65,11 +72,18 @@ def test_a_run_ends_with_its_page(run):
     folder, _ = run
     page = Page((folder / "report.html").read_text(encoding="utf-8"))
     assert not page.open
-    for words in ("phase is", "WER before", "Worst utterances", "missing_audio", "max_steps: 2"):
+    for words in (
+        "phase is",
+        "WER before",
+        "Worst utterances",
+        "missing_audio",
+        "max_steps: 2",
+        "hours heard",
+    ):
         assert words in page.text, words
     ledger = [json.loads(line) for line in (folder / "ledger.jsonl").read_text().splitlines()]
     assert f"{100 * ledger[0]['all'][ledger[0]['head']]['wer']:.2f}" in page.text
-    assert "<two>" in page.text  # escaped, or the parser would have seen a tag
+    assert "in the manifest: one <two>" in page.text  # escaped, or the parser would have seen a tag
 
 
 def test_the_audio_is_in_the_page(run):
@@ -86,9 +100,25 @@ def test_the_audio_is_in_the_page(run):
 
 def test_alignment_shows_each_kind_of_error():
     text = report.aligned("one two three", "one too three four")
-    assert text.startswith("one <span") and "<s>two</s> too" in text and "<u>four</u>" in text
-    assert "<s>two</s></span>" in report.aligned("one two", "one")
+    assert text == "one <del>two</del> <ins>too</ins> three <ins>four</ins>"
+    assert report.aligned("one two", "one") == "one <del>two</del>"
     assert report.aligned("a b", "a b") == "a b"
+    assert report.aligned("<b>", "x") == "<del>&lt;b&gt;</del> <ins>x</ins>"
+
+
+def test_a_chart_shows_its_points_marks_and_scale():
+    text = chart("WER, %", {"dev": [(0, 50.0), (100, 45.0), (200, 44.0)]}, {"guard": 46.0}, " %")
+    assert text.count("<circle") == 3 and "dev, step 100: 45 %" in text and "guard: 46 %" in text
+    labels = [float(value) for value in re.findall(r">([\d.]+) %</text>", text)]
+    assert min(labels) > 43 and max(labels) <= 51 and len(labels) >= 3  # not from 0
+    assert chart("nothing", {"a": []}) == ""
+    assert chart("one point", {"a": [(5, 1.0)]}).count("<circle") == 1
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 1), (43.2, 50.9), (1e-6, 3e-4), (0, 12345)])
+def test_ticks_are_round_and_inside(low, high):
+    found = ticks(low, high)
+    assert 3 <= len(found) <= 7 and low <= found[0] and found[-1] <= high * (1 + 1e-9)
 
 
 @pytest.mark.parametrize(
@@ -102,12 +132,12 @@ def test_alignment_shows_each_kind_of_error():
     ],
 )
 def test_phases(wer, emission, name):
-    assert report.phase(wer, emission)[0] == name
+    assert phase(wer, emission) == name in PHASES
 
 
 def test_a_folder_without_a_model_is_one_line(tmp_path, capsys):
-    assert report.main([str(tmp_path)]) == 1
-    assert "has no model.nemo" in capsys.readouterr().err
+    assert main([str(tmp_path)]) == 1
+    assert "has no recipe.yaml" in capsys.readouterr().err
 
 
 def test_the_best_is_what_the_run_kept():
@@ -122,7 +152,34 @@ def test_the_best_is_what_the_run_kept():
         record(2, 0.4, 0.3),
         record(3, 0.1, 0.1, False),
     ]
-    assert "at step 1, best" in report.results(ledger, "wer")
-    assert "at step 2, best" in report.results(ledger, "cer/dev/tdt")
+    ledger = [entry | {"stage": 1, "at": entry["step"]} for entry in ledger]
+    assert report.best_record(ledger, "wer")["step"] == 1
+    assert report.best_record(ledger, "cer/dev/tdt")["step"] == 2
     stages = [r | {"stage": 1 + (r["step"] == 0)} for r in ledger[::-1]]  # the last stage: step 0
-    assert "at step 0, best" in report.results(stages, "wer")
+    assert report.best_record(stages, "wer")["step"] == 0
+
+
+def test_the_page_is_there_while_the_run_goes_on(corpus, monkeypatch):
+    recipe, run = corpus
+    seen = []
+    step = training.loop.train.take_step
+
+    def watched(*arguments):
+        seen.append((run / "report.html").read_text(encoding="utf-8"))
+        return step(*arguments)
+
+    monkeypatch.setattr(training.loop.train, "take_step", watched)
+    options = ["trainer.val_every_steps=2", "guard.set=dev"]
+    assert finetune.main([str(recipe), *options]) == 0
+    assert "No step yet" in seen[0] and "No step yet" not in seen[-1]
+    assert "guard of dev" in seen[-1] and "best WER so far" in seen[-1]
+    facts = json.loads((run / "run.json").read_text())
+    assert facts["format_version"] == 1 and facts["version"]
+    (run / "run.json").write_text(json.dumps(facts | {"format_version": 99, "version": "9.9"}))
+    assert finetune.main([str(recipe), *options]) == 1
+
+
+def test_a_newer_run_folder_is_refused_by_name(tmp_path):
+    (tmp_path / "run.json").write_text('{"format_version": 99, "version": "9.9"}')
+    with pytest.raises(ValueError, match=r"was written by version 9\.9, this is"):
+        check_format(tmp_path)

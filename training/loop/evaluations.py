@@ -1,16 +1,21 @@
 """Evaluations of a run: measured, written down, and kept where they are among the best."""
 
+import json
 import logging
 import math
 import time
+from pathlib import Path
 
 from fastconformer import ASRModel, load_model
+from fastconformer.checkpoint.files import atomic_file
 from fastconformer.checkpoint.folder import write_folder
 from training.loop.keep import guard_holds, metrics_of
+from training.loop.phases import PHASES, phase
 from training.loop.run_folder import RunState, save_model, top_folder
 from training.loop.validate import results_table, validate
 from training.optim.average import average_checkpoints
 from training.optim.ema import plain_checkpoint, plain_weights
+from training.pages.report import write_report
 from training.setup.run import Run
 
 log = logging.getLogger("finetune")
@@ -29,12 +34,19 @@ def measure(run: Run, model: ASRModel, facts: dict, stop_early) -> dict:
         stop_early,
         run.ranks,
     )
+    worst = result.pop("worst")
     record = ledger_record(progress, result, heads[0], run.started) | facts
     if progress.baseline is None:
         progress.baseline = run.baseline or record
     record["guard_holds"] = guard_holds(record, progress.baseline, guard)
     run.write("ledger.jsonl", record)
     log.info("step %d:\n%s", progress.step, results_table(record, progress.baseline))
+    log.info("phase: %s (%s)", record["phase"], PHASES[record["phase"]])
+    if run.ranks.is_main:
+        with atomic_file(run.out / "worst.json") as temporary:
+            temporary.write_text(json.dumps(worst, ensure_ascii=False), encoding="utf-8")
+    run.say("phase", record["phase"])
+    run.say("worst", "\n\n".join(f"{w['said']}  \n→ {w['heard']}" for w in worst[:5]))
     if not record["guard_holds"]:
         log.info("%s is beyond guard.limit: not a candidate for best", guard.set)
     return record
@@ -56,6 +68,16 @@ def keep_evaluation(run: Run, stop_early) -> None:
     run.draw(metrics_of(record))
     progress.evaluated, progress.losses = progress.step, []
     progress.ended = progress.kept.reason_to_stop(keep, run.recipe.guard)
+    if ranks.is_main:
+        show_report(run.out)
+
+
+def show_report(out: Path) -> None:
+    """The page as it stands now; a run does not end for it."""
+    try:
+        write_report(out)
+    except (ValueError, OSError, RuntimeError) as error:
+        log.warning("no report.html: %s; python -m training.report makes it", error)
 
 
 def keep_average(run: Run, stop_early) -> None:
@@ -93,5 +115,8 @@ def ledger_record(progress: RunState, result: dict, head: str, started: float) -
         "train_loss": sum(losses) / len(losses) if losses else None,
         "skipped_steps": progress.skipped,
         "splits": progress.splits,
+        "emission": round(result["emission"], 4),
+        "phase": phase(result["all"][head]["wer"], result["emission"]),
+        "heard_h": round(progress.heard_s / 3600, 4),
         "minutes": round((time.monotonic() - started) / 60, 3),
     }

@@ -2,16 +2,20 @@
 
 import contextlib
 import dataclasses
+import json
 import logging
 import pickle
+import platform
 import shutil
 from pathlib import Path
 
 import torch
 
+from fastconformer import __version__
 from fastconformer.checkpoint.contents import Checkpoint
 from fastconformer.checkpoint.files import atomic_file
 from fastconformer.checkpoint.folder import write_folder
+from training.data.json_lines import json_line
 from training.data.store import Batch
 from training.data.utterances import Utterance
 from training.loop.keep import Kept
@@ -26,6 +30,8 @@ except ModuleNotFoundError:  # Windows
     fcntl = None
 
 log = logging.getLogger("finetune")
+
+FORMAT_VERSION = 1  # of a run folder
 
 
 @contextlib.contextmanager
@@ -59,9 +65,37 @@ class RunState:
     skipped: int = 0  # steps without an update: a loss or gradient was not finite
     splits: int = 0  # steps that ran out of memory and were done again in pieces
     seconds: float = 0.0
+    heard_s: float = 0.0  # seconds of audio that were trained on, by all processes
     losses: list[float] = dataclasses.field(default_factory=list)  # since the last evaluation
     ended: str | None = None  # why the run has ended before its last step
     averaged: bool = False  # the average of the best has been measured
+
+
+def write_facts(out: Path, device: torch.device) -> None:
+    """`run.json`: what the folder is, and what it was made with and on."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    facts = {
+        "format_version": FORMAT_VERSION,
+        "version": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "device": f"{name}, {torch.get_num_threads()} threads" if name == "cpu" else name,
+    }
+    with atomic_file(out / "run.json") as temporary:
+        temporary.write_text(json_line(facts), encoding="utf-8")
+
+
+def check_format(out: Path) -> None:
+    """ValueError: the run folder was written by a newer version of this program."""
+    path = out / "run.json"
+    if path.exists():
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        if facts.get("format_version", 0) > FORMAT_VERSION:
+            raise ValueError(
+                f"{out} was written by version {facts.get('version')}, this is {__version__}; "
+                "update, or choose another output"
+            )
 
 
 # --- checkpoints --------------------------------------------------------------------------------

@@ -71,6 +71,7 @@ def measure_test(recipe: Recipe, ranks: Ranks) -> None:
     bf16 = trainer.precision == "bf16"
     heads = trained_heads(model, recipe.loss.heads)
     result = validate(model, sets, heads, recipe.data, bf16, lambda: None, ranks)
+    del result["worst"]
     record = {"model": str(kept), "head": heads[0], "wer": result["all"][heads[0]]["wer"], **result}
     log.info("test, of %s:\n%s", kept, results_table(record))
     if ranks.is_main:

@@ -158,6 +158,8 @@ def take_step(run: Run, batches: list[Batch]) -> float:
             run.retain.after_update()
     else:
         parallel.release_weights()
+    heard = sum(int(batch.audio_lengths.sum()) for batch in batches) / model.sample_rate
+    progress.heard_s += heard * (1 if share.by_clips else run.ranks.world)
     progress.step += 1
     progress.splits += result.splits > 0
     progress.seconds = time.monotonic() - run.started

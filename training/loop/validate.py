@@ -9,7 +9,7 @@ import logging
 
 import torch
 
-from fastconformer.text.metrics import char_errors, word_errors
+from fastconformer.text.metrics import align, char_errors, word_errors
 from fastconformer.text.tokenizer import Tokenizer
 from training.data.store import AudioStore, batches_ahead
 from training.data.utterances import Utterance
@@ -18,6 +18,7 @@ from training.recipe.data_sections import DataRecipe
 
 log = logging.getLogger("finetune")
 
+WORST_KEPT = 50  # clips that the report may show
 SAMPLES_SHOWN = 3  # predictions printed for each validation set
 
 
@@ -89,10 +90,11 @@ def validate(
     check_stop,
     ranks: Ranks = ONE,
 ) -> dict:
-    """{"sets": {name: {head: rates}}, "all": {head: rates}}, rates being {"wer", "cer", "raw_wer",
-    "raw_cer"}; prints a few predictions."""
+    """{"sets": {name: {head: rates}}, "all": {head: rates}, "emission": characters of the first
+    head over those that were said, "worst": its worst clips}, rates being {"wer", "cer",
+    "raw_wer", "raw_cer"}; prints a few predictions."""
     model.eval()
-    sets, everything = {}, Texts(heads)
+    sets, everything, worst = {}, Texts(heads), []
     for name, store in validation.items():
         utterances, hypotheses = predict(model, store, heads, data, bf16, check_stop, ranks)
         written = [as_written(model.tokenizer, utterance) for utterance in utterances]
@@ -100,11 +102,44 @@ def validate(
         for all_texts in (texts, everything):
             all_texts.add(written, [utterance.text for utterance in utterances], hypotheses)
         sets[name] = texts.rates()
+        worst += worst_of(utterances, written, hypotheses[heads[0]])
         for i in range(0, len(written), -(-len(written) // SAMPLES_SHOWN)):
             log.info("  %s  said: %s", name, written[i])
             for head in heads:
                 log.info("  %s  %4s: %s", " " * len(name), head, hypotheses[head][i])
-    return {"sets": sets, "all": everything.rates()}
+    worst.sort(key=lambda item: -item["errors"])
+    said = sum(map(len, everything.written))
+    heard = sum(map(len, everything.hypotheses[heads[0]]))
+    return {
+        "sets": sets,
+        "all": everything.rates(),
+        "emission": heard / max(1, said),
+        "worst": worst[:WORST_KEPT],
+    }
+
+
+def worst_of(utterances: list[Utterance], written: list[str], heard: list[str]) -> list[dict]:
+    """The clips with the most wrong words, as the report shows them."""
+    found = []
+    for utterance, said, text in zip(utterances, written, heard, strict=True):
+        edits = align(said.split(), text.split())
+        errors = sum(edit.reference != edit.hypothesis for edit in edits)
+        found.append((errors, utterance, said, text))
+    found.sort(key=lambda item: -item[0])
+    return [
+        {
+            "errors": errors,
+            "name": utterance.audio_name,
+            "audio": utterance.audio_path,
+            "offset": utterance.offset_s,
+            "duration": utterance.duration_s,
+            "tar": utterance.tar_member is not None,
+            "text": utterance.text,
+            "said": said,
+            "heard": text,
+        }
+        for errors, utterance, said, text in found[:WORST_KEPT]
+    ]
 
 
 class Texts:

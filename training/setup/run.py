@@ -18,16 +18,18 @@ from training.loop.console import tensorboard
 from training.loop.ranks import BatchShare, Parallel, Ranks
 from training.loop.run_folder import (
     RunState,
+    check_format,
     checkpoint_paths,
     prune_top,
     resume_newest,
     save_checkpoint,
+    write_facts,
 )
 from training.objective.objective import Objective
 from training.objective.retain import Retain
 from training.optim.ema import EMA
 from training.optim.optim import build_optimizer, schedule_of
-from training.recipe.recipe import Recipe
+from training.recipe.recipe import Recipe, recipe_to_yaml
 from training.setup.batch_search import settled
 from training.setup.freeze import Freezing
 from training.setup.prepare import Prepared, RunLength, prepare_run, run_length
@@ -95,6 +97,11 @@ class Run:
             if self.board is not None and value is not None:
                 self.board.add_scalar(prefix + name, value, self.progress.step)
 
+    def say(self, name: str, text: str) -> None:
+        """A text on TensorBoard."""
+        if self.board is not None:
+            self.board.add_text(name, text, self.progress.step)
+
 
 def set_up(recipe: Recipe, ranks: Ranks, baseline: dict | None) -> Run:
     """Everything before the first step, from the run folder's last checkpoint if there is one.
@@ -103,6 +110,7 @@ def set_up(recipe: Recipe, ranks: Ranks, baseline: dict | None) -> Run:
         ValueError, FileNotFoundError: the recipe's model or data cannot be used.
     """
     out = Path(recipe.output)
+    check_format(out)
     checkpoints = checkpoint_paths(out / "checkpoints")
     if recipe.resume == "never" and checkpoints:
         raise ValueError(
@@ -134,8 +142,10 @@ def set_up(recipe: Recipe, ranks: Ranks, baseline: dict | None) -> Run:
             keep_lines_until(out / name, progress.step)
         keep_lines_until(out / "ledger.jsonl", progress.evaluated)
     tell_size(prepared, length, ranks)
+    if ranks.is_main:
+        write_facts(out, prepared.device)
     val_every = trainer.val_every_steps or length.steps_an_epoch
-    return Run(
+    run = Run(
         recipe=recipe,
         out=out,
         ranks=ranks,
@@ -161,6 +171,8 @@ def set_up(recipe: Recipe, ranks: Ranks, baseline: dict | None) -> Run:
         started=time.monotonic() - progress.seconds,
         board=tensorboard(out / "tensorboard", progress.step) if ranks.is_main else None,
     )
+    run.say("recipe", f"```yaml\n{recipe_to_yaml(recipe)}```")
+    return run
 
 
 def tell_size(prepared: Prepared, length: RunLength, ranks: Ranks) -> None:
