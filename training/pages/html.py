@@ -14,7 +14,9 @@ STYLE = """
 --card:#232326;--line:#3c3c40;--good:#4cc27a;--bad:#ff7b72}}
 body{font:16px/1.45 system-ui,sans-serif;color:var(--ink);background:var(--ground);
 max-width:64rem;margin:1.5rem auto;padding:0 1rem}
-h1{font-size:1.4rem;overflow-wrap:anywhere}h2{font-size:1.1rem;margin-top:2rem}
+h1{font-size:1.4rem;overflow-wrap:anywhere}h2{font-size:1.15rem;margin-top:2rem}
+h3{font-size:1rem;margin-bottom:.3rem}
+@media (max-width:600px){svg text{font-size:19px}}
 .facts{display:flex;flex-wrap:wrap;gap:.5rem}
 .facts div{background:var(--card);border-radius:.5rem;padding:.4rem .8rem}
 .facts b{display:block;font-size:1.15rem}.facts span,.dim{color:var(--dim);font-size:.85rem}
