@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from fastconformer import ASRModel
     from fastconformer.checkpoint.contents import Checkpoint
 
 
@@ -74,3 +75,16 @@ def model_card(args, source: Path, target: Path, config, head: str, library: str
         base=args.base_model,
         languages=[code for code in args.languages.split(",") if code],
     )
+
+
+def load_exportable(path: str) -> "ASRModel":
+    """The model at path, of the kind that the exports know. ValueError: another kind."""
+    from fastconformer import ASRModel, load_model
+
+    model = load_model(path)
+    if not isinstance(model, ASRModel):
+        raise ValueError(
+            f"{path} is no FastConformer model, and there is no export of its kind; "
+            "converters.st2funasr writes FunASR's folder, which FunASR's own tools take on"
+        )
+    return model

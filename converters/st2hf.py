@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from converters import add_card_arguments, model_card
+from converters import add_card_arguments, load_exportable, model_card
 from fastconformer import cli
 
 
@@ -24,10 +24,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def convert(args) -> None:
     """Loads, checks, writes."""
-    from fastconformer import load_model
     from fastconformer.export import hugging_face
 
-    model = load_model(args.model)
+    model = load_exportable(args.model)
     head = model.head(args.head).name
     source = Path(args.model)
     card = model_card(args, source, args.output, model.config, head, "transformers")

@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+from converters import load_exportable
 from fastconformer import cli
 
 
@@ -21,11 +22,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def convert(model: str, folder: Path) -> None:
     """Loads, checks, writes."""
-    from fastconformer import load_model
     from fastconformer.export import mlx
 
     try:
-        mlx.export(load_model(model), folder)
+        mlx.export(load_exportable(model), folder)
     except ValueError as error:
         raise ValueError(f"{model}: {error}") from None
     print(f"wrote {folder}")

@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+from converters import load_exportable
 from fastconformer import cli
 
 
@@ -36,10 +37,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def convert(args) -> None:
     """Loads, checks, writes."""
-    from fastconformer import load_model
     from fastconformer.export import onnx_asr, sherpa_onnx
 
-    model = load_model(args.model)
+    model = load_exportable(args.model)
     head = model.head(args.head).name
     try:
         if args.client == "onnx-asr":

@@ -222,6 +222,17 @@ def test_a_front_end_that_funasr_lacks_is_said(folder, tmp_path, capsys):
         assert back["fs"] == rate and "mel_high_hz" not in back
 
 
+@pytest.mark.parametrize("name", ["st2onnx", "st2hf", "st2mlx"])
+def test_there_is_no_export_of_this_kind(name, folder, tmp_path, capsys):
+    import importlib
+
+    more = ["--for", "onnx-asr", "--head", "ctc"] if name == "st2onnx" else []
+    main = importlib.import_module(f"converters.{name}").main
+    assert main([str(folder), "-o", str(tmp_path / "x"), *more]) == 1
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "is no FastConformer model" in err
+
+
 def test_neither_kind_goes_through_the_other_s_converter(folder, tmp_path, capsys):
     from converters import st2nemo
 
