@@ -9,7 +9,7 @@ from conftest import load_case, logged
 from safetensors.torch import load_file
 
 from fastconformer import load_model
-from training import finetune
+from training import compare, find_batch, finetune
 from training.data.limits import Limits, check_for_training
 from training.data.store import collate
 from training.data.utterances import read_utterances
@@ -369,3 +369,17 @@ def test_tokenizers_of_another_kind(tmp_path):
     ):
         with pytest.raises(ValueError, match=reason.replace("{", r"\{").replace("|", r"\|")):
             build_model(dataclasses.replace(recipe, tokenizer=tokenizer), LossRecipe(), 0)
+
+
+def test_a_recipe_is_compared_and_measured(tmp_path, capsys):
+    """training.compare knows the loss and the languages of an aggregate tokenizer; find_batch the
+    decoder's memory."""
+    case = load_case("canary_flash_agg")
+    loss = {"mask_prompt": True, "label_smoothing": 0.1}
+    recipe = recipe_of(case, tmp_path, loss=loss, data={"batch_duration_s": "auto"})
+    assert compare.main([str(recipe)]) == 0
+    said = capsys.readouterr().out
+    assert "0.000% of characters unknown" in said
+    assert "label_smoothing 0.0, of prompt and text" in said
+    assert "label_smoothing 0.1, of the text" in said
+    assert find_batch.main([str(recipe)]) == 0

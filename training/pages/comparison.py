@@ -234,4 +234,7 @@ def _loss(config: dict) -> str | None:
     section = config.get("loss") or {}
     kwargs = section.get(f"{section.get('loss_name')}_kwargs") or {}
     options = [f"{k} {kwargs[k]}" for k in ("sigma", "omega") if k in kwargs]
+    if "use_loss_mask_for_prompt" in config:  # of multi-task models
+        of = "the text" if config["use_loss_mask_for_prompt"] else "prompt and text"
+        options = [f"label_smoothing {section.get('label_smoothing', 0.0)}, of {of}"]
     return " ".join(part for part in (section.get("loss_name"), *options) if part) or None

@@ -37,7 +37,9 @@ def tokenizer_covers(run: Prepared, lines: list[Utterance]) -> tuple[bool, str]:
     is left out."""
     tokenizer = run.model.tokenizer
     by_lang = isinstance(tokenizer, AggregateTokenizer)
-    characters = Counter((line.lang if by_lang else None, c) for line in lines for c in line.text)
+    head, prompt = run.model.head(), run.recipe.data.prompt
+    langs = [head.language_of(line.as_line(prompt)) if by_lang else None for line in lines]
+    characters = Counter((lang, c) for line, lang in zip(lines, langs) for c in line.text)
     unknown = {key: n for key, n in characters.items() if _is_unknown(tokenizer, *key)}
     share = sum(unknown.values()) / max(1, sum(characters.values()))
     listed = " ".join(c for _, c in sorted(unknown, key=lambda key: -unknown[key])[:20])
