@@ -39,7 +39,7 @@ test: $(VENV)/.test-installed
 
 # Real clients of the exports and of the server, and a browser, in an environment of their own.
 test-clients: $(CLIENTS)/.clients-installed
-	$(CLIENTS)/bin/python -m pytest tests/clients || test $$? -eq 5  # 5: there are none yet
+	$(CLIENTS)/bin/python -m pytest tests/clients
 
 $(CLIENTS)/.clients-installed: setup.py constraints.txt tests/clients/requirements.txt
 	test -x $(CLIENTS)/bin/python || $(PYTHON) -m venv $(CLIENTS)

@@ -86,6 +86,18 @@ def test_commands_and_their_options_exist():
                 assert (ROOT / argument).is_file(), f"{page}: there is no {argument}"
 
 
+def test_every_flag_is_on_a_page():
+    """Of the commands that `fastconformer` leads to; benchmarks have their own."""
+    text = "\n".join(page.read_text(encoding="utf-8") for page in PAGES[:-1])
+    missing = [
+        f"{module} {flag}"
+        for module in sorted(set(MODULES.values()))
+        for flag in re.findall(r"^  (?:-\w(?: \S+)?, )?(--[a-z][a-z0-9-]*)", help_of(module), re.M)
+        if flag != "--help" and not re.search(rf"{flag}(?![\w-])", text)
+    ]
+    assert not missing, f"no page says what these do: {', '.join(missing)}"
+
+
 def test_modules_in_text_exist():
     names = set()
     for page in PAGES:
