@@ -23,10 +23,11 @@ def main(arguments: list[str] | None = None) -> int:
         "checkpoints", nargs="+", metavar="CHECKPOINT", help="folder, .nemo, or a run's .pt"
     )
     parser.add_argument("-o", "--output", required=True, metavar="FOLDER")
+    parser.add_argument("--like", metavar="MODEL", help="of Lightning .ckpt: config and tokenizer")
     options = parser.parse_args(arguments)
 
     def job():
-        write_folder(options.output, average_checkpoints(options.checkpoints))
+        write_folder(options.output, average_checkpoints(options.checkpoints, options.like))
         print(f"{options.output}: the average of {len(options.checkpoints)} checkpoints")
 
     return cli.run("error", job)

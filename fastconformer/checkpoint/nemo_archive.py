@@ -37,6 +37,9 @@ from .yaml_config import CONFIG_MEMBER, dump_config, load_config
 WEIGHTS_MEMBER = "model_weights.ckpt"
 ALIGNER_MEMBERS = f"{ALIGNER}_config.yaml", f"{ALIGNER}_weights.ckpt"
 MAX_CONFIG_BYTES = 64 << 20
+MAX_FILE_BYTES = 256 << 20  # of a tokenizer
+MOST_UNPACKED = 20  # times an archive's size; more, of weights, is a trap
+SMALL_WEIGHTS = 64 << 20  # bytes that are unpacked from any archive
 
 
 def read_nemo(path: str | os.PathLike) -> Checkpoint:
@@ -105,6 +108,7 @@ def _read_model(
             'tokenizer names no file of the archive (expected tokenizer.model_path: "nemo:...")'
         )
 
+    _check_sizes(tar, members, weights_member, wanted.values())
     clean = _clean_names(wanted.values())
     needed = {weights_member, *clean}
     # In the archive's order: a compressed one is read once, not once a member.
@@ -118,6 +122,19 @@ def _read_model(
     config = rename_artifacts(config, lambda key, _: clean[wanted[key]][0])
     weights = load_tensors(folder / weights_member, weights_member)
     return Checkpoint(config, weights, files), needed | {config_member}
+
+
+def _check_sizes(tar: tarfile.TarFile, members: dict, weights_member: str, files) -> None:
+    """ValueError of members that would fill the disk: weights are hardly compressible, so that
+    megabytes which unpack to many times as much hold none."""
+    packed = os.path.getsize(tar.name)
+    most = max(MOST_UNPACKED * packed, SMALL_WEIGHTS)
+    for name, limit in [(weights_member, most), *((name, MAX_FILE_BYTES) for name in files)]:
+        if members[name].size > limit:
+            raise ValueError(
+                f"{name} unpacks to {members[name].size >> 20} MiB, out of an archive of "
+                f"{packed >> 10} KiB; refusing more than {limit >> 20} MiB"
+            )
 
 
 def _safe_members(tar: tarfile.TarFile) -> dict[str, tarfile.TarInfo]:

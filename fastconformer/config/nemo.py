@@ -343,10 +343,7 @@ def _prediction_section(data: dict, vocab_size: int) -> PredictionConfig:
         data.get("normalization_mode") is None,
         f"decoder.normalization_mode {data.get('normalization_mode')!r} is not supported",
     )
-    require(
-        not data.get("random_state_sampling"),
-        "decoder.random_state_sampling: true is not supported",
-    )
+    # random_state_sampling: NeMo acts on it only while training
     size = data.get("vocab_size")
     require(
         not size or size < 0 or size == vocab_size,

@@ -110,7 +110,6 @@ def test_a_hybrids_ctc_reduction_stands_in_its_own_section(nemo):
         ("joint", {"num_extra_outputs": 3}),
         ("decoder", {"_target_": "nemo.collections.asr.modules.StatelessTransducerDecoder"}),
         ("decoder", {"normalization_mode": "layer"}),
-        ("decoder", {"random_state_sampling": True}),
         ("loss", {"loss_name": "multiblank_rnnt"}),
     ],
 )

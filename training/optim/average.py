@@ -14,9 +14,9 @@ from training.optim.ema import plain_tensors
 from training.setup.lora import lora_scale
 
 
-def average_checkpoints(paths: Sequence[str | Path]) -> Checkpoint:
+def average_checkpoints(paths: Sequence[str | Path], like: str | Path | None = None) -> Checkpoint:
     """Mean of the checkpoints' tensors, in float64, in the first one's dtypes; config and tokenizer
-    are the first one's.
+    are the first one's, or, of Lightning's checkpoints, those of the model `like`.
 
     Raises:
         FileNotFoundError, ValueError: one cannot be read, or differs in the names or shapes of its
@@ -24,7 +24,7 @@ def average_checkpoints(paths: Sequence[str | Path]) -> Checkpoint:
     """
     first, sums, highest = None, {}, {}
     for path in paths:
-        checkpoint = read_any(path)
+        checkpoint = read_any(path, like)
         if first is None:
             first = checkpoint
         else:
@@ -43,11 +43,12 @@ def average_checkpoints(paths: Sequence[str | Path]) -> Checkpoint:
     return dataclasses.replace(first, state_dict=state)
 
 
-def read_any(path: str | Path) -> Checkpoint:
-    """A model folder, a `.nemo` archive, or a run's `checkpoints/step_N.pt`."""
+def read_any(path: str | Path, like: str | Path | None = None) -> Checkpoint:
+    """A model folder, a `.nemo` archive, a run's `checkpoints/step_N.pt`, or a Lightning checkpoint
+    of a model `like` another."""
     path = Path(path)
     if path.suffix != ".pt":
-        return read_checkpoint(path)
+        return read_checkpoint(path, like)
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not a file")
     try:
