@@ -15,6 +15,7 @@ from .confidence import Confidence
 from .hypothesis import Hypothesis
 
 MAX_TOKENS = 512
+CANDIDATES = 64  # the entropy of 150,000 unlikely tokens would drown that of the likely ones
 GUARD_PERIOD = 32  # longest phrase, in tokens, whose repetition is looked for
 GUARD_COPIES, GUARD_TOKENS = 6, 32  # so often in a row, and so many tokens together
 
@@ -45,7 +46,7 @@ def llm_greedy(
     Args:
         prompts: embeddings of each clip's prompt, speech included, (S_i, D).
         max_tokens: longest answer, its end included.
-        confidence: also give the confidence of each token.
+        confidence: also give the confidence of each token, among the likeliest CANDIDATES.
         max_repeats: a phrase that comes again more often than this right after itself ends the
             answer, and is kept once: so a model runs on when it has lost the speech. None: it takes
             6 copies in a row, of 32 tokens together; negative: nothing does.
@@ -74,7 +75,7 @@ def llm_greedy(
     for _ in range(max_tokens):
         log_probs = llm.lm_head(hidden).float().log_softmax(-1)  # (B, V)
         best, tokens = log_probs.max(-1)
-        sure = confidence.of(log_probs, log_probs.shape[-1]).tolist() if confidence else None
+        sure = _confidences(log_probs, confidence) if confidence else None
         going = []
         columns = rows, best.tolist(), tokens.tolist()
         for row, (clip, score, token) in enumerate(zip(*columns, strict=True)):
@@ -98,6 +99,12 @@ def llm_greedy(
         last = last + 1
         hidden = llm(llm.embed(tokens[:, None]), valid, last, cache)[:, -1]
     return found
+
+
+def _confidences(log_probs: Tensor, confidence: Confidence) -> list[float]:
+    """(B, V) -> of each text's next token."""
+    count = min(CANDIDATES, log_probs.shape[-1])
+    return confidence.of(log_probs.topk(count).values.log_softmax(-1), count).tolist()
 
 
 def cut_repetition(hypothesis: Hypothesis, max_repeats: int | None = None) -> bool:

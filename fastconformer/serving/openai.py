@@ -92,11 +92,11 @@ def read_request(form, model, head: str | None, translate: bool) -> Request:
     prompt = one("prompt")
     if prompt:
         phrases += [line.strip() for line in prompt.splitlines() if line.strip()]
-    if phrases:
-        options["boost"] = phrases
     language = one("language")
     languages = texts("languages")
     slots = model.head(head).slots
+    if phrases:  # a head that is asked in words is told them
+        options["hotwords" if "hotwords" in slots else "boost"] = phrases
     if translate and "task" not in slots and "target_lang" not in slots:
         raise BadRequest("this model transcribes and does not translate", "model", 404)
     if language and "source_lang" in slots:

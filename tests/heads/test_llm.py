@@ -38,6 +38,8 @@ def test_a_clip_in_a_batch_has_the_score_that_it_has_alone(model, encoded):
         assert alone.tokens == hypothesis.tokens
         assert alone.score == pytest.approx(hypothesis.score, abs=1e-4)
         assert alone.confidences == pytest.approx(hypothesis.confidences, abs=1e-4)
+    sure = [value for hypothesis in together for value in hypothesis.confidences]
+    assert all(0.001 < value < 1 for value in sure)  # not drowned by all unlikely tokens
 
 
 def test_scores_are_those_of_the_whole_text_at_once(model, encoded):
