@@ -4,9 +4,10 @@
     python -m training.compare recipes/finetune.yaml other.yaml
     python -m training.compare recipes/finetune.yaml model.nemo trainer.max_steps=2000
 
-First what differs and what each difference means. Then a preflight of the recipe: the weights
-load, the tokenizer covers the text, durations and lengths fit, memory and disk suffice, and one
-batch goes forward and backward. A check that fails ends with status 1; nothing is written.
+The pretrained model, each stage of the recipe and any number of others stand side by side, each
+row with a status (same, changed, new, dangerous) and what it means. Then a checklist: rates beside
+published ones, SpecAugment, weights, tokenizer, durations and lengths, memory and disk, and one
+batch forward and backward. A check that fails ends with status 1; nothing is written but --html.
 """
 
 import logging
@@ -15,19 +16,23 @@ import sys
 from pathlib import Path
 
 from fastconformer import cli
+from fastconformer.checkpoint.files import atomic_file
 from fastconformer.checkpoint.read import read_checkpoint
-from training.pages.comparison import beside_checkpoint, facts, meaning, planned_stages
+from training.pages.comparison import checkpoint_facts, facts, meaning, planned_stages
+from training.pages.decision import (
+    Check,
+    as_page,
+    as_text,
+    checklist,
+    compare_columns,
+    text_table,
+)
 from training.recipe.recipe import Recipe, load_recipe, recipe_differences
 from training.setup.batch_search import settled
 from training.setup.preflight import preflight
 from training.setup.prepare import Prepared, prepare_run
 
-
-def text_table(rows: list[tuple], header: tuple) -> str:
-    rows = [tuple(map(str, row)) for row in (header, *rows)]
-    widths = [min(44, max(len(row[i]) for row in rows)) for i in range(len(header))]
-    lines = ["  ".join(f"{cell:{w}}" for cell, w in zip(row, widths, strict=True)) for row in rows]
-    return "\n".join(line.rstrip() for line in lines)
+RECIPES = (".yaml", ".yml", ".sh")
 
 
 def short(value) -> str:
@@ -47,32 +52,65 @@ def prepared_stages(recipe: Recipe, name: str) -> dict[str, Prepared]:
     return {f"{name}, stage {number}": run for number, run in enumerate(runs, start=1)}
 
 
-def show_comparison(recipe: Recipe, other: Recipe | None, checkpoint: Path | None) -> bool:
-    """Prints what differs and the preflight; whether all checks passed."""
-    mine = prepared_stages(recipe, "this recipe")
-    others = {} if other is None else prepared_stages(other, "other")
-    columns = {name: facts(run) for name, run in (others | mine).items()}
-    names = next(iter(columns.values()))
-    rows = [(name, *(column[name] for column in columns.values())) for name in names]
-    print(text_table(rows, ("what it amounts to", *columns)))
-    if other is not None:
-        differences = recipe_differences(other, recipe).items()
-        rows = [(key, short(a), short(b), meaning(key)) for key, (a, b) in differences]
-        header = ("key", "other", "this recipe", "which means")
-        print("\n" + (text_table(rows, header) if rows else "the recipes are the same"))
-    elif checkpoint is not None:
-        first = next(iter(mine.values()))
-        rows = beside_checkpoint(first, read_checkpoint(checkpoint).config)
-        header = ("what", "the checkpoint's", "this recipe", "which means")
-        same = "nothing differs from what the checkpoint's config says of its training"
-        print(f"\nbeside {checkpoint}:\n" + (text_table(rows, header) if rows else same))
-    passed = True
-    for name, run in mine.items():
-        print("\npreflight:" if len(mine) == 1 else f"\npreflight of {name}:")
-        for ok, text in preflight(run):
-            passed &= ok
-            print(f"  {'ok  ' if ok else 'FAIL'}  {text}")
-    return passed
+def show_comparison(
+    recipe: Recipe, others: list[str | Recipe], names: list[str], html: Path | None = None
+) -> bool:
+    """Prints what the recipe amounts to beside its start and the others, what that means, and the
+    checklist; whether all checks passed.
+
+    Args:
+        others: further recipes, and paths of checkpoints.
+        names: what they are called.
+        html: a file for the same as a page.
+    """
+    columns, runs = {}, {}
+    start = recipe.model.init_from
+    recipes = {
+        name: other for name, other in zip(names, others, strict=True) if isinstance(other, Recipe)
+    }
+    checkpoints = {n: o for n, o in zip(names, others, strict=True) if not isinstance(o, Recipe)}
+    if start is not None:
+        checkpoints = {"pretrained": start} | checkpoints
+    for name, path in checkpoints.items():
+        columns[name] = checkpoint_facts(read_checkpoint(Path(path)).config)
+    for name, other in recipes.items():
+        columns |= {n: facts(run) for n, run in prepared_stages(other, name).items()}
+    runs = prepared_stages(recipe, "this recipe")
+    mine = {name: facts(run) for name, run in runs.items()}
+    columns |= mine
+    rows = compare_columns(columns, runs)
+    checks = {}
+    for name, run in runs.items():
+        checks[name] = checklist(run, mine[name], start is not None)
+        checks[name] += [Check(ok, text) for ok, text in preflight(run)]
+    header, keys = differing_keys(recipe, recipes)
+    print(as_text(columns, rows, checks))
+    if recipes:
+        same = "the recipes are the same"
+        print("\n" + (text_table(keys, header) if keys else same))
+    if html is not None:
+        with atomic_file(html) as temporary:
+            text = as_page(f"Before {recipe.output}", columns, rows, (header, keys), checks)
+            temporary.write_text(text, encoding="utf-8")
+        print(f"wrote {html}")
+    return all(check.passed is not False for found in checks.values() for check in found)
+
+
+def differing_keys(recipe: Recipe, recipes: dict[str, Recipe]) -> tuple[tuple, list[tuple]]:
+    """(header, rows) of the recipe keys that any of the others has differently."""
+    found: dict[str, dict[str, object]] = {}
+    for name, other in recipes.items():
+        for key, (theirs, mine) in recipe_differences(other, recipe).items():
+            found.setdefault(key, {"this recipe": mine})[name] = theirs
+    rows = [
+        (
+            key,
+            *(short(values.get(n, values["this recipe"])) for n in (*recipes, "this recipe")),
+            meaning(key),
+        )
+        for key, values in sorted(found.items())
+    ]
+    return ("key", *recipes, "this recipe", "which means"), rows
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -80,15 +118,16 @@ def main(arguments: list[str] | None = None) -> int:
         "training.compare",
         "What a recipe changes, against its pretrained model or another recipe, what each change "
         "means, and whether the run can start.",
-        "recipes/finetune.yaml other.yaml",
+        "recipes/finetune.yaml other.yaml --html before.html",
     )
     parser.add_argument("recipe", help="YAML recipe")
     parser.add_argument(
         "other",
         nargs="*",
         metavar="OTHER | key=value",
-        help="another recipe, folder or .nemo, and overrides of the first recipe",
+        help="other recipes, folders or .nemo files, and overrides of the first recipe",
     )
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write the same as a page")
     return cli.run("error", lambda: run(parser.parse_args(arguments)))
 
 
@@ -101,17 +140,15 @@ def run(options) -> int:
     ]
     others = [item for item in options.other if item not in overrides]
     try:
-        if len(others) > 1:
-            raise ValueError(f"compares two things, got {', '.join(others)} beside the recipe")
         recipe = load_recipe(options.recipe, overrides)
-        is_recipe = others and Path(others[0]).suffix in (".yaml", ".yml", ".sh")
-        other = load_recipe(others[0]) if is_recipe else None
+        read = [load_recipe(p) if Path(p).suffix in RECIPES else p for p in others]
     except (ValueError, FileNotFoundError) as error:
         raise cli.UsageError(str(error)) from None
-    start = recipe.model.init_from
-    checkpoint = Path(others[0]) if others and not is_recipe else start and Path(start)
+    names = ["other"] if len(others) == 1 else [f"other: {Path(p).stem}" for p in others]
+    if len(set(names)) < len(names):
+        names = [f"other {number}" for number in range(1, len(others) + 1)]
     return cli.run(
-        "preflight failed", lambda: int(not show_comparison(recipe, other, checkpoint or None))
+        "preflight failed", lambda: int(not show_comparison(recipe, read, names, options.html))
     )
 
 

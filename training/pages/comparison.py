@@ -8,6 +8,7 @@ from fastconformer import ASRModel
 from training.data.stream import batch_order
 from training.optim.optim import schedule_of
 from training.recipe.funasr import own_training
+from training.recipe.nemo_optim import SCHEDULERS
 from training.recipe.recipe import Recipe, stage_recipes
 from training.setup.prepare import Prepared, run_length
 
@@ -90,9 +91,75 @@ def facts(run: Prepared) -> dict[str, str]:
         "audio heard": f"{length.max_steps * step_s / 3600:.1f} h",
         "highest lr": highest_lr(run, length.max_steps)
         + (f", {relative:.3g} x from scratch" if relative else ""),
+        "lowest lr": f"{recipe.schedule.min_lr:g}",
+        "schedule": recipe.schedule.name,
+        "warm-up": f"{_warm_up(recipe, length.max_steps)} steps",
+        "optimizer": recipe.optim.name,
+        "betas": _numbers(recipe.optim.betas),
+        "weight decay": f"{recipe.optim.weight_decay:g}",
+        "most clips in a batch": str(recipe.data.batch_size),
+        "most seconds in a batch": str(recipe.data.batch_duration_s),
+        "batches in a step": str(trainer.accumulate),
+        "precision": trainer.precision,
+        "frozen parts": _frozen(run),
+        "longest clip, s": f"{recipe.data.max_duration_s:g}",
+        "pieces": str(run.model.config.vocab_size),
+        "sample rate": str(run.model.sample_rate),
+        **_of_config(own_training(run.model.config.record)),
         "SpecAugment": _spec_augment(run),
         "other augmentation": _augmentation(recipe),
     }
+
+
+def checkpoint_facts(config: dict) -> dict[str, str]:
+    """The rows of `facts` that a checkpoint's own config tells of its training."""
+    config = own_training(config)
+    optim = config.get("optim") or {}
+    sched, data = optim.get("sched") or {}, config.get("train_ds") or {}
+    peak = peak_lr(optim, (config.get("encoder") or {}).get("d_model") or 1)
+    warm_up = sched.get("warmup_steps")
+    found = {
+        "highest lr": peak and f"{peak:.3g}",
+        "lowest lr": sched.get("min_lr"),
+        "schedule": SCHEDULERS.get(sched.get("name"), sched.get("name")),
+        "warm-up": None if warm_up is None else f"{warm_up} steps",
+        "optimizer": optim.get("name"),
+        "betas": optim.get("betas") and _numbers(optim["betas"]),
+        "weight decay": optim.get("weight_decay"),
+        "most clips in a batch": data.get("batch_size"),
+        "longest clip, s": data.get("max_duration"),
+        "pieces": _vocabulary(config),
+        "sample rate": _rate(config),
+        **_of_config(config),
+        "SpecAugment": _masks(config),
+    }
+    return {name: str(value) for name, value in found.items() if value is not None}
+
+
+def _of_config(config: dict) -> dict[str, str]:
+    encoder = config.get("encoder") or {}
+    found = {
+        "dropout": encoder.get("dropout"),
+        "attention": encoder.get("self_attention_model"),
+        "loss": _loss(config),
+    }
+    return {name: str(value) for name, value in found.items() if value is not None}
+
+
+def _numbers(values) -> str:
+    return ", ".join(f"{float(value):g}" for value in values)
+
+
+def _frozen(run: Prepared) -> str:
+    """Parts that never move, with their parameters."""
+    sizes: dict[str, int] = {}
+    for name, parameter in run.model.named_parameters():
+        if run.freezing.parameters[name] is None:
+            part = ".".join(name.split(".")[:3]) if ".layers." in name else name.split(".")[0]
+            sizes[part] = sizes.get(part, 0) + parameter.numel()
+    total = sum(sizes.values())
+    listed = ", ".join(list(sizes)[:4]) + (f" and {len(sizes) - 4} more" if len(sizes) > 4 else "")
+    return f"{listed} ({total / 1e6:.2f} M)" if sizes else "none"
 
 
 def highest_lr(run: Prepared, max_steps: int) -> str:
@@ -179,40 +246,6 @@ def meaning(key: str) -> str:
     """What a difference of this recipe key means, in words."""
     known = [prefix for prefix in MEANINGS if key.startswith(prefix)]
     return MEANINGS[max(known, key=len)] if known else ""
-
-
-def beside_checkpoint(run: Prepared, config: dict) -> list[tuple[str, str, str, str]]:
-    """(what, theirs, ours, meaning) where a recipe departs from the training that a checkpoint's
-    own config tells of."""
-    config, ours, rows = own_training(config), own_training(run.model.config.record), []
-    theirs_optim, sched = config.get("optim") or {}, (config.get("optim") or {}).get("sched") or {}
-    width = run.model.config.encoder.d_model
-    peak = peak_lr(theirs_optim, width)
-    recipe, length = run.recipe, run_length(run)
-    data = config.get("train_ds") or {}
-    encoder, own = config.get("encoder") or {}, ours.get("encoder") or {}
-    pairs = [
-        ("optimizer", theirs_optim.get("name"), recipe.optim.name, "optim.name"),
-        ("highest lr", peak and f"{peak:.3g}", highest_lr(run, length.max_steps), "optim.lr"),
-        ("schedule", sched.get("name"), recipe.schedule.name, "schedule"),
-        ("weight decay", theirs_optim.get("weight_decay"), recipe.optim.weight_decay, "optim"),
-        ("longest clip, s", data.get("max_duration"), recipe.data.max_duration_s, "data.max"),
-        ("dropout", encoder.get("dropout"), own.get("dropout"), "model.dropout"),
-        (
-            "attention",
-            encoder.get("self_attention_model"),
-            own.get("self_attention_model"),
-            "encoder",
-        ),
-        ("pieces", _vocabulary(config), run.model.config.vocab_size, "model.tokenizer"),
-        ("sample rate", _rate(config), run.model.sample_rate, "model.sample_rate"),
-        ("SpecAugment", _masks(config), _spec_augment(run), "spec_augment"),
-        ("loss", _loss(config), _loss(ours), "loss"),
-    ]
-    for what, theirs, mine, key in pairs:
-        if theirs is not None and str(theirs) != str(mine):
-            rows.append((what, str(theirs), str(mine), meaning(key)))
-    return rows
 
 
 def _vocabulary(config: dict) -> int | None:
