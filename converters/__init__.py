@@ -63,7 +63,7 @@ def model_card(args, source: Path, target: Path, config, head: str, library: str
     file of `add_card_arguments` that cannot be read."""
     from fastconformer.export import model_card as card
 
-    recipe = args.recipe or source.absolute().parent / "recipe.yaml"
+    recipe = args.recipe or source.resolve().parent / "recipe.yaml"
     return card.model_card(
         target.absolute().stem,
         config,

@@ -75,7 +75,7 @@ def test_commands_and_their_options_exist():
     seen = commands()
     assert len(seen) > 60
     for page, module, arguments in seen:
-        known = set(re.findall(r"(?<![\w-])--?[a-z][a-z-]*", help_of(module)))
+        known = set(re.findall(r"(?<![\w-])--?[a-z][a-z0-9-]*", help_of(module)))
         for argument in arguments:
             if argument.startswith("-") and argument != "-":
                 assert argument in known, f"{page}: {module} has no {argument}"
@@ -137,6 +137,10 @@ RUNNABLE = {
     "fastconformer.evaluate",
     "converters.nemo2st",
     "converters.st2nemo",
+    "converters.st2onnx",
+    "converters.st2hf",
+    "converters.st2mlx",
+    "converters.hf2st",
     "converters.to_birwkv7",
     "converters.train_lm",
     "converters.funasr2st",

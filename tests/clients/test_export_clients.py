@@ -35,6 +35,8 @@ CASES = [
     ("local_attn_g1", "tdt"),
 ]
 REFUSED = {"rnnt_bpe", "tdt_bpe", "local_attn_g1"}  # by transformers: see test_export_hf.py
+# Its TDT knows no max_symbols, which this random model runs into on most clips.
+UNBOUNDED = ("hybrid_tdt_ctc_bpe", "tdt")
 
 
 def archive(name):
@@ -124,7 +126,9 @@ def test_onnx_asr_gives_our_texts(name, head, clips, ours, tmp_path):
     assert_same(texts, export.texts(list(clips.values())), clips, model, head)
 
 
-@pytest.mark.parametrize("name, head", [case for case in CASES if case[0] not in REFUSED])
+@pytest.mark.parametrize(
+    "name, head", [case for case in CASES if case[0] not in REFUSED and case != UNBOUNDED]
+)
 def test_transformers_gives_our_texts(name, head, clips, ours, tmp_path):
     pytest.importorskip("transformers")
     words = [archive(name), "-o", tmp_path / "x", "--head", head]
