@@ -94,7 +94,7 @@ class DecoderJoint(nn.Module):
         return self.joiner(encoder_outputs, out), target_length, h, c
 
 
-def _features(model: ASRModel) -> tuple[torch.Tensor, torch.Tensor]:
+def features_example(model: ASRModel) -> tuple[torch.Tensor, torch.Tensor]:
     """Two clips, one padded, so that no axis is 1 and the masks are in the graph."""
     features = torch.randn(2, model.config.encoder.feat_in, FRAMES)
     return features, torch.tensor([FRAMES, FRAMES - 40])
@@ -107,14 +107,14 @@ def encoder_graph(model: ASRModel) -> Graph:
     """audio_signal (B, M, T), length (B,) int64 -> outputs (B, D, T'), encoded_lengths."""
     outputs = {"outputs": {0: "batch", 2: "encoded"}, "encoded_lengths": {0: "batch"}}
     names = ("audio_signal", "length")
-    return Graph(Encoder(model), _features(model), names, tuple(outputs), _AUDIO | outputs)
+    return Graph(Encoder(model), features_example(model), names, tuple(outputs), _AUDIO | outputs)
 
 
 def ctc_graph(model: ASRModel) -> Graph:
     """audio_signal (B, M, T), length (B,) int64 -> logprobs (B, T', V+1)."""
     outputs = {"logprobs": {0: "batch", 1: "encoded"}}
     names = ("audio_signal", "length")
-    return Graph(EncoderCTC(model), _features(model), names, ("logprobs",), _AUDIO | outputs)
+    return Graph(EncoderCTC(model), features_example(model), names, ("logprobs",), _AUDIO | outputs)
 
 
 def _step(model: ASRModel) -> tuple[torch.Tensor, ...]:

@@ -9,12 +9,22 @@ from pathlib import Path
 
 from ..checkpoint.files import filled_folder
 from ..model import ASRModel
+from .aed_graphs import aed_decoder_graph, aed_encoder_graph
 from .client import check_durations, check_front_end, vocabulary_lines
 from .graphs import ctc_graph, decoder_joint_graph, encoder_graph
 from .onnx_files import require_packages, write_graph
 
 _TRANSDUCER = {"encoder-model": encoder_graph, "decoder_joint-model": decoder_joint_graph}
-GRAPHS = {"ctc": {"model": ctc_graph}, "transducer": _TRANSDUCER}  # by the head's family
+GRAPHS = {  # by the head's family
+    "ctc": {"model": ctc_graph},
+    "transducer": _TRANSDUCER,
+    "aed": {"encoder-model": aed_encoder_graph, "decoder-model": aed_decoder_graph},
+}
+# What it tells a multi-task model: the pieces of its prompt, and the end.
+PROMPT = (
+    *("▁", "<|startofcontext|>", "<|startoftranscript|>", "<|emo:undefined|>", "<|en|>"),
+    *("<|pnc|>", "<|noitn|>", "<|notimestamp|>", "<|nodiarize|>", "<|endoftext|>"),
+)
 
 FRONT_END = {
     "sample_rate": (16000,),
@@ -49,14 +59,21 @@ def export(model: ASRModel, head: str, folder: Path, int8: bool = False) -> None
         raise ValueError(f"onnx-asr takes heads of {' and '.join(GRAPHS)}, {head} is none")
     check_front_end("onnx-asr", config.preprocessor, FRONT_END)
     check_durations(config)
-    vocabulary = vocabulary_lines(model, spoken_unknown=True)
+    if config.aed:
+        lacking = [piece for piece in PROMPT if piece not in model.tokenizer.pieces]
+        if lacking:
+            raise ValueError(
+                f"the vocabulary lacks {', '.join(lacking)}: onnx-asr's prompt is of format "
+                f"canary2, the model's is {config.aed.prompt_format}"
+            )
+    vocabulary = vocabulary_lines(model, spoken_unknown=True, blank=not config.aed)
     graphs = {name: graph(model) for name, graph in GRAPHS[family].items()}
     # it works out a CTC model's frames by itself; a transducer's encoder tells their number
     encoder = config.encoder
     rounds_up = not encoder.causal_downsampling and (
         not encoder.reduces or encoder.reduction == "striding"
     )
-    if any("encoded_lengths" not in graph.outputs for graph in graphs.values()) and not rounds_up:
+    if any("logprobs" in graph.outputs for graph in graphs.values()) and not rounds_up:
         raise ValueError(
             "the encoder's number of frames is not a clip's frames / "
             f"{encoder.frame_factor} rounded up, as onnx-asr counts them for CTC"
@@ -70,6 +87,9 @@ def export(model: ASRModel, head: str, folder: Path, int8: bool = False) -> None
             "model_type": f"nemo-conformer-{head}",
             "features_size": config.preprocessor.features,
             "subsampling_factor": encoder.frame_factor,
-            "max_tokens_per_step": config.max_symbols or 2**31 - 1,
         }
+        if config.aed:
+            document["max_sequence_length"] = config.aed.max_sequence_length
+        else:
+            document["max_tokens_per_step"] = config.max_symbols or 2**31 - 1
         (new / "config.json").write_text(json.dumps(document, indent=1) + "\n")

@@ -34,6 +34,7 @@ def write_graph(
 
     scratch = path.parent / f"{path.stem}.trace"
     scratch.mkdir()
+    graph.module.eval()  # the exporter puts it back, with the model's own parts, as it finds it
     raw = scratch / "graph.onnx"
     with warnings.catch_warnings(), torch.enable_grad():
         # With gradients on, the networks run in their plain form, in one piece: see tiles.py.

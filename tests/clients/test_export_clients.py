@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SAMPLES, VARIABLE, golden
+from conftest import SAMPLES, VARIABLE, golden, load_case
 
 import converters.st2hf
 import converters.st2mlx
@@ -187,6 +187,22 @@ def test_onnx_asr_takes_a_batch(clips, ours, tmp_path):
         batch = list(clips.values())[:8]
         found = client.recognize(batch)
         assert list(map(folded, found)) == list(map(folded, texts[:8]))
+
+
+@pytest.mark.parametrize("case", ["canary_v2_unified", "canary_flash_agg"])
+def test_onnx_asr_runs_canary(case, tmp_path):
+    """On the case's own clips; others make a random model talk without end."""
+    onnx_asr = pytest.importorskip("onnx_asr")
+    words = [archive(case), "-o", tmp_path / "x", "--for", "onnx-asr"]
+    assert converters.st2onnx.main(list(map(str, words))) == 0
+    client = onnx_asr.load_model("nemo-conformer-aed", tmp_path / "x")
+    model, tensors = load_model(archive(case)), load_case(case).tensors
+    clips = [a[:n].numpy() for a, n in zip(tensors["audio"], tensors["audio_len"].tolist())]
+    slots = {"source_lang": "en", "target_lang": "en", "pnc": "yes"}
+    ours = model.transcribe(clips, min_duration_s=0.0, retry=False, **slots)
+    found = [client.recognize(clip, language="en", pnc=True) for clip in clips]
+    assert list(map(folded, found)) == [folded(t.text) for t in ours]
+    assert all(found)
 
 
 @torch.no_grad()

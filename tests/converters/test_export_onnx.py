@@ -273,3 +273,51 @@ def test_a_cache_aware_model_offline_too(tmp_path):
         for name in ("online", "offline")
     }
     assert inputs["offline"] == ["audio_signal", "length"] and len(inputs["online"]) == 5
+
+
+@pytest.mark.parametrize("case", ["canary_v2_unified", "canary_flash_agg"])
+def test_canary_as_onnx_asr_asks_it(case, tmp_path):
+    """The whole prompt first, with "▁" in front, then a token at a time with the caches."""
+    tensors, model = load_case(case).tensors, load_model(golden(case) / "model.nemo")
+    onnx_asr.export(model, "aed", tmp_path / "x")
+    features, lengths = tensors["features"], tensors["features_len"]
+    inputs = {"audio_signal": features.numpy(), "length": lengths.numpy().astype(np.int64)}
+    states, mask = session(tmp_path / "x" / "encoder-model.onnx").run(None, inputs)
+    assert mask.dtype == np.int64 and mask.sum(1).tolist() == tensors["encoded_len"].tolist()
+    for row, n in enumerate(mask.sum(1)):
+        expected = tensors["enc_states"][row, :n].numpy()
+        assert np.abs(states[row, :n] - expected).max() < 1e-4
+
+    lines = (tmp_path / "x" / "vocab.txt").read_text(encoding="utf-8").splitlines()
+    ids = {line.rpartition(" ")[0]: int(line.rpartition(" ")[2]) for line in lines}
+    assert len(lines) == model.tokenizer.vocab_size
+    prompt = [ids[piece] for piece in (*onnx_asr.PROMPT[:5], "<|en|>", *onnx_asr.PROMPT[5:-1])]
+    step = session(tmp_path / "x" / "decoder-model.onnx")
+    shapes = {x.name: x.shape for x in step.get_inputs()}
+    layers, _, _, width = shapes["decoder_mems"]
+    end = ids["<|endoftext|>"]
+    encoded, n_frames = tensors["encoded"], tensors["encoded_len"]
+    slots = {"source_lang": "en", "target_lang": "en", "pnc": "yes"}
+    hypotheses = model.decode(encoded, n_frames, "aed", prompt=slots)
+    n_ended = 0
+    for row, hypothesis in enumerate(hypotheses):
+        tokens, mems = list(prompt), np.zeros((layers, 1, 0, width), np.float32)
+        given = np.array([tokens], np.int64)
+        while len(tokens) < len(prompt) + len(hypothesis.tokens) + 1:
+            parts = (given, states[row : row + 1], mask[row : row + 1], mems)
+            logits, mems = step.run(None, dict(zip(shapes, parts, strict=True)))
+            tokens.append(int(logits[0, -1].argmax()))
+            given = np.array([tokens[-1:]], np.int64)
+        found = tokens[len(prompt) :]
+        n_ended += found[-1] == end
+        assert found[: len(hypothesis.tokens)] == hypothesis.tokens
+    assert n_ended >= 2
+
+
+def test_canary_of_another_prompt_is_refused(tmp_path, capsys):
+    words = [golden("canary_v1_agg") / "model.nemo", "-o", tmp_path / "x", "--for", "onnx-asr"]
+    assert converters.st2onnx.main(list(map(str, words))) == 1
+    assert "the model's is canary" in capsys.readouterr().err
+    words[-1] = "sherpa-onnx"
+    assert converters.st2onnx.main(list(map(str, words))) == 1
+    assert "aed is none" in capsys.readouterr().err
