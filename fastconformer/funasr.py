@@ -45,12 +45,7 @@ class FunASRNano(nn.Module):
     def __init__(self, config: FunASRConfig, tokenizer_files: dict[str, bytes]):
         super().__init__()
         self.config, self.tokenizer_files = config, tokenizer_files
-        self.tokenizer = QwenTokenizer(tokenizer_files["tokenizer.json"])
-        if self.tokenizer.vocab_size > config.llm.vocab_size:
-            raise ValueError(
-                f"the tokenizer has {self.tokenizer.vocab_size} tokens, the language model "
-                f"{config.llm.vocab_size}"
-            )
+        self.tokenizer = QwenTokenizer(tokenizer_files["tokenizer.json"], config.llm.vocab_size)
         self.ctc_tokenizer = _ctc_tokenizer(config, tokenizer_files) if config.ctc else None
         with torch.device("cpu"):
             self.preprocessor = Fbank(config.frontend)

@@ -87,9 +87,10 @@ def _is_ideograph(char: str) -> bool:
 
 
 class QwenTokenizer(ByteTokenizer):
-    """Qwen's, from its `tokenizer.json`. Text such as `<|im_end|>` is read as the token."""
+    """Qwen's, from its `tokenizer.json`. Text such as `<|im_end|>` is read as the token. A model
+    may have rows for `n_ids` ids, more than there are tokens: those stand for nothing."""
 
-    def __init__(self, tokenizer_json: bytes):
+    def __init__(self, tokenizer_json: bytes, n_ids: int | None = None):
         tokenizers = _tokenizers()
         try:
             self.backend = tokenizers.Tokenizer.from_str(tokenizer_json.decode("utf-8"))
@@ -110,7 +111,10 @@ class QwenTokenizer(ByteTokenizer):
             known = number not in added_ids and all(char in letters for char in piece)
             tokens[number] = bytes(letters[c] for c in piece) if known else piece.encode()
         self.special_ids = special
-        super().__init__(tokens)
+        if n_ids is not None and n_ids < size:
+            raise ValueError(f"the tokenizer has {size} tokens, the language model {n_ids}")
+        super().__init__(tokens + [b""] * ((n_ids or size) - size))
+        self.vocab_size = size
 
     def encode(self, text: str) -> list[int]:
         return self.backend.encode(text, add_special_tokens=False).ids

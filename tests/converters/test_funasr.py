@@ -164,6 +164,11 @@ def other_llm(folder):
     path.write_text(path.read_text().replace('"qwen3"', '"llama"'))
 
 
+def small_llm(folder):
+    path = folder / "Qwen3-0.6B" / "config.json"
+    path.write_text(path.read_text().replace('"vocab_size": 704', '"vocab_size": 699'))
+
+
 def no_vocabulary(folder):
     (folder / "multilingual.tiktoken").unlink()
 
@@ -179,6 +184,7 @@ DAMAGES = {
     not_finite: "audio_encoder.tp_norm.weight holds NaN",
     other_shape: "audio_adaptor.linear1.weight has shape (3, 3)",
     other_llm: "model_type is 'llama', supported is 'qwen3'",
+    small_llm: "the tokenizer has 700 tokens, the language model 699",
     no_vocabulary: "has CTC weights but no vocabulary",
 }
 

@@ -158,3 +158,10 @@ def test_a_prompt_longer_than_the_positions_is_refused(model, encoded):
     rows, lengths = encoded
     with pytest.raises(ValueError, match="2048 positions"):
         model.decode(rows, lengths, prompts=model.prompt(hotwords=["Sterling"] * 2000))
+
+
+def test_an_id_without_a_token_says_nothing(model):
+    """The language model has 704 rows, the tokenizer 700 tokens; Qwen's own has 267 such rows."""
+    ids = model.tokenizer.encode("The child")
+    assert model.tokenizer.decode([*ids, 703]) == "The child"
+    assert model.tokenizer.ids_to_pieces([703]) == [""] and model.tokenizer.vocab_size == 700
