@@ -18,6 +18,7 @@ COMMANDS = {
         "average": ("training.average", "the mean of several checkpoints"),
         "report": ("training.report", "a run on one page"),
         "find_batch": ("training.find_batch", "the largest batch that the device takes"),
+        "segment": ("training.segment", "a long recording and its text to training clips"),
         "synthesize": ("training.synthesize", "speak a corpus of clips and texts"),
     },
     "convert": {
