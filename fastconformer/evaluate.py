@@ -26,7 +26,7 @@ from .jobs.scores import (
     read_results,
     table,
 )
-from .text.metrics import NORMALIZERS
+from .text.metrics import NORMALIZERS, normalize
 
 
 def parse_arguments(argv=None) -> argparse.Namespace:
@@ -57,6 +57,7 @@ def main(argv=None) -> int:
 def run(args) -> int:
     if args.output:
         cli.check_output(args.output, args.manifest, args.model)
+    normalize("", args.normalizer)  # it may need a package
     clips, left_out = read_manifest(args.manifest, args.lang)
     old = read_results(args.against) if args.against else None
     if old:  # what the manifest lacks, no transcription will bring

@@ -130,7 +130,11 @@ def _corpus(references, hypotheses, normalizer: str) -> dict:
     references = [normalize(text, normalizer) for text in references]
     hypotheses = [normalize(text, normalizer) for text in hypotheses]
     words, characters = word_errors(references, hypotheses), char_errors(references, hypotheses)
+    pairs = zip(references, hypotheses, strict=True)
+    n_correct = sum(a.split() == b.split() for a, b in pairs)
     return {
+        "n_correct": n_correct,
+        "sequence_accuracy": n_correct / max(1, len(references)),
         "wer": words.rate,
         "errors": words.errors,
         "words": words.words,
@@ -279,6 +283,11 @@ def table(results: dict) -> str:
                 f"{unit + ' ' + label:12}{100 * part[rate]:8.2f}{part[prefix + 'errors']:9d}"
                 f"{part[total]:9d}{counts[0]:7d}{counts[1]:7d}{counts[2]:7d}"
             )
+    right = [
+        f"{100 * part['sequence_accuracy']:.2f} % {label}"
+        for label, part in (("raw", results["raw"]), (name, results["normalized"]))
+    ]
+    lines.append(f"utterances without an error: {', '.join(right)}")
     for pair, scores in results.get("pairs", {}).items():
         text = f"{pair}: {scores['n_utterances']} utterances, WER {name} "
         text += f"{100 * scores['normalized']['wer']:.2f} %"

@@ -5,6 +5,8 @@ total reference words, never a mean of rates. Edit distance: Myers 1999 (J. ACM 
 vectors as Python integers; totals, and which of several best alignments is taken, as in jiwer.
 """
 
+import functools
+import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -62,6 +64,21 @@ def align(reference: Sequence[str], hypothesis: Sequence[str]) -> list[Edit]:
     then, from the right, a deletion is taken before an insertion before a substitution. Takes time
     and memory (bits) in proportion to the product of the lengths: 1 GB for 60000 x 60000.
     """
+    edits, i, j = [], 0, 0
+    for op in _operations(reference, hypothesis):
+        word = reference[i] if op != INSERT else None
+        other = hypothesis[j] if op != DELETE else None
+        edits.append(Edit(NAMES[op], word, other))
+        i, j = i + (op != INSERT), j + (op != DELETE)
+    return edits
+
+
+EQUAL, SUBSTITUTE, DELETE, INSERT = range(4)
+NAMES = ("equal", "substitute", "delete", "insert")
+
+
+def _operations(reference: Sequence[str], hypothesis: Sequence[str]) -> bytes:
+    """The edits of `align`, in order, a byte each."""
     n, m = len(reference), len(hypothesis)
     start = 0
     while start < min(n, m) and reference[start] == hypothesis[start]:
@@ -69,35 +86,36 @@ def align(reference: Sequence[str], hypothesis: Sequence[str]) -> list[Edit]:
     end = 0
     while end < min(n, m) - start and reference[n - 1 - end] == hypothesis[m - 1 - end]:
         end += 1
-    edits = [Edit("equal", reference[n - k], hypothesis[m - k]) for k in range(1, end + 1)]
     i, j = n - start - end, m - start - end
     rises, falls = _vertical_deltas(
         reference[start : start + i], hypothesis[start : start + j]
     )  # column j: whether D[i+1][j+1] - D[i][j+1] is +1, is -1
+    backwards = bytearray([EQUAL]) * end
     while i and j:
-        word, other = reference[start + i - 1], hypothesis[start + j - 1]
-        if rises[j - 1] >> (i - 1) & 1:
-            edits.append(Edit("delete", word, None))
+        place, bit = (i - 1) >> 3, 1 << (i - 1 & 7)
+        if rises[j - 1][place] & bit:
+            backwards.append(DELETE)
             i -= 1
-        elif j > 1 and falls[j - 2] >> (i - 1) & 1:
-            edits.append(Edit("insert", None, other))
+        elif j > 1 and falls[j - 2][place] & bit:
+            backwards.append(INSERT)
             j -= 1
         else:
-            edits.append(Edit("equal" if word == other else "substitute", word, other))
+            same = reference[start + i - 1] == hypothesis[start + j - 1]
+            backwards.append(EQUAL if same else SUBSTITUTE)
             i, j = i - 1, j - 1
-    edits += [Edit("delete", reference[start + k], None) for k in reversed(range(i))]
-    edits += [Edit("insert", None, hypothesis[start + k]) for k in reversed(range(j))]
-    edits += [Edit("equal", reference[k], hypothesis[k]) for k in reversed(range(start))]
-    return edits[::-1]
+    backwards += bytes([DELETE]) * i + bytes([INSERT]) * j + bytes([EQUAL]) * start
+    return bytes(backwards[::-1])
 
 
-def _vertical_deltas(reference, hypothesis) -> tuple[list[int], list[int]]:
-    """Myers' bit vectors, one integer a hypothesis item: bit i of the first is set where the edit
-    distance grows from reference prefix i to i + 1, of the second where it falls."""
-    full = (1 << len(reference)) - 1
-    positions: dict[str, int] = {}
+def _vertical_deltas(reference, hypothesis) -> tuple[list[bytes], list[bytes]]:
+    """Myers' bit vectors, little-endian bytes for each hypothesis item: bit i of the first is set
+    where the edit distance grows from reference prefix i to i + 1, of the second where it falls."""
+    full, size = (1 << len(reference)) - 1, len(reference) // 8 + 1
+    places = {item: bytearray(size) for item in set(hypothesis)}
     for i, item in enumerate(reference):
-        positions[item] = positions.get(item, 0) | 1 << i
+        if item in places:
+            places[item][i >> 3] |= 1 << (i & 7)
+    positions = {item: int.from_bytes(bits, "little") for item, bits in places.items()}
     rise, fall = full, 0
     rises, falls = [], []
     for item in hypothesis:
@@ -107,16 +125,14 @@ def _vertical_deltas(reference, hypothesis) -> tuple[list[int], list[int]]:
         right_fall = (diagonal_zero & rise) << 1
         rise = (right_fall | ~(diagonal_zero | right_rise)) & full
         fall = right_rise & diagonal_zero & full
-        rises.append(rise)
-        falls.append(fall)
+        rises.append(rise.to_bytes(size, "little"))
+        falls.append(fall.to_bytes(size, "little"))
     return rises, falls
 
 
 def _count(reference: Sequence[str], hypothesis: Sequence[str]) -> ErrorCounts:
-    ops = [edit.op for edit in align(reference, hypothesis)]
-    return ErrorCounts(
-        len(reference), ops.count("insert"), ops.count("delete"), ops.count("substitute")
-    )
+    ops = _operations(reference, hypothesis)
+    return ErrorCounts(len(reference), ops.count(INSERT), ops.count(DELETE), ops.count(SUBSTITUTE))
 
 
 def _check_pairs(references, hypotheses):
@@ -174,7 +190,38 @@ def normalize_basic(text: str) -> str:
     return " ".join("".join(kept).split())
 
 
-NORMALIZERS = {"none": normalize_none, "basic": normalize_basic}
+_ARABIC_SIGNS = re.compile("[\u0610-\u061a\u064b-\u065f\u0670\u06d6-\u06ed\u0640]")
+
+
+def normalize_arabic(text: str) -> str:
+    """`basic` without what Arabic leaves out at will: vowel signs, the small signs of the Quran,
+    and the stroke that stretches words."""
+    return normalize_basic(_ARABIC_SIGNS.sub("", text))
+
+
+def normalize_english(text: str) -> str:
+    """The English normaliser of Whisper and of the Open ASR Leaderboard: numbers as digits, British
+    spellings as American, contractions apart. ValueError without the extra `eval`."""
+    return _whisper_english()(text)
+
+
+@functools.cache
+def _whisper_english():
+    try:
+        from whisper_normalizer.english import EnglishTextNormalizer  # optional
+    except ModuleNotFoundError:
+        raise ValueError(
+            'the normalizer english needs whisper-normalizer: pip install "fastconformer[eval]"'
+        ) from None
+    return EnglishTextNormalizer()
+
+
+NORMALIZERS = {
+    "none": normalize_none,
+    "basic": normalize_basic,
+    "arabic": normalize_arabic,
+    "english": normalize_english,
+}
 
 
 def normalize(text: str, normalizer: str) -> str:

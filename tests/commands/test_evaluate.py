@@ -237,3 +237,14 @@ def test_skipme_lines_are_left_out_and_counted(folder, nemo, tmp_path, capsys):
     assert status == 0 and results["n_skipme"] == 1 and results["n_skipped"] == 0
     assert [u["audio"] for u in results["utterances"]] == ["0.wav", "2.wav"]
     assert "1 left out by _skipme" in capsys.readouterr().out
+
+
+def test_utterances_without_an_error_are_counted(folder, nemo, hypotheses, tmp_path, capsys):
+    lines = [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
+    lines[0]["text"] = hypotheses["rnnt"][0].upper() + "!"
+    write_manifest(folder / "right.jsonl", lines)
+    _, results = evaluate(folder, nemo, tmp_path / "r.json", manifest="right.jsonl")
+    assert results["raw"]["n_correct"] < results["normalized"]["n_correct"]
+    right = results["normalized"]["n_correct"]
+    assert results["normalized"]["sequence_accuracy"] == right / len(lines)
+    assert "utterances without an error:" in capsys.readouterr().out

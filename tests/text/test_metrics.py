@@ -1,10 +1,14 @@
 """Error counts against jiwer, alignments by replaying them, the bootstrap against its theory."""
 
+import sys
+import time
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fastconformer.text import metrics
 from fastconformer.text.metrics import (
     ErrorCounts,
     align,
@@ -111,7 +115,7 @@ def test_basic_normalizer_is_idempotent(text):
 
 
 def test_unknown_normalizer():
-    with pytest.raises(ValueError, match="'whisper', expected one of basic, none"):
+    with pytest.raises(ValueError, match="'whisper', expected one of arabic, basic, english, none"):
         normalize("a", "whisper")
 
 
@@ -165,3 +169,30 @@ def test_bootstrap_checks_lengths():
 )
 def test_what_is_not_heard_is_no_error(written, spoken):
     assert normalize_basic(written) == normalize_basic(spoken)
+
+
+def test_a_very_long_line():
+    reference = "word another " * 80_000  # ten times as long takes ten times as long
+    started = time.process_time()
+    words, characters = (f([reference], ["some word of it"]) for f in (word_errors, char_errors))
+    assert time.process_time() - started < 6
+    assert words.words == 160_000 and words.deletions == 160_000 - 4
+    assert characters.deletions == len(reference.strip()) - len("some word of it")
+
+
+def test_arabic_without_its_signs():
+    with_signs, plain = "\u0643\u0650\u062a\u064e\u0627\u0628\u064c", "\u0643\u062a\u0627\u0628"
+    assert normalize(with_signs, "arabic") == plain
+    assert normalize("\u0643\u0640\u0640\u062a\u0627\u0628!", "arabic") == plain
+    assert normalize(with_signs, "basic") != plain
+
+
+def test_the_leaderboards_english(monkeypatch):
+    english = pytest.importorskip("whisper_normalizer.english").EnglishTextNormalizer()
+    for text in ("Mr. Smith isn't here; he paid $20 for the colour.", "twenty-one hmm"):
+        assert normalize(text, "english") == english(text)
+    assert normalize("the colour twenty one", "english") == "the color 21"
+    metrics._whisper_english.cache_clear()
+    monkeypatch.setitem(sys.modules, "whisper_normalizer.english", None)
+    with pytest.raises(ValueError, match=r'pip install "fastconformer\[eval\]"'):
+        normalize("a", "english")
