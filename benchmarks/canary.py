@@ -103,11 +103,12 @@ def token_times(model, clip) -> dict:
     with torch.inference_mode():
         encoded, length = model.encode(*model.featurize(audio, length))
     spent = {}
-    for n_tokens in (20, 60, 260, 300):
+    for n_tokens in (20, 60, 260, 300) * 2:  # the less disturbed of two
         options = DecodingOptions(max_generation_delta=n_tokens)
         start = time.process_time()
         model.decode(encoded[:, :1], torch.ones(1).long(), options=options)
-        spent[n_tokens] = time.process_time() - start
+        took = time.process_time() - start
+        spent[n_tokens] = min(took, spent.get(n_tokens, took))
     early, late = (spent[60] - spent[20]) / 40, (spent[300] - spent[260]) / 40
     return {"tokens_20_to_60": round(1e3 * early, 2), "tokens_260_to_300": round(1e3 * late, 2)}
 
