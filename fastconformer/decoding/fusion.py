@@ -235,7 +235,7 @@ class PhraseScorer:
             written = " ".join(phrase.lower().split())
             if not written:
                 raise ValueError(f"a phrase to boost is {phrase!r}, expected words")
-            n_pieces = max(1, len(tokenizer.encode(phrase)))
+            n_pieces = max(1, tokenizer.n_pieces(phrase))
             patterns[f" {written} "] = float(weight) * n_pieces
         alphabet = sorted({char for pattern in patterns for char in pattern} - {" "})
         # 0: a character that no phrase has; 1: where words meet

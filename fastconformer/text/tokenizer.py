@@ -47,6 +47,10 @@ class Tokenizer:
         """What encodes text in this language."""
         return self
 
+    def n_pieces(self, text: str) -> int:
+        """With how many pieces a text is written."""
+        return len(self.encode(text))
+
 
 class SentencePieceTokenizer(Tokenizer):
     """`first_id` is added to what it encodes: it then is a part of an AggregateTokenizer."""
@@ -124,6 +128,15 @@ class AggregateTokenizer(Tokenizer):
 
     def encode(self, text: str) -> list[int]:
         return self.of_language(None).encode(text)  # raises
+
+    def n_pieces(self, text: str) -> int:
+        """In the language that needs fewest, of those that can write it."""
+        parts = [(part, part.encode(text)) for part in self._text_parts()]
+        able = [len(ids) for part, ids in parts if part.unk_id not in ids]
+        return min(able or [len(ids) for _, ids in parts])
+
+    def _text_parts(self) -> list[SentencePieceTokenizer]:
+        return list(self.languages.values())
 
     def join(self, pieces: list[str]) -> str:
         # NeMo leaves a space in front (and gives this tokenizer no CTC text and no times)
@@ -231,6 +244,9 @@ class CanaryTokenizer(AggregateTokenizer):
     def _part(self, lang: str, model: bytes, first_id: int) -> SentencePieceTokenizer:
         special = lang == SPECIAL
         return _CanarySpecial(model, first_id, self) if special else _CanaryPart(model, first_id)
+
+    def _text_parts(self) -> list[SentencePieceTokenizer]:
+        return [part for lang, part in self.languages.items() if lang != SPECIAL]
 
     def of_language(self, lang: str | None) -> Tokenizer:
         if lang not in self.languages and _FALLBACK.get(lang) in self.languages:

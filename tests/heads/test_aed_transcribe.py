@@ -135,7 +135,6 @@ def test_what_cannot_be_asked():
         ({"pnc": "maybe"}, "slot pnc is 'maybe', expected one of yes"),
         ({"task": "ast"}, "no slot 'task'"),
         ({"prompt": [4], "pnc": "no"}, "prompt is given as ids, pnc beside it"),
-        ({"boost": ["Anna"]}, "needs its language"),
         ({"head": "ctc"}, "head is 'ctc', this model has aed"),
         ({"prompt": {"decodercontext": "word " * 200}}, "the decoder has 128 positions"),
     ):
@@ -144,6 +143,25 @@ def test_what_cannot_be_asked():
     other = load_model(load_case("ctc_bpe").folder / "model.nemo")
     with pytest.raises(ValueError, match="source_lang is 'en', but this model's heads take no"):
         other.transcribe(clips[0], source_lang="en")
+
+
+@pytest.mark.parametrize("name", ["canary_flash_agg", "canary_v2_unified"])
+def test_what_is_known_beside_the_audio(name, tmp_path):
+    """Phrases and a language model are asked through the search; a lock leaves its letters."""
+    model, _, clips = loaded(name)
+    plain = model.transcribe(clips)
+    word = plain[1].text.split()[0]
+    assert [t.text for t in model.transcribe(clips, boost={"zzz": 5.0})] == [t.text for t in plain]
+    found = model.transcribe(clips, boost={word: 2.0}, beam=2)
+    assert found[1].text == plain[1].text and found[1].score > plain[1].score + 1
+    arpa = tmp_path / "lm.arpa"
+    rows = ["-9\t<unk>", "-1\t<s>", "-1\t</s>", f"-0.1\t{word}"]
+    arpa.write_text("\\data\\\nngram 1=4\n\n\\1-grams:\n" + "\n".join(rows) + "\n\n\\end\\\n")
+    with_lm = model.transcribe(clips, lm=arpa, lm_weight=0.1)
+    assert all(t.score != p.score for t, p in zip(with_lm, plain))
+    assert [t.text for t in model.transcribe(clips, allow=["en"])] == [t.text for t in plain]
+    with pytest.raises(ValueError, match="no piece of the tokenizer has letters of it"):
+        model.transcribe(clips, allow=["greek"])
 
 
 def test_times_need_a_slot_or_an_aligner():
