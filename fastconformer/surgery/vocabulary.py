@@ -167,6 +167,11 @@ def change_vocabulary(
     Raises:
         ValueError: unknown names of the rules, or tokenizers of two kinds.
     """
+    if model.tokenizer.kind == "agg" and model.tokenizer.bos_id is None:
+        raise ValueError(
+            f"the model has a tokenizer for each of {', '.join(model.tokenizer.languages)}; such a "
+            "vocabulary is changed in multi-task models only, leave model.tokenizer away"
+        )
     if (model.tokenizer.kind == "agg") != (tokenizer.kind == "agg"):
         names = ", ".join(getattr(model.tokenizer, "languages", None) or [model.tokenizer.kind])
         raise ValueError(

@@ -169,6 +169,8 @@ def read_like(model: ASRModel, recipe: ModelRecipe):
         FileNotFoundError, ValueError: no such file, or another kind than the model's.
     """
     old, given = model.tokenizer, recipe.tokenizer
+    if old.kind == "agg" and old.bos_id is None:
+        return *vocabulary_of(recipe), None  # which `change_vocabulary` refuses with a word
     if isinstance(given, dict) != (old.kind == "agg"):
         wanted = "{language: path}" if old.kind == "agg" else "one path"
         raise ValueError(f"model.tokenizer is {given!r}, expected {wanted}, as the model's own")
@@ -181,11 +183,6 @@ def read_like(model: ASRModel, recipe: ModelRecipe):
         names = zip(("model_path", "spe_tokenizer_vocab", "vocab_path"), files, strict=True)
         section = {key: f"nemo:{name}" for key, name in names}
         return type(old)(files["tokenizer.model"]), files, section
-    if old.bos_id is None:
-        raise ValueError(
-            f"the model has a tokenizer for each of {', '.join(old.languages)}; such a vocabulary "
-            "can be changed in multi-task models only, leave model.tokenizer away"
-        )
     kept = dict(model.config.nemo["tokenizer"]["langs"])
     files, langs = {}, {}
     for lang in [*kept, *(lang for lang in given if lang not in kept)]:
