@@ -293,7 +293,8 @@ def _open_mpeg(source: str | bytes, name: str, stack: contextlib.ExitStack) -> S
             sound = _open_soundfile(with_length(data, frames), name, stack)
     except soundfile.SoundFileError as error:
         raise ValueError(f"{name} is damaged or not audio: {_reason(error)}") from None
-    sound.promised_s = (frames.promised or len(frames.places)) * header.samples / header.rate_hz
+    promised = (frames.promised or len(frames.places)) * header.samples
+    sound.promised_s = (frames.samples if frames.is_regular else promised) / header.rate_hz
     if sound.rate_hz == header.rate_hz:
         sound.frames = frames.samples
     return sound

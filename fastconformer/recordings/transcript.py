@@ -1,5 +1,6 @@
 """What a decoder found -> text, with the times of its words."""
 
+import html
 import itertools
 import logging
 from collections.abc import Sequence
@@ -14,16 +15,16 @@ from .timestamps import Span, in_seconds, segment_spans, without_collection
 logger = logging.getLogger(__name__)
 
 
-@dataclass
+@dataclass(repr=False)
 class Transcript:
     """The text of one clip.
 
     tokens: ids; token_frames: encoder frame of each; token_durations: frames each spans (None for
-    RNNT); words and segments: times in seconds, None unless asked for; score: log-probability of
-    the path that was taken; head: which head spoke; duration: the clip's seconds; confidences: of
-    each token, None unless asked for (words then have theirs); retries: stretches of speech over
-    which the head had gone silent, with the text that a second try found there; error: why there
-    is no text, where that was asked for.
+    RNNT); words and segments: times in seconds, None unless asked for; score: sum of the
+    log-probabilities that were chosen (see docs/formats.md); head: which head spoke; duration: the
+    clip's seconds; confidences: of each token, None unless asked for (words then have theirs);
+    retries: stretches of speech over which the head had gone silent, with the text that a second
+    try found there; error: why there is no text, where that was asked for.
     """
 
     text: str
@@ -38,6 +39,20 @@ class Transcript:
     confidences: list[float] | None = None
     retries: list[Span] = field(default_factory=list)
     error: str | None = None
+
+    def __repr__(self) -> str:
+        said = self.text if len(self.text) <= 60 else f"{self.text[:59]}…"
+        failed = f", error={self.error!r}" if self.error else ""
+        return f"Transcript({said!r}, {self.head}, {self.duration:.2f} s{failed})"
+
+    def _repr_html_(self) -> str:
+        """In a notebook: the text, with the times of its segments where there are some."""
+        rows = [
+            f"<tr><td>{s.start:.2f}</td><td>{s.end:.2f}</td><td>{html.escape(s.text)}</td></tr>"
+            for s in self.segments or ()
+        ]
+        text = html.escape(self.text or self.error or "")
+        return f"<table>{''.join(rows)}</table>" if rows else f"<p>{text}</p>"
 
 
 def transcript(

@@ -180,6 +180,8 @@ def test_an_mp3_is_heard_to_its_end(mp3s, name, with_av, tmp_path, monkeypatch, 
     samples = load_audio(path, RATE)
     assert abs(len(samples) / RATE - seconds) < 0.1
     assert abs(audio_duration(path) - seconds) < 0.1
+    if name in ("whole", "bare", "tagged"):
+        assert read_audio(path, RATE).notes == []  # the encoder's padding is no missing sound
     assert abs(len(load_audio(path, RATE, seconds - 0.5)) / RATE - 0.5) < 0.1
     assert capfd.readouterr().err == ""
 

@@ -259,3 +259,10 @@ def test_a_full_disk_names_the_file(tree, tmp_path):
         lines = [line for line in done.stderr.splitlines() if line.startswith("transcribe")]
         assert done.returncode == 1 and "Traceback" not in done.stderr
         assert len(lines) == 1 and "No space left on device" in lines[0] and name in lines[0]
+
+
+def test_a_transcript_is_shown_shortly():
+    words, segments = spans(("a", 0, 1)), spans(("<b>", 0, 1.5))
+    transcript = Transcript("<b>" * 99, [1] * 99, [0] * 99, None, words, segments, 0.0, "tdt", 2.0)
+    assert len(repr(transcript)) < 100 and repr(transcript).endswith("tdt, 2.00 s)")
+    assert "&lt;b&gt;" in transcript._repr_html_() and "<b>" not in transcript._repr_html_()
