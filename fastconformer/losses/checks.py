@@ -27,6 +27,13 @@ def reduce(losses: Tensor, target_lengths: Tensor, reduction: str | None) -> Ten
     return losses.sum() if reduction == "sum" else losses
 
 
+def on_host(*lengths: Tensor) -> list[Tensor]:
+    """Lengths (B,) each, on the CPU: in one transfer, for which a device is waited for once."""
+    if all(x.device.type == "cpu" for x in lengths) or len({x.shape for x in lengths}) > 1:
+        return [x.cpu() for x in lengths]
+    return list(torch.stack([x.to(lengths[0].device) for x in lengths]).cpu().unbind())
+
+
 def check_batch(
     inputs: str,
     batch: int,
@@ -39,6 +46,7 @@ def check_batch(
     """Targets and lengths fit a lattice (B, T', U+1); `inputs` describes what gave that shape."""
     if targets.dim() != 2 or len(targets) != batch or not _is_integer(targets):
         raise ValueError(f"targets are {describe(targets)}, expected integers ({batch}, U)")
+    logit_lengths, target_lengths = on_host(logit_lengths, target_lengths)
     for name, lengths, low, high, of in (
         ("logit_lengths", logit_lengths, 1, n_frames, "frames of the logits"),
         ("target_lengths", target_lengths, 0, n_rows - 1, "logit rows less one"),

@@ -61,7 +61,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .checks import check_classes, check_durations, check_options, check_reduction, describe, reduce
+from .checks import (
+    check_classes,
+    check_durations,
+    check_options,
+    check_reduction,
+    describe,
+    on_host,
+    reduce,
+)
 from .fused_cells import Options
 
 ACTIVATIONS = ("relu", "tanh", "sigmoid")
@@ -159,6 +167,7 @@ def fused_transducer_loss(
     # Here: it makes operators known to torch, which takes as long as all other imports together.
     from .fused_operator import transducer_forward
 
+    logit_lengths, target_lengths = on_host(logit_lengths, target_lengths)  # read often
     losses, activity, *_ = transducer_forward(
         enc_proj,
         pred_proj,

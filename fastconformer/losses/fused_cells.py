@@ -152,9 +152,13 @@ def tiles(
         return
     before = F.pad((~skipped).cumsum(0, dtype=torch.int32), (1, 0))
     visited = (~skipped).nonzero()[:, 0] + lo
+    if not len(visited):
+        return
     starts = range(0, len(visited), tile_cells)
-    firsts = visited[::tile_cells].tolist()  # one wait for the device, not one a tile
-    lasts = [*(visited[tile_cells - 1 :: tile_cells].tolist()), *visited[-1:].tolist()]
+    ends = visited[tile_cells - 1 :: tile_cells]
+    # One wait for the device, not one a tile.
+    bounds = torch.cat((visited[::tile_cells], ends, visited[-1:])).tolist()
+    firsts, lasts = bounds[: len(starts)], bounds[len(starts) :]
     for start, first, last in zip(starts, firsts, lasts):
         yield Tile(visited[start : start + tile_cells], first, last, start, before)
 

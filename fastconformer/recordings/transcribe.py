@@ -126,6 +126,8 @@ def transcribe(
             window_s,
         ):
             audio, lengths, shifts = collate([clips[i] for i in batch], min_duration_s, rate)
+            if device.type == "cuda":
+                audio = audio.pin_memory()  # else the copy waits for the device
             # without `pad_to`, as in NeMo's `transcribe`: norms over time would see it
             features, lengths = model.preprocessor(
                 as_float(audio.to(device, non_blocking=True)), lengths.to(device), pad=False
@@ -139,10 +141,11 @@ def transcribe(
                 encoded, lengths = _encode_batch(encoder_of, features, lengths)
             asked = chosen.for_clips(arguments, [recording[i] for i in batch])
             found = model.decode(encoded, lengths, head, options, **asked)
+            counts = lengths.tolist()  # one wait for the device, not one a clip
             for row, (i, shift, hypothesis) in enumerate(zip(batch, shifts, found)):
                 retries = []
                 if options.retry:
-                    valid = encoded[row, : int(lengths[row])]
+                    valid = encoded[row, : counts[row]]
                     retries = retry_stuck(model, hypothesis, valid, audio[row], head, options)
                 seconds = len(clips[i]) / rate
                 # an aligner looks at pieces that overlap together
