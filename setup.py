@@ -52,6 +52,7 @@ MEDIA = ["av>=14"]  # PyAV: its wheels bring FFmpeg
 HUB = ["huggingface_hub>=0.30"]
 EVAL = ["whisper-normalizer>=0.1.10", "sacrebleu>=2.4"]
 SERVE = ["starlette>=0.45", "uvicorn>=0.30", "python-multipart>=0.0.18", "websockets>=13"]
+LISTEN = ["sounddevice>=0.4.6"]  # PortAudio for the microphone
 LLM = ["tokenizers>=0.20"]  # Qwen's tokenizer, of Fun-ASR-Nano
 
 setup(
@@ -101,6 +102,7 @@ setup(
         "quickstart": QUICKSTART,
         "export": EXPORT,
         "serve": SERVE,
+        "listen": LISTEN,
         "llm": LLM,
         "media": MEDIA,
         "hub": HUB,

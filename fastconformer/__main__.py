@@ -10,6 +10,7 @@ COMMANDS = {
         "transcribe": ("fastconformer.transcribe", "recordings to text, subtitles, JSON"),
         "evaluate": ("fastconformer.evaluate", "error rates on a manifest, against an older run"),
         "serve": ("fastconformer.serve", "OpenAI's transcription API over HTTP, and a page"),
+        "listen": ("fastconformer.listen", "what a microphone hears, as text in the terminal"),
     },
     "train": {
         "finetune": ("training.finetune", "fine-tune a model, or train one, as a recipe says"),

@@ -4,9 +4,11 @@ python -m fastconformer.serve --model model.nemo --port 8000
 curl -F file=@talk.wav http://127.0.0.1:8000/v1/audio/transcriptions
 """
 
+import contextlib
 import importlib.util
 import os
 import signal
+import socket
 import sys
 from pathlib import Path
 
@@ -48,6 +50,12 @@ def parse_arguments(argv=None):
     parser.add_argument(
         "--timeout-s", type=float, default=600.0, help="for one request (%(default)s)"
     )
+    parser.add_argument(
+        "--wyoming-port", type=int, metavar="P", help="also serve home assistants' Wyoming there"
+    )
+    parser.add_argument(
+        "--wyoming-languages", default="en", metavar="CODES", help="told to them (%(default)s)"
+    )
     return parser.parse_args(argv)
 
 
@@ -79,6 +87,7 @@ def serve(args) -> int:
             raise cli.Failed(f"{package} is missing: pip install 'fastconformer[serve]'")
     import uvicorn
 
+    from .serving import wyoming
     from .serving.app import Limits, Service, make_app
     from .serving.batcher import Batcher
     from .serving.gate import Protocol
@@ -90,9 +99,18 @@ def serve(args) -> int:
     )
     name = args.name or Path(args.model).name.removesuffix(".nemo")
     batcher = Batcher(model, args.batch_size, args.max_queue, args.max_duration_s)
-    app = make_app(Service(batcher, name, args.head, keys, limits))
+    beside = contextlib.nullcontext()
+    if args.wyoming_port is not None:
+        listener = socket.create_server((args.host, args.wyoming_port), family=_family(args.host))
+        card = wyoming.Card(name, tuple(args.wyoming_languages.split(",")))
+        idle_s, most = args.timeout_s, args.max_streams
+        beside = wyoming.serving(listener, batcher, card, args.head, idle_s, most)
+        print(f"serve: Wyoming at {args.host}:{args.wyoming_port}", file=sys.stderr)
+    app = make_app(Service(batcher, name, args.head, keys, limits), beside)
     if args.host not in ("127.0.0.1", "::1", "localhost") and not keys:
         print(f"serve: {args.host} is open to others and no --api-key is set", file=sys.stderr)
+    elif keys and args.wyoming_port is not None:
+        print("serve: Wyoming has no keys: its port is open to whoever reaches it", file=sys.stderr)
     print(f"serve: {name} at http://{args.host}:{args.port}", file=sys.stderr, flush=True)
     _allow_connections()
     # uvicorn drains on SIGTERM, then raises it again: a server that has finished ends with 0
@@ -109,6 +127,10 @@ def serve(args) -> int:
         ws_max_size=LARGEST_EVENT,
     )
     return 0
+
+
+def _family(host: str) -> socket.AddressFamily:
+    return socket.getaddrinfo(host, None)[0][0]
 
 
 def _allow_connections() -> None:

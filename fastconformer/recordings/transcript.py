@@ -138,6 +138,15 @@ class Partial:
         return self.model.head(self.head).text(self.hypothesis)
 
     @property
+    def stable_text(self) -> str:
+        """The words at the text's beginning that will not change. The last stable one is left out:
+        it may still go on, so that its end is told with what comes after it."""
+        text = self.text
+        if self.stable < len(self.tokens):
+            text = self.model.head(self.head).tokenizer.decode(self.tokens[: self.stable])
+        return text[: max(text.rfind(" "), 0)]
+
+    @property
     def words(self) -> list[Span]:
         words = self.model.head(self.head).words(self.hypothesis)
         return in_seconds(words, self.model.config.frame_seconds, 0.0, self.duration)

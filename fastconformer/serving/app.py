@@ -104,12 +104,14 @@ class Service:
             waiting.cancel()
 
 
-def make_app(service: Service) -> Starlette:
-    """The application; it closes the service's batcher, everything accepted done, when it stops."""
+def make_app(service: Service, beside: contextlib.AbstractAsyncContextManager) -> Starlette:
+    """The application; it closes the service's batcher, everything accepted done, when it stops.
+    `beside` is entered as long as it runs."""
 
     @contextlib.asynccontextmanager
     async def lifespan(app):
-        yield
+        async with beside:
+            yield
         await asyncio.to_thread(service.batcher.close)
         service.decoders.shutdown()
 

@@ -8,6 +8,7 @@ thread of their own, so that none waits for a long file; all that have something
 
 import collections
 import concurrent.futures
+import ctypes
 import math
 import os
 import sys
@@ -21,6 +22,7 @@ from ..recordings.stream import Stream, WindowStream
 from ..recordings.transcript import Transcript
 
 NICE = 5  # of the thread for files
+TIDY_S = 30.0  # between two times that freed memory is given back to the system
 
 
 class Full(Exception):
@@ -67,6 +69,7 @@ class Batcher:
         self._feeds: list[_Feed] = []
         self._change = threading.Condition()  # its lock may be taken again
         self._closed = False
+        self._tidy_at = 0.0
         self._threads = [
             threading.Thread(target=work, name=name, daemon=True)
             for name, work in (("files", self._work_on_files), ("streams", self._work_on_streams))
@@ -154,6 +157,9 @@ class Batcher:
                 self._transcribe(batch)
                 self.batches += 1
                 self.busy_s["files"] += time.monotonic() - began
+                if time.monotonic() > self._tidy_at:
+                    _give_memory_back()
+                    self._tidy_at = time.monotonic() + TIDY_S
             elif self._closed and not self.waiting:
                 return
 
@@ -210,3 +216,10 @@ class Batcher:
         self.audio_s["files"] += sum(transcript.duration for transcript in found)
         for job, transcript in zip(batch, found, strict=True):
             job.done.set_result(transcript)
+
+
+def _give_memory_back() -> None:
+    """glibc keeps what threads free in a heap of each, and these grow for hours by their gaps."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:  # other C libraries have none
+        trim(0)

@@ -105,13 +105,7 @@ class Session:
         return await asyncio.wrap_future(self.batcher.feed(self.stream, samples))
 
     async def _tell(self, partial) -> None:
-        head = self.batcher.model.head(self.head)
-        text = partial.text
-        stable = text
-        if partial.stable < len(partial.tokens):
-            stable = head.tokenizer.decode(partial.tokens[: partial.stable])
-        # A word may still go on, so that its end is told with what comes after it.
-        stable = stable[: max(stable.rfind(" "), 0)]
+        text, stable = partial.text, partial.stable_text
         if stable.startswith(self.sent) and len(stable) > len(self.sent):
             delta, self.sent = stable[len(self.sent) :], stable
             await self.send(f"{ITEM}.delta", item_id=self.item, content_index=0, delta=delta)

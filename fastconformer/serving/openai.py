@@ -99,18 +99,14 @@ def read_request(form, model, head: str | None, translate: bool) -> Request:
         options["hotwords" if "hotwords" in slots else "boost"] = phrases
     if translate and "task" not in slots and "target_lang" not in slots:
         raise BadRequest("this model transcribes and does not translate", "model", 404)
-    if language and "source_lang" in slots:
-        options["source_lang"] = language
-    elif language and "language" in slots:
-        options["language"] = language
-    elif language:
-        unused.append("language")
+    if language:
+        options |= spoken_in(language, slots)
+        if not spoken_in(language, slots):
+            unused.append("language")
     if translate:
         options["target_lang"] = "en"
         if "task" in slots:
             options["task"] = "ast"
-    elif language and "target_lang" in slots:
-        options["target_lang"] = language
     if languages:
         options["allow"] = tuple(languages)
     words = "word" in granularities
@@ -125,6 +121,12 @@ def read_request(form, model, head: str | None, translate: bool) -> Request:
         options,
         tuple(unused),
     )
+
+
+def spoken_in(language: str, slots) -> dict:
+    """Options that name the language of speech and text, for a head with these slots."""
+    names = ("source_lang", "target_lang") if "source_lang" in slots else ("language",)
+    return {name: language for name in names if name in slots}
 
 
 def answer(transcript: Transcript, request: Request, task: str) -> str:
