@@ -16,7 +16,7 @@ COPY rwkv_cuda rwkv_cuda
 COPY training training
 COPY converters converters
 COPY benchmarks benchmarks
-RUN pip install --no-cache-dir ".[serve,media,fast]" && useradd --no-create-home served
+RUN pip install --no-cache-dir ".[serve,media]" && useradd --no-create-home served
 
 USER served
 EXPOSE 8000
