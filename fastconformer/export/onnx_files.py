@@ -3,6 +3,7 @@
 Needs the packages `onnx` and `onnxruntime` (extra `export`).
 """
 
+import logging
 import warnings
 from pathlib import Path
 
@@ -77,12 +78,17 @@ def quantized(path: Path) -> Path:
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     target = path.with_name("int8.onnx")
-    quantize_dynamic(
-        path,
-        target,
-        op_types_to_quantize=["MatMul"],
-        weight_type=QuantType.QInt8,
-        per_channel=True,
-        reduce_range=True,
-    )
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # it speaks of each tensor that is none of a matrix product
+    try:
+        quantize_dynamic(
+            path,
+            target,
+            op_types_to_quantize=["MatMul"],
+            weight_type=QuantType.QInt8,
+            per_channel=True,
+            reduce_range=True,
+        )
+    finally:
+        logging.disable(before)
     return target
