@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -66,3 +67,33 @@ def test_the_page_names_every_recipe():
     recipes = {path.name for path in (ROOT / "recipes").glob("*.yaml")}
     recipes -= {path for path in recipes if path.startswith("base_tiny")} | {"finetune.yaml"}
     assert not [name for name in recipes if f"recipes/{name}" not in page]
+
+
+def test_the_six_trials_run_as_the_page_has_them(corpus, monkeypatch):
+    """Its commands, on a small corpus: each trial starts, learns and keeps a model."""
+    recipe, _ = corpus
+    folder = recipe.parent
+    page = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    commands = re.findall(
+        r"^    python -m training\.finetune recipes/trials\.yaml(.*)$", page, re.M
+    )
+    assert len(commands) == 6
+    for name in ("own", "general"):
+        (folder / name).mkdir()
+        for part in ("train", "dev"):
+            lines = [json.loads(line) for line in (folder / f"{part}.jsonl").open()]
+            for line in lines:
+                line["audio_filepath"] = f"../{line['audio_filepath']}"
+            text = "".join(json.dumps(line) + "\n" for line in lines)
+            (folder / name / f"{part}.jsonl").write_text(text)
+    monkeypatch.chdir(folder)
+    small = [f"model.init_from={golden('train_parity') / 'model.nemo'}", "trainer.precision=fp32"]
+    small += ["trainer.epochs=null", "trainer.max_steps=1", "trainer.threads=1"]
+    small += ["trainer.val_every_steps=1", "data.num_workers=0"]
+    for number, command in enumerate(commands, start=1):
+        options = [o for o in command.split() if not o.startswith("trainer.epochs=")]
+        options = [o.replace("freeze.encoder_layers=4", "freeze.encoder_layers=1") for o in options]
+        options = [o.replace("freq_width=34", "freq_width=30") for o in options]
+        assert finetune([str(ROOT / "recipes" / "trials.yaml"), *options, *small]) == 0, command
+        assert (folder / "runs" / "trials" / f"V{number}" / "model.nemo").is_file()
+    assert len((folder / "runs" / "trials" / "runs.jsonl").read_text().splitlines()) == 6
