@@ -108,7 +108,8 @@ def _preprocessor(data: dict) -> PreprocessorConfig:
 def _encoder(data: dict) -> EncoderConfig:
     target = data.get("_target_", "ConformerEncoder")
     require(
-        str(target).endswith("ConformerEncoder"),
+        # what NeMo's adapter script leaves behind, with or without adapters in it
+        str(target).endswith(("ConformerEncoder", "ConformerEncoderAdapter")),
         f"encoder._target_ {target!r} is not supported",
     )
     return _parse(
