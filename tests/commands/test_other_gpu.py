@@ -6,7 +6,7 @@ import torch
 
 import fastconformer
 from fastconformer import cli
-from fastconformer.decoding import transducer
+from fastconformer.decoding import graphs
 
 
 def test_a_command_makes_its_gpu_the_current_one(monkeypatch):
@@ -35,5 +35,5 @@ def test_the_host_waits_for_the_model_s_gpu(monkeypatch):
     monkeypatch.setattr(torch, "empty", lambda *a, pin_memory, **k: empty(*a, **k))
     flag = SimpleNamespace(device=torch.device("cuda:1"))
     monkeypatch.setattr(torch.Tensor, "copy_", lambda *a, **k: None)
-    transducer._to_host(flag)
+    graphs._to_host(flag)
     assert recorded == ["stream of cuda:1"]
