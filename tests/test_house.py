@@ -23,7 +23,7 @@ STORIES = (
     {"COMMANDS"},
     {"cli", "serving", "export"},
     {"jobs"},
-    {"formats", "load"},
+    {"formats", "load", "metrics", "timestamps", "tokenizer"},
     {"model", "funasr"},
     {"heads", "recordings"},
     {"decoding", "losses", "surgery"},
