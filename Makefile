@@ -34,8 +34,10 @@ quickstart: $(VENV)/.quickstart-installed
 	$(BIN)/python -m fastconformer.transcribe $(RUN)/test/audio/000000.flac --model $(RUN)/model/model.nemo --format ctm
 	@echo "--- Done. The fine-tuned model, for NeMo too: $(RUN)/model/model.nemo"
 
+# A process a core, with a thread each; the tests of a file stay together.
+test: export OMP_NUM_THREADS = 1
 test: $(VENV)/.test-installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # Real clients of the exports and of the server, and a browser, in an environment of their own.
 test-clients: $(CLIENTS)/.clients-installed

@@ -118,6 +118,7 @@ setup(
             "httpx>=0.27",
             *LLM,
             "pytest>=8",
+            "pytest-xdist>=3.6",
             "hypothesis>=6.100",
             "ruff>=0.9",
             'triton>=3; platform_system == "Linux"',

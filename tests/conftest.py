@@ -34,7 +34,23 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    config.skipped_for_data = []
+    config.pluginmanager.register(SkippedForData(config))
+
+
+class SkippedForData:
+    """Notes in pytest's cache which tests skipped; of several processes the first does."""
+
+    def __init__(self, config):
+        self.config, self.found = config, []
+
+    def pytest_runtest_logreport(self, report):
+        if report.skipped and VARIABLE in str(report.longrepr):
+            self.found.append(report.nodeid)
+
+    def pytest_sessionfinish(self):
+        works_for_another = hasattr(self.config, "workerinput")
+        if self.found and not works_for_another and not self.config.getoption("needing_data"):
+            self.config.cache.set(NEEDING_DATA, self.found)
 
 
 def pytest_collection_modifyitems(config, items):
@@ -42,19 +58,6 @@ def pytest_collection_modifyitems(config, items):
         wanted = set(config.cache.get(NEEDING_DATA, []))
         config.hook.pytest_deselected(items=[i for i in items if i.nodeid not in wanted])
         items[:] = [i for i in items if i.nodeid in wanted]
-
-
-@pytest.hookimpl(hookwrapper=True)
-def pytest_runtest_makereport(item):
-    report = (yield).get_result()
-    if report.skipped and VARIABLE in str(report.longrepr):
-        item.config.skipped_for_data.append(item.nodeid)
-
-
-def pytest_sessionfinish(session):
-    config = session.config
-    if config.skipped_for_data and not config.getoption("needing_data"):
-        config.cache.set(NEEDING_DATA, config.skipped_for_data)
 
 
 def extra(*parts: str) -> Path:
