@@ -68,9 +68,11 @@ def job(options, is_main: bool) -> int | None:
     if is_main:
         show_report(Path(recipe.output))
         log.info("the run on one page: %s", Path(recipe.output) / "report.html")
-    leave()  # not after an error: then torchrun ends the others
     return None
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    if code == 0:  # after an error torchrun ends the others; there is nobody to say goodbye to
+        leave()
+    sys.exit(code)

@@ -65,7 +65,9 @@ _lock = threading.Lock()
 
 
 def fits(decoder, joint) -> bool:
-    """Whether the weights are of kinds that the kernel knows."""
+    """Whether the weights are of kinds that the kernel knows, and lie still between calls."""
+    if getattr(joint, "weights_in_shards", False):
+        return False
     weights = [joint.pred.weight, joint.joint_net[-1].weight, *_matrices(decoder)]
     kinds = (torch.float32, torch.bfloat16, torch.int8)
     plain = all(w.dtype in kinds and not hasattr(w, "parametrizations") for w in weights)

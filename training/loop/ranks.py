@@ -153,6 +153,10 @@ class Parallel:
             # One unit: gathered before the first batch of a step, sharded after its last, so that
             # there is nothing to wait for in between.
             fully_shard(self.wrapped, mesh=dist.init_device_mesh(device.type, (ranks.world,)))
+            # FSDP frees a weight's memory, and fills it anew under the same version: nothing may
+            # keep a view of it, as compiled decoding does.
+            for module in model.modules():
+                module.weights_in_shards = True
 
     def gather_weights(self) -> None:
         """Whole weights on every process, before a forward pass."""
