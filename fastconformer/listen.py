@@ -186,9 +186,11 @@ def _microphone(name: str | None, rate_hz: int) -> Iterator[np.ndarray]:
     resample, is_told = _resampler(own_hz, rate_hz), False
     with stream:
         for _ in itertools.count():
-            waiting = heard.qsize() + 1
-            samples = np.concatenate([heard.get() for _ in range(waiting)])
-            if waiting * BLOCK_S > LAG_S and not is_told:
+            parts = [heard.get()]
+            while not heard.empty():
+                parts.append(heard.get())
+            samples = np.concatenate(parts)
+            if len(parts) * BLOCK_S > LAG_S and not is_told:
                 cli.report("listen", found["name"], "the model is slower than the speech")
                 is_told = True
             yield resample(samples, False)

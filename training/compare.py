@@ -132,7 +132,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run(options) -> int:
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
     overrides = [
         item
         for item in options.other

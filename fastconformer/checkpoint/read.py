@@ -1,6 +1,7 @@
 """Path -> checkpoint, whichever of the forms lies there."""
 
 import os
+import zipfile
 from pathlib import Path
 
 import torch
@@ -54,7 +55,7 @@ def read_checkpoint(path: str | os.PathLike, like: str | os.PathLike | None = No
 
 def _is_zip(path: Path) -> bool:
     with path.open("rb") as file:  # zipfile would take an archive that ends with one for one
-        return file.read(4) == b"PK\3\4"
+        return file.read(4) == b"PK\3\4" and zipfile.is_zipfile(file)
 
 
 def _model_folder(path: Path) -> Path:

@@ -1,6 +1,7 @@
 """FunASR's configuration and fine-tuning script as recipes: each key has a counterpart, is an
 error, or is listed as dead there or without effect here."""
 
+import re
 import shutil
 
 import pytest
@@ -141,7 +142,7 @@ def test_compare_shows_the_plan_with_what_was_dead(script, tmp_path, capsys):
     assert "keys that never did anything there" in out and "FunASRNano takes it and lets it" in out
     assert "8000 Hz, 80 mel bins of 20 to 4000 Hz" in out and "16000 Hz, 80 mel bins" in out
     assert "each hears another frequency"[:20] in out
-    assert "parameters that move  0.28 M of 0.56 M" in out
+    assert re.search("parameters that move .*0.28 M of 0.56 M", out)
     capsys.readouterr()
     frozen = script.read_text().replace("encoder_conf.freeze=false", "encoder_conf.freeze=true")
     script.write_text(frozen)

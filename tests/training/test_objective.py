@@ -161,8 +161,9 @@ def test_cr_ctc_as_a_recipe_has_it():
     for augment in (usual.augment, objective.augment):
         torch.manual_seed(0)
         shares.append(float((augment(features, lengths) == 0).float().mean()))
-    # a mask covers 5 % of the frames in the mean, and masks overlap
-    assert shares == pytest.approx([1 - 0.95**4, 1 - 0.95**10], abs=0.02)
+    # widths are 0 to 19 frames of 200, 9.5 in the mean, and masks overlap
+    mean = 1 - 9.5 / 200
+    assert shares == pytest.approx([1 - mean**4, 1 - mean**10], abs=0.02)
     with pytest.raises(ValueError, match="compares two SpecAugment views"):
         objective_with(model, loss=loss, spec_augment=masks | {"time_masks": 0})
     with pytest.raises(ValueError, match="no ctc head is trained"):

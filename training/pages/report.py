@@ -134,7 +134,9 @@ def _rates(recipe: Recipe, ledger: list[dict]) -> list[str]:
     for name in (*best["sets"], "all"):
         for head in best["all"]:
             records = [r["all"] if name == "all" else r["sets"][name] for r in (first, best, last)]
-            cells = [f"{100 * r[head][k]:.2f}" for r in records for k in ("wer", "cer")]
+            # a head that another stage trained was not asked in this one
+            rates = [r.get(head, {}).get(k) for r in records for k in ("wer", "cer")]
+            cells = ["" if rate is None else f"{100 * rate:.2f}" for rate in rates]
             rows.append([name, head, *cells])
     header = ["set", "head", "WER before", "CER", f"WER at step {best['step']}, best", "CER"]
     header += [f"WER at step {last['step']}, last", "CER"]
