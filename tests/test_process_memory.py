@@ -11,9 +11,9 @@ def test_the_peak_of_this_process():
         pytest.skip("the peak of the resident set cannot be reset on this system")
     before = process_memory.peak_bytes()
     assert 0 < process_memory.resident_bytes() <= before
-    np.ones(4_000_000)  # 32 MB, gone again
+    np.ones(32_000_000)  # 256 MB, gone again: too large for what the C library keeps free
     raised = process_memory.peak_bytes() - before
-    assert 28e6 < raised < 64e6
+    assert 200e6 < raised < 320e6
     assert process_memory.forget_peak() and process_memory.peak_bytes() < before + raised
     assert process_memory.free_bytes() > 1e6
 
