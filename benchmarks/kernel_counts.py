@@ -1,0 +1,228 @@
+"""Counts kernels and memory traffic on a GPU that is not here.
+
+    python -m benchmarks.kernel_counts                             # a table
+    python -m benchmarks.kernel_counts --case "0.6b, 64 of 30 s"   # its operators, costliest first
+
+The encoder and a step of decoding run on tensors that hold nothing (device "meta") and say they are
+on a GPU, so that the code takes its path for one. Every operator that is no view
+counts as one kernel, a custom operator too; its traffic is each tensor that it reads or writes,
+once. Attention with a mask counts as one kernel, as torch's memory-efficient one is. What a kernel
+reads twice and what stays in a cache is not seen: the numbers compare versions, they are no times.
+
+The last line printed is the result as JSON; it is also written to `--out`.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from benchmarks import commit
+from benchmarks.random_model import SIZES, TOKENIZER, parakeet
+from fastconformer import ModelConfig
+from fastconformer.checkpoint.files import atomic_file
+from fastconformer.decoding.label_loop import LabelLoop, window_frames
+from fastconformer.model import NoInitialisation
+from fastconformer.networks.conformer import ConformerEncoder
+from fastconformer.networks.heads import Joint, PredictionNetwork
+
+ENCODERS = (("0.6b", 1, 10), ("0.6b", 64, 30), ("0.6b", 256, 10), ("110m", 64, 30))
+STEPS = (("0.6b", 1), ("0.6b", 64))
+FRAMES_PER_SECOND = 100  # features
+ALIGNED = 8  # torch's attention copies masks whose rows are no multiple of so many elements
+# Operators that launch nothing although they are no views by their schema.
+FREE = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "_unsafe_view"}
+FREE |= {"unsafe_split", "scalar_tensor"}  # the latter, of a Python number, stays on the host
+
+
+@torch.library.custom_op("benchmarks::attention", mutates_args=())
+def attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None
+) -> torch.Tensor:
+    """Stands for torch's; it is never run."""
+    raise NotImplementedError
+
+
+@attention.register_fake
+def _(q, k, v, mask):
+    # in memory (B, T, H, K), as the memory-efficient kernel gives it
+    return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3]).transpose(1, 2)
+
+
+@torch.library.custom_op("benchmarks::lstm_cell", mutates_args=())
+def lstm_cell(
+    of_input: torch.Tensor, of_state: torch.Tensor, c: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Stands for torch's, behind its two products; it is never run."""
+    raise NotImplementedError
+
+
+@lstm_cell.register_fake
+def _(of_input, of_state, c):
+    return torch.empty_like(c), torch.empty_like(c)
+
+
+class AsOnGpu(TorchFunctionMode):
+    """Tensors without data say that they are on a GPU; attention and LSTM cells have a kernel of
+    their own there, which torch without a GPU has not."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function == torch.Tensor.is_cuda.__get__:
+            return True
+        if function is torch.lstm_cell:
+            x, (h, c), w_ih, w_hh, b_ih, b_hh = args
+            return lstm_cell(F.linear(x, w_ih, b_ih), F.linear(h, w_hh, b_hh), c)
+        if function is not F.scaled_dot_product_attention:
+            return function(*args, **kwargs)
+        mask = kwargs.get("attn_mask")
+        if mask is not None and mask.stride(-2) % ALIGNED:
+            mask = F.pad(mask, (0, -mask.shape[-1] % ALIGNED))[..., : mask.shape[-1]]
+        return attention(*args[:3], mask)
+
+
+class Count(TorchDispatchMode):
+    """Kernels and bytes, by operator."""
+
+    def __init__(self):
+        super().__init__()
+        self.kernels, self.bytes = Counter(), Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        name = function._schema.name.removeprefix("aten::")
+        aliases = [r.alias_info for r in function._schema.returns]
+        if name in FREE or any(a is not None and not a.is_write for a in aliases):
+            return result
+        touched = tree_leaves((args[1:] if name == "copy_" else args, kwargs, result))
+        touched = [x for x in touched if isinstance(x, torch.Tensor)]
+        if touched:
+            self.kernels[name] += 1
+            self.bytes[name] += sum(map(memory_of, touched))
+        return result
+
+
+def memory_of(x: torch.Tensor) -> int:
+    """Bytes of the elements of `x`; what is expanded counts once."""
+    shape = [n for n, stride in zip(x.shape, x.stride(), strict=True) if stride]
+    return x.element_size() * torch.Size(shape).numel() if x.numel() else 0
+
+
+def on_gpu(make, work) -> Count:
+    """What `work(*make())` gives launches when it is called. `make()` gives networks; the first of
+    two calls is for what is kept between them."""
+    count = Count()
+    with torch.device("meta"), torch.no_grad():
+        with NoInitialisation():
+            networks = [network.eval().to(torch.bfloat16) for network in make()]
+        with AsOnGpu():
+            run = work(*networks)
+            run()
+            with count:
+                run()
+    return count
+
+
+def config_of(size: str) -> ModelConfig:
+    return ModelConfig.from_nemo(parakeet(TOKENIZER, *SIZES[f"random-{size}"])[0])
+
+
+def encoder_case(size: str, batch: int, seconds: int) -> Count:
+    """One layer: what two launch, less what one does."""
+    config = config_of(size).encoder
+
+    def of_layers(n_layers: int) -> Count:
+        def work(encoder):
+            shape = batch, config.feat_in, seconds * FRAMES_PER_SECOND
+            features = torch.empty(shape, dtype=torch.bfloat16)
+            lengths = torch.full((batch,), shape[2])
+            return lambda: encoder(features, lengths)
+
+        sized = dataclasses.replace(config, n_layers=n_layers)
+        return on_gpu(lambda: [ConformerEncoder(sized)], work)
+
+    two, one = of_layers(2), of_layers(1)
+    two.kernels.subtract(one.kernels)
+    two.bytes.subtract(one.bytes)
+    return two
+
+
+def step_case(size: str, batch: int) -> Count:
+    config = config_of(size)
+
+    def work(decoder, joint):
+        n_outputs, durations = joint.pred.out_features, config.loss.durations
+        window = window_frames(batch, torch.device("cuda"))
+        options = decoder, joint, config.vocab_size, durations, 10, None, None
+        loop = LabelLoop(*options, batch, window)
+        loop.projected = torch.empty(batch * 512, n_outputs, dtype=torch.bfloat16)
+        return lambda: loop.step(0)
+
+    return on_gpu(lambda: [PredictionNetwork(config.decoder), Joint(config.joint)], work)
+
+
+def measure() -> dict[str, tuple[Count, int]]:
+    """{case: (its counts, frames that its traffic is divided by; 0 for a step)}"""
+    cases = {}
+    for size, batch, seconds in ENCODERS:
+        frames = batch * -(-seconds * FRAMES_PER_SECOND // 8)
+        name = f"{size}, {batch} of {seconds} s"
+        cases[name] = encoder_case(size, batch, seconds), frames
+    for size, batch in STEPS:
+        cases[f"{size}, a step of decoding {batch}"] = step_case(size, batch), 0
+    return cases
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.kernel_counts",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--case", metavar="NAME", help="one case, by operator")
+    parser.add_argument("--out", type=Path, metavar="FILE.json", help="also write the JSON here")
+    args = parser.parse_args(argv)
+    cases = measure()
+    if args.case is not None:
+        if args.case not in cases:
+            parser.error(f"--case is {args.case!r}, expected one of {'; '.join(cases)}")
+        count, frames = cases[args.case]
+        for name, total in count.bytes.most_common():
+            if count.kernels[name]:
+                traffic = f"{total / frames / 1e3:10.1f} KB a frame" if frames else ""
+                print(f"{name:<40} {count.kernels[name]:4} {traffic}")
+        return 0
+    rows = [
+        {
+            "case": name,
+            "kernels": count.kernels.total(),
+            "kb_a_frame": round(count.bytes.total() / frames / 1e3, 1) if frames else None,
+        }
+        for name, (count, frames) in cases.items()
+    ]
+    print(f"{'a layer, or a step':<32} kernels  KB a frame")
+    for row in rows:
+        print(f"{row['case']:<32} {row['kernels']:7}  {row['kb_a_frame'] or '-':>10}")
+    result = {
+        "benchmark": "kernel_counts",
+        "commit": commit(),
+        "torch": torch.__version__,
+        "rows": rows,
+    }
+    if args.out:
+        with atomic_file(args.out) as temporary:
+            temporary.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

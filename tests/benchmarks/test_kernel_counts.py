@@ -1,0 +1,30 @@
+"""What a GPU would be asked for, counted without one."""
+
+import torch
+
+from benchmarks import kernel_counts
+
+
+def test_kernels_and_bytes_of_what_is_known():
+    """A copy of a transposed view, a product with a bias, a view, an addition in place."""
+
+    def work(layer):
+        x = torch.empty(4, 8, dtype=torch.bfloat16)
+        y = torch.empty(8, 4, dtype=torch.bfloat16)
+
+        def run():
+            assert x.is_cuda
+            layer(y.t().contiguous()).view(2, 12).t().add_(1)
+
+        return run
+
+    count = kernel_counts.on_gpu(lambda: [torch.nn.Linear(8, 6)], work)
+    assert dict(count.kernels) == {"clone": 1, "addmm": 1, "add_": 1}
+    assert count.bytes["clone"] == 2 * 2 * 32
+    assert count.bytes["addmm"] == 2 * (32 + 48 + 6 + 24)
+
+
+def test_what_a_layer_and_a_step_ask_for():
+    counts = kernel_counts.encoder_case("0.6b", 1, 10)
+    assert counts.kernels.total() <= 45
+    assert kernel_counts.step_case("0.6b", 1).kernels.total() <= 70
