@@ -12,6 +12,8 @@ import socket
 import sys
 from pathlib import Path
 
+import numpy as np
+
 from . import cli
 
 
@@ -94,6 +96,8 @@ def serve(args) -> int:
     from .serving.live import LARGEST_EVENT
 
     model = cli.load_model(args)
+    # what a first text imports and compiles (with numba 100 MB) is there before clients come
+    model.transcribe([np.zeros(model.sample_rate, np.float32)], head=args.head)
     limits = Limits(
         int(args.max_upload_mb * 2**20), args.max_duration_s, args.timeout_s, args.max_streams
     )

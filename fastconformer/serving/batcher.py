@@ -96,7 +96,8 @@ class Batcher:
                 raise Full(self.seconds_to_wait())
             self._waiting.append(job)
             self._change.notify_all()
-        job.done.add_done_callback(lambda done: done.cancelled() and self._remove(job))
+        # by the future and not the job: it would hold itself, and its samples with it
+        job.done.add_done_callback(self._leave)
         return job.done
 
     def feed(self, stream, samples: np.ndarray | None) -> concurrent.futures.Future:
@@ -127,10 +128,13 @@ class Batcher:
     def _waiting_s(self) -> float:
         return sum(len(job.samples) for job in self._waiting) / self.model.sample_rate
 
-    def _remove(self, job: _Job) -> None:
-        with self._change:
-            if job in self._waiting:
-                self._waiting.remove(job)
+    def _leave(self, done: concurrent.futures.Future) -> None:
+        """Takes a request that was given up out of the line."""
+        if done.cancelled():
+            with self._change:
+                given_up = [job for job in self._waiting if job.done is done]
+                for job in given_up:
+                    self._waiting.remove(job)
 
     def _take(self) -> list[_Job]:
         """The oldest request and those that can go with it; none once closed and all is done."""
@@ -150,18 +154,22 @@ class Batcher:
     def _work_on_files(self) -> None:
         if sys.platform == "linux":  # where threads have a priority each: streams go first
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
-        while True:
-            batch = self._take()
-            if batch:
-                began = time.monotonic()
-                self._transcribe(batch)
-                self.batches += 1
-                self.busy_s["files"] += time.monotonic() - began
-                if time.monotonic() > self._tidy_at:
-                    _give_memory_back()
-                    self._tidy_at = time.monotonic() + TIDY_S
-            elif self._closed and not self.waiting:
-                return
+        while self._work_on_batch():
+            if time.monotonic() > self._tidy_at:
+                _give_memory_back()
+                self._tidy_at = time.monotonic() + TIDY_S
+
+    def _work_on_batch(self) -> bool:
+        """One pass over the oldest requests, whose samples are free when it returns; False: closed,
+        and all is done."""
+        batch = self._take()
+        if not batch:
+            return self.waiting > 0 or not self._closed
+        began = time.monotonic()
+        self._transcribe(batch)
+        self.batches += 1
+        self.busy_s["files"] += time.monotonic() - began
+        return True
 
     def _work_on_streams(self) -> None:
         while True:

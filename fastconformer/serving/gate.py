@@ -115,7 +115,11 @@ class Protocol(H11Protocol):
     def connection_made(self, transport):
         super().connection_made(transport)
         self._last = None  # (cycle,) if the client was waited for at the last look
-        self.loop.call_later(HEAD_S, self._look)
+        self._next_look = self.loop.call_later(HEAD_S, self._look)
+
+    def connection_lost(self, error):
+        super().connection_lost(error)
+        self._next_look.cancel()  # which would keep the connection's objects until then
 
     def _look(self):
         if self.transport.is_closing() or self.transport.get_protocol() is not self:
@@ -128,7 +132,7 @@ class Protocol(H11Protocol):
             self._last = (self.cycle,)
         else:
             self._last = None
-        self.loop.call_later(HEAD_S, self._look)
+        self._next_look = self.loop.call_later(HEAD_S, self._look)
 
 
 def error_response(status: int, message: str, param=None, code=None, headers=None) -> Response:
