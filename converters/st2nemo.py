@@ -70,7 +70,7 @@ def write_card(args, archive: Path) -> None:
 
 def convert(folder: Path, archive: Path, half: bool = False) -> None:
     """Reads, checks, writes; a bad folder writes nothing. `half`: see `halved`."""
-    from fastconformer.checkpoint.nemo_archive import write_nemo
+    from fastconformer.checkpoint.native import write_for_nemo
     from fastconformer.checkpoint.read import read_checkpoint
 
     if folder.is_file():
@@ -85,7 +85,7 @@ def convert(folder: Path, archive: Path, half: bool = False) -> None:
             checkpoint.state_dict = halved(checkpoint.state_dict)
         except ValueError as error:
             raise ValueError(f"{folder}: {error}") from error
-    write_nemo(archive, checkpoint)
+    write_for_nemo(archive, checkpoint)
     if half:
         compress(archive)
     print(summary)

@@ -1,12 +1,22 @@
 """A model in the form that the project which it comes from reads."""
 
+from dataclasses import replace
 from pathlib import Path
 
+from ..config.changes import with_data_sections
 from .contents import Checkpoint
 from .funasr_folder import write_funasr
 from .nemo_archive import write_nemo
 
-FORMS = {"nemo": ("model.nemo", write_nemo), "funasr": ("model_funasr", write_funasr)}
+
+def write_for_nemo(path: Path, checkpoint: Checkpoint) -> None:
+    """A `.nemo` that NeMo restores, and transcribes paths with; see `write_nemo`."""
+    if checkpoint.kind == "nemo":
+        checkpoint = replace(checkpoint, config=with_data_sections(checkpoint.config))
+    write_nemo(path, checkpoint)
+
+
+FORMS = {"nemo": ("model.nemo", write_for_nemo), "funasr": ("model_funasr", write_funasr)}
 
 
 def write_native(folder: Path, checkpoint: Checkpoint) -> Path:

@@ -125,3 +125,21 @@ def with_vocabulary(config: dict, tokenizer, files: dict | None = None) -> dict:
     if ctc is not None:
         ctc |= {"num_classes": len(pieces), "vocabulary": pieces}
     return config
+
+
+def with_data_sections(config: dict) -> dict:
+    """With the data sections that NeMo's models read where no data is: `transcribe` of paths asks
+    `validation_ds`, and a change of characters writes into all three. What is there stays.
+    Source: NeMo 3.0.0, `_setup_transcribe_dataloader` and `change_vocabulary`."""
+    rate = config.get("sample_rate") or (config.get("preprocessor") or {}).get("sample_rate", 16000)
+    sections = {
+        f"{part}_ds": {
+            "manifest_filepath": None,
+            "sample_rate": rate,
+            "batch_size": 16,
+            "shuffle": part == "train",
+            "use_start_end_token": False,
+        }
+        for part in ("train", "validation", "test")
+    }
+    return config | {name: config.get(name) or section for name, section in sections.items()}
