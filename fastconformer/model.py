@@ -141,7 +141,8 @@ class ASRModel(nn.Module):
     @property
     def adaptable(self) -> tuple[str, ...]:
         """Paths of the lists of layers whose matrices may get low-rank adapters."""
-        return ("encoder.layers",)
+        heads = (path for name in self.heads for path in self.head(name).adaptable)
+        return ("encoder.layers", *heads)
 
     @property
     def recomputable(self) -> tuple[nn.Module, ...]:

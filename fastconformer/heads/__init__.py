@@ -15,6 +15,7 @@ Before there is a model (static, from the config):
 Its weights:
     modules                         {name in recipes: path}: what freeze.modules may call its parts,
                                     and what is unused where the head is not trained
+    adaptable                       paths of its lists of layers that may get low-rank adapters
     token_layers()                  {path: layer} of layers with a row for each token
     n_rows(path, n_tokens)          how many such a layer has, where padding follows the tokens
     output_layer()                  the one whose biases decide which token wins

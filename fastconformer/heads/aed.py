@@ -106,6 +106,11 @@ class AED(Head):
         }
         return {name: path for name, path in names.items() if hasattr(self.model, path)}
 
+    @property
+    def adaptable(self) -> tuple[str, ...]:
+        between = ("transf_encoder.layers",) if hasattr(self.model, "transf_encoder") else ()
+        return (*between, "transf_decoder._decoder.layers")
+
     def token_layers(self) -> dict[str, nn.Module]:
         return {
             "transf_decoder._embedding.token_embedding": (

@@ -78,6 +78,11 @@ class Head:
         """{name of a part in recipes: path of its module}, of all modules that are the head's."""
         return {}
 
+    @property
+    def adaptable(self) -> tuple[str, ...]:
+        """Paths of the lists of its layers whose matrices may get low-rank adapters."""
+        return ()
+
     def token_layers(self) -> dict[str, nn.Module]:
         """{path: layer} of the layers with one row for each token, the tokens' rows first: an
         embedding, or layers whose outputs are tokens, blank and whatever else."""

@@ -9,15 +9,26 @@ from conftest import load_case, logged
 from safetensors.torch import load_file
 
 from fastconformer import load_model
+from fastconformer.checkpoint.nemo_archive import write_nemo
 from training import compare, find_batch, finetune
 from training.data.limits import Limits, check_for_training
 from training.data.store import collate
 from training.data.utterances import read_utterances
 from training.objective.objective import batch_loss, make_views, objective_of, views_loss
+from training.optim.ema import plain_checkpoint
+from training.optim.optim import build_optimizer
 from training.recipe.data_sections import SpecAugmentRecipe
 from training.recipe.recipe import load_recipe
-from training.recipe.sections import LossRecipe, ModelRecipe, PromptRecipe
-from training.setup.start import build_model
+from training.recipe.sections import (
+    FreezeRecipe,
+    LoraRecipe,
+    LossRecipe,
+    ModelRecipe,
+    OptimRecipe,
+    PromptRecipe,
+    TrainerRecipe,
+)
+from training.setup.start import build_model, ready_to_train
 
 PLAIN = SpecAugmentRecipe(freq_masks=0, time_masks=0)
 CASES = ["canary_flash_agg", "canary_v2_unified", "canary_v1_agg"]
@@ -210,6 +221,53 @@ def test_what_a_recipe_cannot_ask(tmp_path):
         build_model(other, LossRecipe(), 0, prompt=PromptRecipe({"pnc": {"a": "<|b|>"}}))
     with pytest.raises(ValueError, match="no special token of this model"):
         build_model(archive, LossRecipe(), 0, prompt=PromptRecipe({"pnc": {"a": "<|b|>"}}))
+
+
+@pytest.mark.parametrize(
+    ("targets", "parts"),
+    [
+        (("transf_decoder",), {"transf_decoder"}),
+        (("attention", "feed_forward"), {"encoder", "transf_decoder"}),
+    ],
+)
+def test_lora_in_the_decoder(targets, parts, tmp_path):
+    """Two steps move adapters alone; the archive that is saved has them merged into the original's
+    tensors, and says what the adapted model said."""
+    case = load_case("canary_flash_agg")
+    archive, plain = ModelRecipe(init_from=str(case.folder / "model.nemo")), LossRecipe()
+    model = build_model(archive, plain, 0)
+    objective = objective_of(model, plain, PLAIN)
+    lora, trainer = LoraRecipe(rank=4, alpha=8.0, targets=targets), TrainerRecipe(max_steps=2)
+    ready_to_train(model, objective, FreezeRecipe(), lora, trainer)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    optimizer = build_optimizer(model, OptimRecipe(lr=1e-2), 0)
+    path = manifest_of(case, tmp_path, case.expected["training_batch_lines"])
+    audio = [case.tensors["audio"][i, :n].numpy() for i, n in enumerate(case.tensors["audio_len"])]
+    batch = collate(usable(model, path)[0], audio)
+    for _ in range(2):
+        optimizer.zero_grad()
+        batch_loss(model, batch, objective)[0].backward()
+        optimizer.step()
+    after = model.eval().state_dict()
+    moved = {name for name in after if not torch.equal(before[name], after[name])}
+    assert {name.rpartition(".")[2] for name in moved} == {"lora_a", "lora_b"}
+    assert {name.partition(".")[0] for name in moved} == parts
+    adapted = sum(".layers.0." in name for name in moved if name.startswith("transf_decoder"))
+    assert adapted == 2 * (4 + 4 + 2)  # all matrices of a layer
+    write_nemo(tmp_path / "saved.nemo", plain_checkpoint(model))
+    saved = load_model(tmp_path / "saved.nemo")
+    names = load_model(case.folder / "model.nemo").state_dict().keys()
+    assert saved.state_dict().keys() == names
+    with torch.no_grad():
+        said = [
+            one.aed_log_probs(*one.encode(*one.featurize(batch.audio, batch.audio_lengths)), ids)
+            for one, ids in ((model, batch.targets), (saved, batch.targets))
+        ]
+    torch.testing.assert_close(*said, rtol=1e-4, atol=1e-4)
+    original = load_model(case.folder / "model.nemo")
+    with torch.no_grad():
+        encoded = original.encode(*original.featurize(batch.audio, batch.audio_lengths))
+        assert (original.aed_log_probs(*encoded, batch.targets) - said[0]).abs().max() > 0.01
 
 
 def test_frozen_all_but_the_decoder(tmp_path):

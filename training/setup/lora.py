@@ -17,7 +17,11 @@ from fastconformer import ASRModel
 from fastconformer.networks.linear import AFTER, Linear
 from training.recipe.sections import LoraRecipe
 
-TARGETS = ("attention", "feed_forward")
+# What a target means beside the name of a linear layer or the path of a part: (pieces of a path).
+TARGETS = {
+    "attention": (".self_attn.", "_net.", ".out_projection."),
+    "feed_forward": (".feed_forward1.", ".feed_forward2.", ".mlp.", ".dense_in.", ".dense_out."),
+}
 
 
 class LoRALinear(Linear):
@@ -44,10 +48,10 @@ class LoRALinear(Linear):
 
 
 def add_lora(model: ASRModel, recipe: LoraRecipe, seed: int) -> list[str]:
-    """Puts adapters beside the encoder's matrices that a LoraRecipe names; gives their paths.
+    """Puts adapters beside the matrices that a LoraRecipe names; gives their paths.
 
     Raises:
-        ValueError: a target that is neither of TARGETS nor the name of a linear layer.
+        ValueError: a target that is none of TARGETS, no linear layer's name and no part's path.
     """
     chosen = []
     for target in recipe.targets:
@@ -55,8 +59,8 @@ def add_lora(model: ASRModel, recipe: LoraRecipe, seed: int) -> list[str]:
         if not paths:
             known = sorted({path.rpartition(".")[2] for path in linear_layers(model)})
             raise ValueError(
-                f"lora.targets: {target!r} is no linear layer of the encoder; "
-                f"expected one of {', '.join((*TARGETS, *known))}"
+                f"lora.targets: {target!r} is no linear layer of {' or '.join(model.adaptable)}; "
+                f"expected one of {', '.join((*TARGETS, *known))}, or a part's path"
             )
         chosen += [path for path in paths if path not in chosen]
     torch.manual_seed(seed)
@@ -69,18 +73,15 @@ def add_lora(model: ASRModel, recipe: LoraRecipe, seed: int) -> list[str]:
 
 
 def linear_layers(model: ASRModel) -> list[str]:
-    """Paths of the linear layers inside the layers that may be adapted: the encoder's, or those of
-    a language model."""
+    """Paths of the linear layers inside the layers that may be adapted."""
     lists = tuple(f"{path}." for path in model.adaptable)
     return [p for p, m in model.named_modules() if p.startswith(lists) and isinstance(m, nn.Linear)]
 
 
 def is_target(path: str, target: str) -> bool:
-    if target == "attention":
-        return ".self_attn." in path
-    if target == "feed_forward":
-        return any(part in path for part in (".feed_forward1.", ".feed_forward2.", ".mlp."))
-    return f"{path}.".endswith(f".{target}.")
+    if target in TARGETS:
+        return any(part in f"{path}." for part in TARGETS[target])
+    return f"{path}.".endswith(f".{target}.") or path.startswith(f"{target}.")
 
 
 def lora_paths(model: nn.Module) -> list[str]:
