@@ -1,23 +1,31 @@
 """Fun-ASR-Nano beside FunASR and transformers' own port: loading, memory, seconds a clip on a CPU.
 
-    python -m benchmarks.funasr_peers --scale 0.5 --peers-python /opt/envs/funasr/bin/python
+    python -m benchmarks.funasr_peers --scale 0.5 --peers-python funasr-venv/bin/python
 
 Random weights, of the released sizes at --scale 1 (1.0 G parameters), with widths and depths that
-much smaller below. Each engine is a process of its own, one after another, on one thread: it loads
-the model (ours and FunASR the same folder, transformers one of the same sizes that it writes
-itself), then reads a clip of ten seconds of noise and writes --tokens tokens, three times; the
-shortest counts, in seconds of the CPU. The port gives the language model all rows of the adaptor,
-eight times as many; its time is without features.
+much smaller below. Each engine is a process of its own, one after another, on one thread and in
+float32: it loads the model (ours and FunASR the same folder, transformers one of the same sizes
+that it writes itself), then reads a clip of ten seconds of noise and writes --tokens tokens, three
+times; the shortest counts, in seconds of the CPU. The port gives the language model all rows of the
+adaptor, eight times as many; its time is without features.
 """
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+from benchmarks import (
+    REPOSITORY,
+    add_out,
+    machine,
+    peer_versions,
+    versions,
+    write_result,
+)
 
 CLIP_S, REPEATS = 10.0, 3
 
@@ -148,18 +156,13 @@ def measure(engine: str, folder: str, tokens: int) -> dict:
         start = time.process_time()  # on one thread; the machine may have other work
         write(samples)
         runs.append(time.process_time() - start)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"engine": engine, "load_s": loaded_s, "clip_s": min(runs), "peak_gb": peak / 1e9}
+    from fastconformer.process_memory import peak_bytes  # getrusage would count the parent's too
+
+    found = {"load_s": loaded_s, "clip_s": min(runs), "peak_gb": peak_bytes() / 1e9}
+    return {"engine": engine} | {name: round(number, 2) for name, number in found.items()}
 
 
 def main(argv=None) -> int:
-    try:
-        from benchmarks import add_out
-    except ModuleNotFoundError:  # a peer's process, which needs none of it
-
-        def add_out(*_):
-            return None
-
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.funasr_peers",
         description=__doc__,
@@ -179,28 +182,34 @@ def main(argv=None) -> int:
     if args.write_port:
         write_port(args.write_port, args.scale)
         return 0
+    result = {"machine": machine(), **versions()}
+    result |= {"scale": args.scale, "tokens": args.tokens, "clip_seconds": CLIP_S, "threads": 1}
+    peers = args.peers_python
+    if peers:
+        result["peers"] = peer_versions(peers, "funasr", "transformers", "torch")
+
+    def run(python: str, *words: str) -> str:
+        common = ["--scale", str(args.scale), "--tokens", str(args.tokens)]
+        command = [python, "-m", "benchmarks.funasr_peers", *common, *words]
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, text=True, check=True, cwd=REPOSITORY
+        )
+        return done.stdout
+
     with tempfile.TemporaryDirectory() as work:
         folder, port = Path(work) / "released", Path(work) / "port"
         write_folder(folder, args.case, args.scale)
-        common = ["--scale", str(args.scale), "--tokens", str(args.tokens)]
-        peers = args.peers_python
         if peers:
-            subprocess.run([peers, __file__, *common, "--write-port", port], check=True)
-        results = []
+            run(peers, "--write-port", str(port))
+        result["engines"] = []
         for engine in ENGINES if peers else ("ours",):
-            python, where = (sys.executable, folder) if engine == "ours" else (peers, folder)
-            where = port if engine == "transformers" else where
-            name = ["-m", "benchmarks.funasr_peers"] if engine == "ours" else [__file__]
-            command = [python, *name, *common, "--measure", engine, str(where)]
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-            results.append(json.loads(done.stdout.splitlines()[-1]))
-            r = results[-1]
-            print(f"{engine:13} load {r['load_s']:6.1f} s  clip {r['clip_s']:6.2f} s  "
-                  f"peak {r['peak_gb']:5.2f} GB", flush=True)  # fmt: skip
-    from benchmarks import commit, machine, write_result
-
-    result = {"scale": args.scale, "tokens": args.tokens, "clip_seconds": CLIP_S, "threads": 1}
-    result |= {"engines": results, "machine": machine(), "commit": commit()}
+            python = sys.executable if engine == "ours" else peers
+            where = port if engine == "transformers" else folder
+            said = run(python, "--measure", engine, str(where))
+            found = json.loads(said.splitlines()[-1])
+            result["engines"].append(found)
+            print(f"{engine:13} load {found['load_s']:6.2f} s  clip {found['clip_s']:6.2f} s  "
+                  f"peak {found['peak_gb']:5.2f} GB", flush=True)  # fmt: skip
     write_result(args.out, result)
     return 0
 
