@@ -20,11 +20,12 @@ from .config import config_errors
 from .config.funasr import AdaptorConfig, FunASRConfig
 from .decoding import DecodingOptions, Hypothesis
 from .heads.llm import LLM, AttendedCTC, speech_rows
-from .model import NoInitialisation
+from .model import NoInitialisation, check_taken
 from .networks.qwen3 import Qwen3
 from .networks.sanm import Adaptor, CTCOutput, SANMEncoder
 from .recordings.align import align
 from .recordings.retry import retry_stuck
+from .recordings.samples import checked_batch
 from .recordings.stream import open_stream
 from .recordings.transcribe import transcribe
 from .recordings.transcript import transcript
@@ -41,6 +42,7 @@ class FunASRNano(nn.Module):
     """Built with random weights; `load_model` reads trained ones."""
 
     min_duration_s = 0.0  # recordings are not padded
+    has_int8 = False
 
     def __init__(self, config: FunASRConfig, tokenizer_files: dict[str, bytes]):
         super().__init__()
@@ -156,13 +158,7 @@ class FunASRNano(nn.Module):
     def featurize(self, audio: Tensor, audio_lengths: Tensor):
         """audio (B, L) float32 in [-1, 1] or int16, lengths (B,) in samples -> features
         (B, 560, T) float32, of 60 ms each, lengths (B,). ValueError: shapes that do not fit."""
-        if audio.dim() != 2 or audio_lengths.shape != audio.shape[:1]:
-            raise ValueError(
-                f"audio is {tuple(audio.shape)} and its lengths {tuple(audio_lengths.shape)}, "
-                "expected (B, L) and (B,)"
-            )
-        audio = audio.float() / 32768.0 if audio.dtype == torch.int16 else audio
-        return self.preprocessor(audio, audio_lengths)
+        return self.preprocessor(checked_batch(audio, audio_lengths), audio_lengths)
 
     def encoded_frames(self, n_samples: int) -> int:
         """Rows that `encode` gives for a clip of so many samples."""
@@ -254,9 +250,7 @@ class FunASRNano(nn.Module):
         """encoded (B, T, D), lengths (B,) -> what `head` (default: the first) finds in each clip;
         `arguments`: what its `decode_arguments` names. ValueError: no such head or argument."""
         chosen = self.head(head)
-        for name in arguments:
-            if name not in chosen.decode_arguments:
-                raise ValueError(f"{name} is nothing that the head {chosen.name} takes")
+        check_taken(arguments, chosen.decode_arguments)
         options = options or DecodingOptions()
         options.check(chosen.refused_options, chosen.name)
         return chosen.decode(encoded, lengths, options, **arguments)
@@ -279,9 +273,13 @@ class FunASRNano(nn.Module):
         is."""
         changed = _skeleton(config, self.tokenizer_files)
         changed.load_state_dict(self.state_dict(), assign=True)
-        changed.llm.tie()
+        changed.tie()
         changed.preprocessor.to(self.device)
         return changed.train(self.training)
+
+    def tie(self) -> None:
+        """Makes parameters that are one again one, after each came from a checkpoint by itself."""
+        self.head("llm").tie()
 
     def to_checkpoint(self) -> Checkpoint:
         """Config, weights and tokenizer files, the language model's always inside."""
@@ -321,27 +319,16 @@ def _skeleton(config: FunASRConfig, files: dict[str, bytes]) -> FunASRNano:
         return FunASRNano(config, files)
 
 
-def funasr_of(
-    checkpoint: Checkpoint,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
-) -> FunASRNano:
-    """The model of a checkpoint in memory, whose tensors it takes, in eval mode.
+def funasr_of(checkpoint: Checkpoint) -> FunASRNano:
+    """The model of a checkpoint in memory, whose tensors it takes, each in its own precision.
 
     Raises:
         ValueError: no language model in it, tensors that do not fit, an unsupported option.
     """
-    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise ValueError(f"dtype is {dtype!r}, for this model expected torch.float32 or bfloat16")
     model, state = fitted(checkpoint)
     model.load_state_dict(state, assign=True)
-    model.llm.tie()
-    for name, part in model.named_children():
-        if name != "preprocessor":
-            part.to(dtype)
-    model.llm.tie()
-    model.requires_grad_(True)
-    return model.to(device).eval()
+    model.tie()
+    return model
 
 
 def fitted(checkpoint: Checkpoint) -> tuple[FunASRNano, dict[str, Tensor]]:

@@ -47,7 +47,18 @@ def model_of(
     if checkpoint.kind == "funasr":
         from .funasr import funasr_of  # a NeMo model needs none of it
 
-        return funasr_of(checkpoint, device, dtype)
+        model = funasr_of(checkpoint)
+    else:
+        model = _nemo_model(checkpoint, stft_pad)
+    if checkpoint.aligner:
+        model.__dict__["aligner"] = _aligner_of(checkpoint.aligner, device, dtype, stft_pad)
+    model.requires_grad_(True)
+    _check_dtype(model, dtype, torch.device(device))
+    _cast(model, dtype)
+    return model.to(device).eval()
+
+
+def _nemo_model(checkpoint: Checkpoint, stft_pad: str) -> ASRModel:
     config = ModelConfig.from_nemo(checkpoint.config)
     tokenizer = load_tokenizer(checkpoint.config, checkpoint.tokenizer_files)
     model = skeleton(config, checkpoint.state_dict, stft_pad)
@@ -57,15 +68,16 @@ def model_of(
     # the tensors become the parameters: no second copy of the weights
     model.load_state_dict(checkpoint.state_dict, assign=True)
     model.tie()
-    if checkpoint.aligner:
-        model.__dict__["aligner"] = _aligner_of(checkpoint.aligner, device, dtype, stft_pad)
-    model.requires_grad_(True)
-    if not (isinstance(dtype, torch.dtype) and (dtype.is_floating_point or dtype == torch.int8)):
-        raise ValueError(f"dtype is {dtype!r}, expected torch.float32, bfloat16 or int8")
-    if dtype == torch.int8 and torch.device(device).type != "cpu":
+    return model
+
+
+def _check_dtype(model, dtype: torch.dtype, device: torch.device) -> None:
+    whole = isinstance(dtype, torch.dtype) and dtype.is_floating_point
+    if not whole and not (dtype == torch.int8 and model.has_int8):
+        known = "torch.float32, bfloat16 or int8" if model.has_int8 else "torch.float32 or bfloat16"
+        raise ValueError(f"dtype is {dtype!r}, for this model expected {known}")
+    if dtype == torch.int8 and device.type != "cpu":
         raise ValueError(f"dtype int8 is for CPUs, device is {device}; use bfloat16 there")
-    _cast(model, dtype)
-    return model.to(device).eval()
 
 
 def _aligner_of(checkpoint: Checkpoint, *options) -> ASRModel:
@@ -83,7 +95,7 @@ def check_state_dict(config: ModelConfig, state_dict: dict[str, torch.Tensor]):
     check_tensors(skeleton(config, state_dict).state_dict(), state_dict)
 
 
-def _cast(model: ASRModel, dtype: torch.dtype):
+def _cast(model, dtype: torch.dtype):
     """Parameters and statistics to `dtype`; the front end stays in float32. int8: the matrix
     products of the encoder's layers, the prediction network and the joint's output, all else in
     float32."""

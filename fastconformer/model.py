@@ -19,7 +19,7 @@ from .networks.linear import Int8Weight, share_quantized
 from .networks.subsampling import encoded_length
 from .recordings.align import align
 from .recordings.retry import retry_stuck
-from .recordings.samples import as_float
+from .recordings.samples import checked_batch
 from .recordings.stream import open_stream
 from .recordings.transcribe import transcribe
 from .recordings.transcript import transcript
@@ -36,6 +36,7 @@ class ASRModel(nn.Module):
     aligner: "ASRModel | None"
 
     min_duration_s = 1.0  # shorter recordings are padded, as NeMo does
+    has_int8 = True  # may be loaded with 8-bit weights
 
     def __init__(
         self,
@@ -100,12 +101,7 @@ class ASRModel(nn.Module):
     def featurize(self, audio: torch.Tensor, audio_lengths: torch.Tensor):
         """audio (B, L) float32 in [-1, 1] or int16, lengths (B,) in samples -> features (B, M, T)
         float32, lengths (B,) in frames. ValueError: shapes that do not fit."""
-        if audio.dim() != 2 or audio_lengths.shape != audio.shape[:1]:
-            raise ValueError(
-                f"audio is {tuple(audio.shape)} and its lengths {tuple(audio_lengths.shape)}, "
-                "expected (B, L) and (B,)"
-            )
-        return self.preprocessor(as_float(audio), audio_lengths)
+        return self.preprocessor(checked_batch(audio, audio_lengths), audio_lengths)
 
     def encoded_frames(self, n_samples: int) -> int:
         """Frames that `encode` gives for a clip of so many samples."""
@@ -206,7 +202,7 @@ class ASRModel(nn.Module):
         `loss_arguments` names. ValueError: no such head, or shapes, lengths or targets that do not
         fit."""
         asked = [self.head(name) for name in heads or self.heads]
-        _check_taken(arguments, {name for head in asked for name in head.loss_arguments})
+        check_taken(arguments, {name for head in asked for name in head.loss_arguments})
         # First of all: torch's CTC loss reads whatever memory a wrong target names. The heads of a
         # model take the same targets.
         asked[0].check(encoded, encoded_lengths, targets, target_lengths)
@@ -241,7 +237,7 @@ class ASRModel(nn.Module):
         greedily or as `options` say; `arguments`: what its `decode_arguments` names. ValueError: no
         such head."""
         chosen = self.head(head)
-        _check_taken(arguments, chosen.decode_arguments)
+        check_taken(arguments, chosen.decode_arguments)
         options = options or DecodingOptions()
         options.check(chosen.refused_options, chosen.name)
         return chosen.decode(encoded, lengths, options, **arguments)
@@ -303,7 +299,8 @@ class ASRModel(nn.Module):
         write_folder(folder, self.to_checkpoint())
 
 
-def _check_taken(given: dict, known) -> None:
+def check_taken(given: dict, known) -> None:
+    """ValueError where an argument is given that is not among the known."""
     for name in given:
         if name not in known:
             raise ValueError(f"{name} is an argument of none of the heads that were asked")

@@ -10,7 +10,7 @@ from conftest import golden, load_case
 
 from fastconformer.checkpoint import read_checkpoint
 from fastconformer.decoding import ctc_align
-from fastconformer.funasr import funasr_of
+from fastconformer.load import model_of
 from fastconformer.text.chat import answer_ids, chat_ids, context_header
 
 CASE = "fun_asr_nano_tiny"
@@ -23,7 +23,7 @@ def case():
 
 @pytest.fixture(scope="module")
 def model():
-    return funasr_of(read_checkpoint(golden(CASE)))
+    return model_of(read_checkpoint(golden(CASE)))
 
 
 @pytest.fixture(scope="module")

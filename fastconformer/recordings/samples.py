@@ -65,3 +65,14 @@ def collate(clips: list[np.ndarray], min_duration_s: float, sample_rate_hz: int)
 def as_float(samples: torch.Tensor) -> torch.Tensor:
     """int16 as float32 in [-1, 1]; floats as they are."""
     return samples.float() / 32768.0 if samples.dtype == torch.int16 else samples
+
+
+def checked_batch(audio: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """Samples (B, L), float32 or int16, and lengths (B,) -> float32 in [-1, 1]. ValueError: other
+    shapes."""
+    if audio.dim() != 2 or lengths.shape != audio.shape[:1]:
+        raise ValueError(
+            f"audio is {tuple(audio.shape)} and its lengths {tuple(lengths.shape)}, "
+            "expected (B, L) and (B,)"
+        )
+    return as_float(audio)

@@ -11,14 +11,14 @@ from fastconformer.checkpoint import read_checkpoint
 from fastconformer.decoding import DecodingOptions
 from fastconformer.decoding.hypothesis import Hypothesis
 from fastconformer.decoding.llm import cut_repetition, llm_greedy
-from fastconformer.funasr import funasr_of
+from fastconformer.load import model_of
 
 CASE = "fun_asr_nano_tiny"
 
 
 @pytest.fixture(scope="module")
 def model():
-    return funasr_of(read_checkpoint(golden(CASE)))
+    return model_of(read_checkpoint(golden(CASE)))
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +144,7 @@ def test_what_the_head_cannot_do_is_refused(model, encoded):
     for options in ({"beam": 2}, {"boost": ["Steels"]}, {"allow": ["latin"]}):
         with pytest.raises(ValueError, match="which head llm does not take"):
             model.decode(rows, lengths, options=DecodingOptions(**options))
-    with pytest.raises(ValueError, match="language is nothing that the head llm takes"):
+    with pytest.raises(ValueError, match="language is an argument of none of the heads"):
         model.decode(rows, lengths, language="en")
     with pytest.raises(ValueError, match="language is 'xx', expected None or one of zh"):
         model.prompt(language="xx")

@@ -1,7 +1,8 @@
 """A recipe's sections as dataclasses: a field's limits beside it, and YAML values checked by them.
 
 `key` declares a field with its limits, `convert` makes a section of a plain mapping and says what
-is wrong with it; what the keys of a section mean together its `__post_init__` checks.
+is wrong with it; what the keys of a section mean together its `__post_init__` checks. `flat` and
+`put` name the values of nested mappings by dotted keys.
 """
 
 import dataclasses
@@ -42,6 +43,30 @@ def check_limits(name: str, value, limits) -> None:
         raise ValueError(f"{name} is {value}, expected 0 to 1")
     if "in_order" in limits and value[0] > value[1]:
         raise ValueError(f"{name} is {list(value)}, expected [low, high]")
+
+
+# --- dotted keys ----------------------------------------------------------------------------------
+
+
+def flat(tree: dict, prefix: str = "") -> dict:
+    """{dotted key: value} of nested mappings; lists stay whole, empty mappings are left out."""
+    values = {}
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            values |= flat(value, f"{prefix}{name}.")
+        else:
+            values[f"{prefix}{name}"] = value
+    return values
+
+
+def put(tree: dict, key: str, value) -> None:
+    """Sets the value of a dotted key, in mappings that are made where there are none."""
+    *sections, last = key.split(".")
+    for name in sections:
+        if not isinstance(tree.get(name), dict):
+            tree[name] = {}
+        tree = tree[name]
+    tree[last] = value
 
 
 # --- plain values to sections ---------------------------------------------------------------------

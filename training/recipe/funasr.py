@@ -12,6 +12,8 @@ from pathlib import Path
 
 import yaml
 
+from training.recipe.fields import flat, put
+
 SECTIONS = ("audio_encoder_conf", "train_conf", "optim_conf", "dataset_conf", "train_data_set_list")
 ROOTS = ("train_data_set_list", "valid_data_set_list", "init_param", "output_dir")
 PARTS = {  # sections with a `freeze` of their own: (part here, frozen where it is not said)
@@ -154,7 +156,7 @@ def read_script(path: Path) -> dict:
     changes: dict = {}
     for override in overrides:
         key, _, value = override.lstrip("+").partition("=")
-        _set(changes, key, yaml.safe_load(value) if value else None)
+        put(changes, key, yaml.safe_load(value) if value else None)
     folder = Path(str(changes.get("model") or changes.get("model_path") or ""))
     tree = {}
     if (folder / "config.yaml").is_file():
@@ -162,8 +164,8 @@ def read_script(path: Path) -> dict:
 
         tree = load_config((folder / "config.yaml").read_bytes(), "config.yaml")
         changes["model_path"] = str(folder)
-    for key, value in _flat(changes).items():
-        _set(tree, key, value)
+    for key, value in flat(changes).items():
+        put(tree, key, value)
     tree["model"] = "FunASRNano"
     return tree
 
@@ -174,17 +176,17 @@ def translate(tree: dict, where: str = "recipe") -> Translation:
     Raises:
         ValueError: a key asks for what this project does not do and what would change the result.
     """
-    found, left = Translation(), _flat(tree)
+    found, left = Translation(), flat(tree)
 
     def take(key: str, ours: str | None = None, value=None):
         given = left.pop(key, None)
         if given is not None and ours is not None:
-            _set(found.recipe, ours, given if value is None else value(given))
+            put(found.recipe, ours, given if value is None else value(given))
             found.taken.append((key, f"{ours}: {_get(found.recipe, ours)}"))
         return given
 
     def fixed(ours: str, value, why: str) -> None:
-        _set(found.recipe, ours, value)
+        put(found.recipe, ours, value)
         found.taken.append((f"({why})", f"{ours}: {value}"))
 
     fixed("loss.heads", "llm", "FunASR's training has no other loss")
@@ -239,7 +241,7 @@ def _frozen(left: dict, take, found: Translation) -> None:
             (f"{section}.freeze: {frozen}{said}", f"{part} {'frozen' if frozen else 'moves'}")
         )
         modules += [part] if frozen else []
-    _set(found.recipe, "freeze.modules", [*modules, "ctc"])
+    put(found.recipe, "freeze.modules", [*modules, "ctc"])
 
 
 def _lora(left: dict, take, found: Translation, where: str) -> None:
@@ -263,7 +265,7 @@ def _lora(left: dict, take, found: Translation, where: str) -> None:
     take(f"{conf}.target_modules", "lora.targets", list)
     moving = [p for p in ("encoder", "adaptor") if p not in found.recipe["freeze"]["modules"]]
     if moving and not take("train_conf.lora_only"):
-        _set(found.recipe, "lora.also", moving)
+        put(found.recipe, "lora.also", moving)
         found.taken.append(("(parts that are not frozen)", f"lora.also: {moving}"))
 
 
@@ -278,7 +280,7 @@ def _data(left: dict, take, found: Translation, where: str) -> None:
         # not tokens: frames of 10 ms, padding included
         take(f"{conf}.batch_size", "data.batch_duration_s", lambda n: round(n * FRAME_S, 3))
         if take(f"{conf}.batch_size_sample_max", "data.batch_size", int) is None:
-            _set(found.recipe, "data.batch_size", None)
+            put(found.recipe, "data.batch_size", None)
     else:
         raise ValueError(f"{where}: {conf}.batch_type is {kind!r}, expected token or example")
     longest = left.get(f"{conf}.max_token_length")
@@ -334,11 +336,11 @@ def _trainer(left: dict, take, found: Translation, fixed) -> None:
     half = take(f"{conf}.use_bf16") or take(f"{conf}.use_fp16") or dtype in ("bf16", "fp16")
     if half:
         found.taken.append(("llm_conf.llm_dtype, train_conf.use_bf16", "trainer.precision: bf16"))
-        _set(found.recipe, "trainer.precision", "bf16")
+        put(found.recipe, "trainer.precision", "bf16")
     recompute = [take(f"{s}.activation_checkpoint") for s in ("llm_conf", "audio_encoder_conf")]
     if any(recompute):
         found.taken.append(("activation_checkpoint", "trainer.activation_checkpointing: True"))
-        _set(found.recipe, "trainer.activation_checkpointing", True)
+        put(found.recipe, "trainer.activation_checkpointing", True)
     # there by teacher-forced accuracy of tokens, here by what is decoded
     fixed("keep.metric", "cer", "FunASR keeps by the accuracy of tokens after the right ones")
     nbest = left.get(f"{conf}.keep_nbest_models")
@@ -349,27 +351,8 @@ def _trainer(left: dict, take, found: Translation, fixed) -> None:
     top = _get(found.recipe, "keep.top_k") or 1
     if top > 1:
         said = f"{conf}.avg_nbest_model{'' if averaged is None else f': {averaged}'}"
-        _set(found.recipe, "keep.average", True)
+        put(found.recipe, "keep.average", True)
         found.taken.append((said, f"keep.average: of the {top} best by what was decoded"))
-
-
-def _flat(tree: dict, prefix: str = "") -> dict:
-    flat = {}
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}"] = value
-    return flat
-
-
-def _set(tree: dict, key: str, value) -> None:
-    *sections, last = key.split(".")
-    for name in sections:
-        if not isinstance(tree.get(name), dict):
-            tree[name] = {}
-        tree = tree[name]
-    tree[last] = value
 
 
 def _get(tree: dict, key: str):

@@ -9,6 +9,7 @@ Sources: NeMo's `examples/asr/conf` and `speech_to_text_finetune.py`, `core/conf
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from training.recipe.fields import flat, put
 from training.recipe.nemo_data import translate_data
 from training.recipe.nemo_optim import translate_optimizer
 from training.recipe.sections import ModelRecipe, TrainerRecipe
@@ -147,11 +148,7 @@ class Translation:
 
     def set(self, ours: str, value, key: str = "") -> None:
         """A key of ours; with NeMo's that it comes from."""
-        *sections, last = ours.split(".")
-        tree = self.recipe
-        for section in sections:
-            tree = tree.setdefault(section, {})
-        tree[last] = value
+        put(self.recipe, ours, value)
         if key:
             shown = "the architecture, from scratch" if isinstance(value, dict) else value
             self.taken.append((key, f"{ours}: {shown}"))
@@ -194,7 +191,7 @@ def translate(tree: dict, where: str = "recipe") -> Translation:
     Raises:
         ValueError: a key asks for what this project does not do and what would change the result.
     """
-    found = Translation(_flat(tree), where)
+    found = Translation(flat(tree), where)
     take = found.take
     name, folder = take("name"), take("exp_manager.exp_dir")
     name = take("exp_manager.name") or name or "nemo_recipe"
@@ -395,14 +392,3 @@ def _keeping(found: Translation) -> None:
     else:
         for key in [key for key in found.left if key.startswith("exp_manager.ema.")]:
             del found.left[key]  # switched off
-
-
-def _flat(tree: dict, prefix: str = "") -> dict:
-    """Lists stay whole."""
-    flat = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat

@@ -21,7 +21,7 @@ from training.recipe.data_sections import (
     SourceRecipe,
     SpecAugmentRecipe,
 )
-from training.recipe.fields import check_keys, convert, key
+from training.recipe.fields import check_keys, convert, flat, key
 from training.recipe.funasr import is_funasr, is_funasr_key, read_script
 from training.recipe.funasr import translate as translate_funasr
 from training.recipe.nemo import is_nemo, is_nemo_key, translate
@@ -296,7 +296,7 @@ def recipe_to_yaml(recipe: Recipe) -> str:
 
 def recipe_differences(old: Recipe, new: Recipe) -> dict[str, tuple]:
     """{dotted key: (old value, new value)} for every key that differs."""
-    before, after = _flat(dataclasses.asdict(old)), _flat(dataclasses.asdict(new))
+    before, after = flat(dataclasses.asdict(old)), flat(dataclasses.asdict(new))
     keys = sorted(before.keys() | after.keys())
     pairs = {key: (before.get(key), after.get(key)) for key in keys}
     return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
@@ -328,13 +328,3 @@ def as_lists(value):
     if isinstance(value, dict):
         return {key: as_lists(item) for key, item in value.items()}
     return [as_lists(item) for item in value] if isinstance(value, tuple) else value
-
-
-def _flat(tree: dict, prefix: str = "") -> dict:
-    flat = {}
-    for name, value in tree.items():
-        if isinstance(value, dict) and value:
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}"] = value
-    return flat
