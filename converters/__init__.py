@@ -29,6 +29,9 @@ def check(checkpoint: "Checkpoint") -> str:
             beside = f"\nwith a model for times: {check(checkpoint.aligner)}"
         except ValueError as error:
             raise ValueError(f"the CTC model for times: {error}") from None
+    adapters = [adapter.name for adapter in config.encoder.adapters]
+    if adapters:
+        beside = f"\nwith adapters behind each layer: {', '.join(adapters)}{beside}"
     n_values = sum(tensor.numel() for tensor in checkpoint.state_dict.values())
     return (
         f"{config.class_name}, heads {' '.join(config.heads)}, {n_values / 1e6:.2f} M parameters "

@@ -47,7 +47,7 @@ def convert(archive: Path, folder: Path, like: Path | None = None) -> None:
     write_folder(folder, checkpoint)
     print(summary)
     if checkpoint.dropped:
-        print(f"not kept, the config does not name them: {', '.join(checkpoint.dropped)}")
+        print(f"not kept, the model does not use them: {', '.join(checkpoint.dropped)}")
     print(f"wrote {folder}")
 
 

@@ -1,5 +1,6 @@
 """From a path, or a checkpoint in memory, to a model: tensors are checked, placed and cast."""
 
+import logging
 from pathlib import Path
 
 import torch
@@ -12,6 +13,8 @@ from .heads import check_vocabulary
 from .model import ASRModel, skeleton
 from .networks.linear import quantize
 from .text.tokenizer import load_tokenizer
+
+logger = logging.getLogger(__name__)
 
 
 def load_model(
@@ -62,6 +65,9 @@ def _nemo_model(checkpoint: Checkpoint, stft_pad: str) -> ASRModel:
     config = ModelConfig.from_nemo(checkpoint.config)
     tokenizer = load_tokenizer(checkpoint.config, checkpoint.tokenizer_files)
     model = skeleton(config, checkpoint.state_dict, stft_pad)
+    if config.encoder.adapters:
+        names = ", ".join(adapter.name for adapter in config.encoder.adapters)
+        logger.warning("with the adapters %s behind each layer of the encoder", names)
     check_tensors(model.state_dict(), checkpoint.state_dict)
     check_vocabulary(config, tokenizer)
     model.tokenizer, model.tokenizer_files = tokenizer, checkpoint.tokenizer_files

@@ -46,7 +46,7 @@ def read_checkpoint(path: str | os.PathLike, like: str | os.PathLike | None = No
         checkpoint = read_folder(_model_folder(path))
     _add_counters(checkpoint.state_dict)
     try:
-        _refuse_adapters(checkpoint)
+        _drop_adapters(checkpoint)
         check_finite(checkpoint.state_dict)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
@@ -92,21 +92,21 @@ def _read_weights(path: Path, like: str | os.PathLike | None) -> Checkpoint:
     return checkpoint
 
 
-def _refuse_adapters(checkpoint: Checkpoint) -> None:
-    """ValueError of weights of adapters, named with their classes as the config has them."""
-    keys = (name.partition(".adapter_layer.") for name in checkpoint.state_dict)
-    names = dict.fromkeys(rest.partition(".")[0] for _, found, rest in keys if found)
-    if names:
-        section = checkpoint.config.get("adapters")
-        section = section if isinstance(section, dict) else {}
-        told = []
-        for name in names:
-            target = section[name].get("_target_") if isinstance(section.get(name), dict) else None
-            told.append(f"{name} ({str(target).rpartition('.')[2]})" if target else name)
-        raise ValueError(
-            f"it has adapters, which are not applied here: {', '.join(told)}; in NeMo take them "
-            "out of the model, or merge them into its weights, and save it again"
-        )
+def _drop_adapters(checkpoint: Checkpoint) -> None:
+    """Takes out NeMo's adapters that are not enabled, and names them among what was dropped."""
+    section = checkpoint.config.get("adapters")
+    section = section if isinstance(section, dict) else {}
+    off = [n for n, a in section.items() if isinstance(a, dict) and a.get("enabled") is False]
+    if not off:
+        return
+    kept = {name: value for name, value in section.items() if name not in off}
+    checkpoint.config = checkpoint.config | {"adapters": kept}
+    checkpoint.state_dict = {
+        name: tensor
+        for name, tensor in checkpoint.state_dict.items()
+        if name.partition(".adapter_layer.")[2].partition(".")[0] not in off
+    }
+    checkpoint.dropped += tuple(f"the disabled adapter {name}" for name in off)
 
 
 def _add_counters(state_dict: dict[str, torch.Tensor]) -> None:

@@ -6,6 +6,27 @@ from .checks import require
 
 
 @dataclass(frozen=True)
+class AdapterConfig:
+    """NeMo's LinearAdapter behind each layer: x + adapter(x)."""
+
+    name: str
+    in_features: int
+    dim: int
+    activation: str = "swish"
+    norm_position: str = "pre"
+    dropout: float = 0.0
+
+    def __post_init__(self):
+        known = ("identity", "hardtanh", "relu", "selu", "swish", "silu", "gelu")
+        for key, values in (("activation", known), ("norm_position", ("pre", "post"))):
+            value = getattr(self, key)
+            require(
+                value in values,
+                f"adapters.{self.name}.{key} is {value!r}, supported are {', '.join(values)}",
+            )
+
+
+@dataclass(frozen=True)
 class EncoderConfig:
     """NeMo's ConformerEncoder."""
 
@@ -43,6 +64,7 @@ class EncoderConfig:
     global_tokens_spacing: int = 1
     global_attn_separate: bool = False
     wkv_head_size: int | None = None  # of BiRWKV7's recurrence, and ours; None: as the fork
+    adapters: tuple[AdapterConfig, ...] = ()  # those that are enabled, in order
 
     def __post_init__(self):
         require(
@@ -89,6 +111,12 @@ class EncoderConfig:
             f"encoder.conv_norm_type is {norm!r}, "
             "supported are batch_norm, layer_norm, instance_norm and group_normN",
         )
+        for adapter in self.adapters:
+            require(
+                adapter.in_features == self.d_model,
+                f"adapters.{adapter.name}.in_features is {adapter.in_features}, expected d_model "
+                f"{self.d_model}",
+            )
         require(self.d_model % self.n_heads == 0, "encoder.d_model must be a multiple of n_heads")
         require(self.conv_kernel_size % 2 == 1, "encoder.conv_kernel_size must be odd")
         require(

@@ -6,10 +6,10 @@ the key; they are never guessed.
 """
 
 import copy
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
 
 from .checks import config_errors, require
-from .encoder import EncoderConfig
+from .encoder import AdapterConfig, EncoderConfig
 from .heads import (
     CTC_CLASSES,
     HEADS_OF_CLASS,
@@ -23,6 +23,8 @@ from .heads import (
     TransformerConfig,
 )
 from .preprocessor import PreprocessorConfig
+
+ADAPTERS_OF_ALL = "global_cfg"  # in `adapters`, beside those by name
 
 
 @config_errors()
@@ -40,7 +42,7 @@ def sections(cfg: dict) -> dict:
     for section in ("preprocessor", "encoder", *decoder):
         require(isinstance(cfg.get(section), dict), f"the config has no section {section!r}")
     preprocessor = _preprocessor(cfg["preprocessor"])
-    encoder = _encoder(cfg["encoder"])
+    encoder = replace(_encoder(cfg["encoder"]), adapters=_adapters(cfg))
     require(
         encoder.feat_in == preprocessor.n_features,
         f"encoder.feat_in is {encoder.feat_in} but the preprocessor gives "
@@ -130,6 +132,35 @@ def _encoder(data: dict) -> EncoderConfig:
             "conv_dual_mode": (False,),
         },
     )
+
+
+def _adapters(cfg: dict) -> tuple[AdapterConfig, ...]:
+    """The enabled adapters of the encoder's layers, in NeMo's order."""
+    found = []
+    section = cfg.get("adapters") or {}
+    modules = ((section.get(ADAPTERS_OF_ALL) or {}).get("adapter_meta_cfg") or {}).get(
+        "modules"
+    ) or {}
+    for name, data in section.items():
+        if name == ADAPTERS_OF_ALL or not data.get("enabled", True):
+            continue
+        kind = str(data.get("_target_")).rpartition(".")[2]
+        strategy = (data.get("adapter_strategy") or {}).get(
+            "_target_", "ResidualAddAdapterStrategy"
+        )
+        require(
+            kind == "LinearAdapter" and str(strategy).endswith("ResidualAddAdapterStrategy"),
+            f"adapters.{name} is a {kind}, added by {str(strategy).rpartition('.')[2]}; supported "
+            "are LinearAdapters, added to their input; disable it in NeMo and save again",
+        )
+        require(
+            modules.get(name, "") in ("", "encoder"),
+            f"adapters.{name} belongs to {modules.get(name)}; supported are the encoder's; disable "
+            "it in NeMo and save again",
+        )
+        ignored = ("enabled", "adapter_strategy")
+        found.append(_parse(AdapterConfig, f"adapters.{name}", {"name": name, **data}, ignored))
+    return tuple(found)
 
 
 def _decoding(data: dict) -> dict:

@@ -59,6 +59,7 @@ def check_encoder(client: str, encoder: EncoderConfig) -> None:
         ("conv_norm_type", encoder.conv_norm_type, ("batch_norm",)),
         ("conv_context_size", encoder.conv_context[0], (encoder.conv_context[1],)),
         ("reduction", encoder.reduces, (False,)),
+        ("adapters", tuple(a.name for a in encoder.adapters), ((),)),
         ("feat_out", encoder.d_out, (encoder.d_model,)),
     ):
         if value not in wanted:

@@ -79,8 +79,7 @@ class StreamingEncoder(nn.Module):
             x = x + layer.self_attn.last_queries(memory, n_new, pos_emb, hidden)
             y, kept = layer.conv.after(layer.norm_conv(x), pad_mask, time[:, i])
             times.append(kept)
-            x = layer._half_step(x + y, layer.norm_feed_forward2, layer.feed_forward2)
-            x = layer.norm_out(x)
+            x = layer.finish(x + y)
         x = x if encoder.out_proj is None else encoder.out_proj(x)
         filled = (filled + n_new).clamp(max=left)
         return x, lengths, torch.stack(channels, 1), torch.stack(times, 1), filled

@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..config import EncoderConfig
+from ..config.encoder import AdapterConfig
 from .attention import RelPositionMultiHeadAttention
 from .birwkv7 import BiRWKV7
 from .linear import Linear, Pointwise, linear
@@ -108,6 +109,38 @@ def _is_inference_on_cpu(x: torch.Tensor) -> bool:
     return x.device.type == "cpu" and not torch.is_grad_enabled()
 
 
+ACTIVATIONS = {
+    "identity": nn.Identity,
+    "hardtanh": nn.Hardtanh,
+    "relu": nn.ReLU,
+    "selu": nn.SELU,
+    "swish": nn.SiLU,
+    "silu": nn.SiLU,
+    "gelu": nn.GELU,
+}
+
+
+class LinearAdapter(nn.Module):
+    """NeMo's, behind a layer whose weights are frozen: a norm, to few features, an activation, and
+    back. (B, T, D) -> (B, T, D), which is added to the input."""
+
+    def __init__(self, config: AdapterConfig):
+        super().__init__()
+        d, norm = config.in_features, nn.LayerNorm(config.in_features)
+        parts = [
+            nn.Linear(d, config.dim, bias=False),
+            ACTIVATIONS[config.activation](),
+            nn.Linear(config.dim, d, bias=False),
+        ]
+        self.module = nn.Sequential(
+            *([norm, *parts] if config.norm_position == "pre" else [*parts, norm])
+        )
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x):
+        return self.dropout(self.module(x))
+
+
 class ConformerLayer(nn.Module):
     """Half feed-forward, attention, convolution, half feed-forward, norm; residuals around each."""
 
@@ -145,6 +178,7 @@ class ConformerLayer(nn.Module):
         self.feed_forward2 = FeedForward(d, d_ff, dropout, bias)
         self.dropout = nn.Dropout(dropout)
         self.norm_out = nn.LayerNorm(d)
+        self.adapter_layer = nn.ModuleDict({a.name: LinearAdapter(a) for a in config.adapters})
 
     def forward(self, x, pos_emb, att_mask, pad_mask, v_first=None, carry=None):
         """x (B, T, D); `att_mask` as the attention takes it; pad_mask (B, T), True on padding.
@@ -161,8 +195,15 @@ class ConformerLayer(nn.Module):
         x = x + self.dropout(mixed)
         del mixed
         x = self._convolve(x, pad_mask, carry)
-        x = self.norm_out(self._half_step(x, self.norm_feed_forward2, self.feed_forward2))
+        x = self.finish(x)
         return (x, v_first) if recurrent else x
+
+    def finish(self, x):
+        """What follows the convolution: the second half step, the norm, adapters."""
+        x = self.norm_out(self._half_step(x, self.norm_feed_forward2, self.feed_forward2))
+        for adapter in self.adapter_layer.values():
+            x = x + adapter(x)
+        return x
 
     def _half_step(self, x, norm, feed_forward):
         def piece(start, stop):

@@ -82,8 +82,7 @@ def encode_chunk(encoder: ConformerEncoder, x: torch.Tensor, state: EncoderState
         x = x + layer.self_attn.last_queries(memory, n_new, pos_emb, hidden)
         y, kept = layer.conv.after(layer.norm_conv(x), no_padding, convolved)
         time.append(kept)
-        x = layer._half_step(x + y, layer.norm_feed_forward2, layer.feed_forward2)
-        x = layer.norm_out(x)
+        x = layer.finish(x + y)
     if encoder.out_proj is not None:
         x = encoder.out_proj(x)
     filled = (state.filled + n_new).clamp(max=left)
