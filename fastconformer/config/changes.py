@@ -92,7 +92,8 @@ def with_encoder_dropout(config: dict, probability: float) -> dict:
 def with_vocabulary(config: dict, tokenizer, files: dict | None = None) -> dict:
     """A copy that names the tokenizer's files and pieces, as NeMo writes it; a
     model class for characters becomes the one for SentencePiece, and the other way round. `files`:
-    keys of the `tokenizer` section that name the files of a multi-task model."""
+    keys of the `tokenizer` section that name the files of a multi-task model, or of one with a
+    tokenizer for each language."""
     config = copy.deepcopy(config)
     pieces = list(tokenizer.pieces)
     if "transf_decoder" in config:  # names no pieces, and keeps its own kind of tokenizer
@@ -109,6 +110,8 @@ def with_vocabulary(config: dict, tokenizer, files: dict | None = None) -> dict:
             config["target"] = ".".join(filter(None, (package, modules[wanted], classes[wanted])))
     if is_char:
         config.pop("tokenizer", None)
+    elif tokenizer.kind == "agg":
+        config["tokenizer"] = {"type": "agg", "dir": None, **(files or {})}
     else:
         config["tokenizer"] = {
             "dir": "tokenizer",  # never read, but NeMo's restore_from wants the key

@@ -284,3 +284,11 @@ def test_training_steps(name):
     # AdamW's first steps go by a gradient's sign, which of a tiny one is rounding
     far = (table - tensors["token_embedding_after_steps"]).abs() > 5e-4
     assert far.float().mean() < 1e-3
+
+
+def test_a_task_is_passed_over_where_prompts_have_none():
+    """NeMo's manifests say `taskname`; validation asks later Canaries without it, as training."""
+    model, _ = loaded("canary_v2_unified")
+    line = {"source_lang": "en", "target_lang": "en", "pnc": "no", "taskname": "asr"}
+    head = model.head("aed")
+    assert head.for_lines([line]) == head.for_lines([{**line, "taskname": None}])

@@ -6,7 +6,10 @@ import logging
 import pytest
 import torch
 import yaml
+from conftest import golden
 
+from fastconformer import load_model
+from fastconformer.checkpoint.nemo_archive import read_nemo
 from training.optim.optim import build_optimizer, schedule_of
 from training.recipe.nemo import is_nemo, translate
 from training.recipe.recipe import load_recipe, recipe_from_dict
@@ -145,6 +148,14 @@ def test_no_key_is_lost():
         (("min_lr: 1e-6", "min_lr: 1e-6, max_steps: 77"), "sched.max_steps: is 77, the run has 20"),
         (("CosineAnnealing", "PolynomialHoldDecayAnnealing"), "needs hold_steps"),
         (("shuffle: true", "augmentor: {transcode_aug: {prob: 1.0}}"), "transcode_aug: has no c"),
+        (("shuffle: true", "hf_data_cfg: [{path: x}]"), "Hugging Face data sets are not read here"),
+        (("shuffle: true", "shar_path: shars"), "Lhotse Shar is not read here, where clips are co"),
+        (("shuffle: true", "cuts_path: cuts"), "Lhotse cuts are not read here; write a NeMo mani"),
+        (("shuffle: true", "normalize_text: true"), "texts are tokenized as they stand; normalis"),
+        (
+            ("loss: {loss_name: tdt", "loss: {_target_: a.MultiMLMLoss"),
+            "MultiMLMLoss is of another",
+        ),
     ],
 )
 def test_what_would_change_the_result_is_refused(nemo_yaml, change, message):
@@ -285,8 +296,12 @@ def test_input_cfg(tmp_path):
         assert [s.weight for s in sources] == pytest.approx([0.7, 0.15, 0.15])
         assert [s.lang for s in sources] == ["en", None, None]
         assert sources[1].tarred_audio_filepaths == "t__OP_0..3_CL_.tar"
-    for kind in ("lhotse", "lhotse_shar", "multimodal_conversation"):
-        with pytest.raises(ValueError, match=f"type: '{kind}' is not read here"):
+    for kind, why in (
+        ("lhotse", "Lhotse cuts are not read here; write a NeMo manifest"),
+        ("lhotse_shar", "Lhotse Shar is not read here, where clips are counted"),
+        ("multimodal_conversation", "give NeMo manifests"),
+    ):
+        with pytest.raises(ValueError, match=f"type: '{kind}' is not read here; {why}"):
             data_of({"input_cfg": [{"type": kind}]})
 
 
@@ -334,7 +349,63 @@ def test_missing_values_come_from_overrides_of_either_kind(nemo_yaml):
         load_recipe(nemo_yaml, [*theirs, "~model.nothing"])
 
 
+def test_adapters_become_low_rank_ones_by_overrides(nemo_yaml):
+    """NeMo's script for adapters names its start otherwise."""
+    text = FINETUNE.replace("init_from_nemo_model: base.nemo\n", "defaults: [{a: b}]\n")
+    text = text.replace(
+        "  freeze_updates", "  nemo_model: null\n  adapter: {dim: 3}\n  freeze_updates"
+    )
+    nemo_yaml.write_text(text)
+    with pytest.raises(ValueError, match=r"~model\.adapter lora\.rank=32 trains low-rank adapters"):
+        load_recipe(nemo_yaml, ["model.nemo_model=b.nemo"])
+    recipe = load_recipe(nemo_yaml, ["model.nemo_model=b.nemo", "~model.adapter", "lora.rank=32"])
+    assert (recipe.model.init_from, recipe.lora.rank) == ("b.nemo", 32)
+
+
+def test_products_are_taken_as_nemos_scripts_give_them(nemo_yaml):
+    nemo_yaml.write_text(
+        FINETUNE.replace("batch_size: 8\n", "batch_size: ${multiply:${sum:1,2},4}\n")
+    )
+    assert load_recipe(nemo_yaml).data.batch_size == 12
+
+
 LABELS = [" ", "a", "b", "'"]
+SMALL = {
+    "preprocessor": {"sample_rate": 16000, "features": 80, "n_fft": 512, "pad_to": 0},
+    "encoder": {
+        "feat_in": 80,
+        "n_layers": 2,
+        "d_model": 64,
+        "n_heads": 4,
+        "subsampling": "dw_striding",
+        "subsampling_factor": 8,
+        "conv_kernel_size": 9,
+        "subsampling_conv_channels": 16,
+    },
+    "optim": {"name": "adamw", "lr": 1e-3},
+}
+
+
+def test_a_tokenizer_for_each_language_from_scratch(tmp_path):
+    files = read_nemo(golden("hybrid_tdt_ctc_bpe") / "model.nemo").tokenizer_files
+    for name in ("en", "es"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "tokenizer.model").write_bytes(files["tokenizer.model"])
+    langs = {name: {"dir": str(tmp_path / name), "type": "bpe"} for name in ("en", "es")}
+    tree = {"model": SMALL | {"train_ds": {"manifest_filepath": "m.json"}}}
+    tree["model"] |= {"tokenizer": {"type": "agg", "langs": langs}, "decoder": {"feat_in": None}}
+    tree["trainer"] = {"max_steps": 4, "accelerator": "cpu"}
+    recipe = recipe_from_dict(translate(tree).recipe)
+    model = build_model(recipe.model, recipe.loss, 0)
+    size = model.tokenizer.languages["en"].vocab_size
+    assert model.tokenizer.of_language("es").encode("it")[0] >= size
+    assert model.tokenizer.vocab_size == 2 * size
+    model.save(tmp_path / "saved")
+    saved = load_model(tmp_path / "saved").tokenizer
+    assert saved.of_language("es").encode("it") == model.tokenizer.of_language("es").encode("it")
+    langs["es"]["type"] = "wpe"
+    with pytest.raises(ValueError, match=r"langs\.es\.type: a wpe tokenizer is not read here"):
+        translate(tree)
 
 
 def test_characters_are_a_vocabulary(nemo_yaml):
@@ -346,22 +417,11 @@ def test_characters_are_a_vocabulary(nemo_yaml):
     model = load_recipe(nemo_yaml).model
     assert model.labels == (" ", "a", "b", "'") and model.changes_vocabulary
     tree = {
-        "model": {
+        "model": SMALL
+        | {
             "labels": LABELS,
             "train_ds": {"manifest_filepath": "m.json", "labels": LABELS},
-            "preprocessor": {"sample_rate": 16000, "features": 80, "n_fft": 512, "pad_to": 0},
-            "encoder": {
-                "feat_in": 80,
-                "n_layers": 2,
-                "d_model": 64,
-                "n_heads": 4,
-                "subsampling": "dw_striding",
-                "subsampling_factor": 8,
-                "conv_kernel_size": 9,
-                "subsampling_conv_channels": 16,
-            },
             "decoder": {"feat_in": None, "num_classes": -1, "vocabulary": LABELS},
-            "optim": {"name": "adamw", "lr": 1e-3},
         },
         "trainer": {"max_steps": 4, "accelerator": "cpu"},
     }

@@ -21,11 +21,11 @@ ALWAYS = "is always so"
 # Keys that do not change what is learnt, and why they have no effect; the longest prefix decides.
 WITHOUT_EFFECT = {
     "hydra": "runs are started by python -m training.finetune",
+    "defaults": "of hydra",
     "name": "is in output",
     "model.name": "is in output",
     "model.sample_rate": "audio is resampled to the checkpoint's rate",
     "model.nemo_model": "see init_from_nemo_model",
-    "model.pretrained_model": "see init_from_nemo_model",
     "model.train_ds.is_tarred": "told by tarred_audio_filepaths",
     "model.train_ds.use_lhotse": "batches are planned here without lhotse",
     "model.train_ds.use_bucketing": "batches are of like durations anyway",
@@ -47,6 +47,15 @@ WITHOUT_EFFECT = {
     "model.train_ds.parser": "texts are tokenized as they stand",
     "model.train_ds.normalize": "texts are tokenized as they stand",
     "model.train_ds.concat_sampling": "see reweight_temperature",
+    "model.data_": "of Hugging Face data sets, which train_ds.hf_data_cfg would name",
+    "model.audio_key": "of Hugging Face data sets, which train_ds.hf_data_cfg would name",
+    "model.sample_rate_key": "of Hugging Face data sets, which train_ds.hf_data_cfg would name",
+    "model.text_key": "of Hugging Face data sets, which train_ds.hf_data_cfg would name",
+    "model.symbols_to_keep": "see normalize_text",
+    "model.train_ds.audio_key": "the manifest says where the audio is",
+    "model.train_ds.sample_rate_key": "the audio file says it",
+    "model.train_ds.text_key": "see text_field",
+    "model.train_ds.symbols_to_keep": "see normalize_text",
     "model.validation_ds": "validation has the batches of training, without shuffling",
     "model.test_ds": "use fastconformer.evaluate on the test manifests",
     "model.preprocessor": CHECKPOINTS,
@@ -115,6 +124,7 @@ WITHOUT_EFFECT = {
 ARCHITECTURE = ("preprocessor", "spec_augment", "encoder", "decoder", "joint", "decoding", "loss")
 ARCHITECTURE += ("aux_ctc", "model_defaults", "interctc", "sample_rate", "target", "_target_")
 ARCHITECTURE += ("labels", "rnnt_reduction", "ctc_reduction")
+LOSS_CLASSES = ("SmoothedCrossEntropyLoss",)  # Canary's; other losses are named by loss_name
 SPEC_AUGMENT = {"freq_masks": 0, "time_masks": 0, "freq_width": 10, "time_width": 10}
 SPEC_AUGMENT |= {"rect_masks": 0, "rect_time": 5, "rect_freq": 20}
 
@@ -200,10 +210,14 @@ def translate(tree: dict, where: str = "recipe") -> Translation:
         if any(key.startswith(f"{section}.") for key in found.left):
             found.refuse(
                 section,
-                "trains adapters in NeMo; here lora.rank=32 does the like: delete the section"
+                "trains adapters in NeMo, which are not done here; ~model.adapter lora.rank=32 "
+                "trains low-rank adapters in their place"
                 if section == "model.adapter"
                 else "self-supervised training is not done here",
             )
+    loss = str(found.left.get("model.loss._target_", "")).rpartition(".")[2]
+    if loss not in ("", *LOSS_CLASSES):
+        found.refuse("model.loss", f"{loss} is of another task than speech recognition")
     scratch = _start(tree, found)
     translate_data(tree, found)
     translate_optimizer(tree, found)
@@ -231,7 +245,9 @@ def _start(tree: dict, found: Translation) -> bool:
     if several:
         found.refuse("init_from_nemo_model", "parts of several models are not put together here")
     start = take("init_from_nemo_model", "model.init_from")
-    pretrained = take("init_from_pretrained_model")
+    if start is None:  # of NeMo's script for adapters
+        start = take("model.nemo_model", "model.init_from")
+    pretrained = take("init_from_pretrained_model") or take("model.pretrained_model")
     if start is None and pretrained is not None:
         if not Path(str(pretrained)).exists():
             found.refuse(
@@ -258,10 +274,11 @@ def _start(tree: dict, found: Translation) -> bool:
                 del found.left[key]
         found.set("model.config", section, "model")
     update = take("model.tokenizer.update_tokenizer")
-    if (scratch or update) and kind not in (None, "bpe"):
-        what = "an aggregate" if kind == "agg" else f"a {kind}"
-        found.refuse("model.tokenizer.type", f"{what} tokenizer cannot be trained here; use bpe")
-    if scratch or update:
+    if (scratch or update) and kind == "agg":
+        _languages(found)
+    elif (scratch or update) and kind not in (None, "bpe"):
+        found.refuse("model.tokenizer.type", f"a {kind} tokenizer is not read here; use bpe")
+    elif scratch or update:
         take("model.tokenizer.dir", "model.tokenizer")
     if scratch and "tokenizer" not in model:
         labels = model.get("labels") or (model.get("decoder") or {}).get("vocabulary") or ()
@@ -271,6 +288,19 @@ def _start(tree: dict, found: Translation) -> bool:
     if "model.encoder.dropout" in found.left and not scratch:
         take("model.encoder.dropout", "model.dropout", float)
     return scratch
+
+
+def _languages(found: Translation) -> None:
+    """A tokenizer for each language, as NeMo's aggregate tokenizer has them."""
+    section, paths = "model.tokenizer.langs.", {}
+    for key in [key for key in found.left if key.startswith(section)]:
+        lang, _, option = key.removeprefix(section).rpartition(".")
+        value = found.take(key)
+        if option == "dir" and value is not None:
+            paths[lang] = value
+        elif option == "type" and value not in (None, "bpe"):
+            found.refuse(key, f"a {value} tokenizer is not read here; use bpe")
+    found.set("model.tokenizer", paths, section.rstrip("."))
 
 
 def _model_class(model: dict) -> str:

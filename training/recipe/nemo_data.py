@@ -10,6 +10,17 @@ from pathlib import Path
 import numpy as np
 
 SECTION = "model.train_ds"
+# Clips are counted, filtered and put in order before the first step, so that a run goes on exactly
+# where it was stopped; data sets that only a library can list are not.
+ELSEWHERE = {
+    "hf_data_cfg": "Hugging Face data sets are not read here, where clips are counted and put in "
+    "order before the first step; save them as audio files with a NeMo manifest, and give "
+    "~model.train_ds.hf_data_cfg model.train_ds.manifest_filepath=FILE",
+    "shar_path": "Lhotse Shar is not read here, where clips are counted and put in order before "
+    "the first step; write a NeMo manifest, plain or tarred",
+    "cuts_path": "Lhotse cuts are not read here; write a NeMo manifest, plain or tarred",
+    "normalize_text": "texts are tokenized as they stand; normalise them in the manifest",
+}
 NO_LIMIT_S = 7 * 24 * 3600.0  # longer than any clip that a manifest may name
 
 
@@ -19,6 +30,9 @@ def translate_data(tree: dict, found) -> None:
     train, take = model.get("train_ds") or {}, found.take
     if take(f"{SECTION}.trim_silence"):
         found.refuse(f"{SECTION}.trim_silence", "is not done here; trim the audio before")
+    for key, why in ELSEWHERE.items():
+        if train.get(key):
+            found.refuse(f"{SECTION}.{key}", why)
     for key in ("is_concat", "batch_augmentor", "bucketing_batch_size"):
         if train.get(key):
             found.refuse(f"{SECTION}.{key}", "has no counterpart here; delete it")
@@ -142,10 +156,9 @@ def _group(config, key: str, found, share: float, tags: dict) -> list[dict]:
         elif kind in ("nemo", "nemo_tarred"):
             sources += _nemo_sources(item, name, found, part, own_tags)
         else:
-            found.refuse(
-                f"{name}.type",
-                f"{kind!r} is not read here; give NeMo manifests (types nemo, nemo_tarred, group)",
-            )
+            why = {"lhotse_shar": "shar_path", "lhotse": "cuts_path"}.get(kind)
+            why = ELSEWHERE[why] if why else "give NeMo manifests (types nemo, nemo_tarred, group)"
+            found.refuse(f"{name}.type", f"{kind!r} is not read here; {why}")
     return sources
 
 

@@ -9,7 +9,9 @@ comment beside the field tells.
 
 import dataclasses
 import logging
+import operator
 import typing
+import warnings
 from pathlib import Path
 
 from yaml import YAMLError
@@ -157,6 +159,7 @@ def _from_nemo(tree, overrides: typing.Sequence[str], path: Path):
     """(a recipe's tree, the overrides that are in a recipe's words) of a NeMo file: those in NeMo's
     words, with Hydra's + and ~, are put into it before it is translated. What is still `???` is as
     if it were left out."""
+    _know_resolvers()
     ours = []
     for override in overrides:
         name = override.split("=", 1)[0]
@@ -174,6 +177,14 @@ def _from_nemo(tree, overrides: typing.Sequence[str], path: Path):
     translation = translate(_plain(plain, path, resolve=True), str(path))
     log.info("%s is %s", path, translation)
     return OmegaConf.create(translation.recipe), ours
+
+
+def _know_resolvers() -> None:
+    """`${multiply:a,b}` and `${sum:a,b}`, which NeMo's own scripts give to their files."""
+    with warnings.catch_warnings():  # omegaconf 2.4 has another name for it, 2.3 this one
+        warnings.simplefilter("ignore")
+        for name, function in (("multiply", operator.mul), ("sum", operator.add)):
+            OmegaConf.register_new_resolver(name, function, replace=True)
 
 
 def _without_missing(value):

@@ -11,8 +11,8 @@ REDUCTIONS = (None, "mean_batch", "mean", "mean_volume", "sum")
 class ModelRecipe:
     init_from: str | None = None  # .nemo file or converted folder
     config: str | dict | None = None  # from scratch instead: a NeMo-style model config
-    # A folder or file; with init_from: change the vocabulary to it. {language: file} adds languages
-    # to a model with a tokenizer for each.
+    # A folder or file; with init_from: change the vocabulary to it. {language: file} is a tokenizer
+    # for each; with init_from it adds languages to a model that has such.
     tokenizer: str | dict[str, str] | None = None
     labels: tuple[str, ...] = ()  # characters, in the place of a tokenizer
     # Rows to the new vocabulary; none: all are random.

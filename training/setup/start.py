@@ -25,6 +25,7 @@ from fastconformer.surgery.birwkv7 import to_birwkv7
 from fastconformer.surgery.sample_rate import with_sample_rate
 from fastconformer.surgery.vocabulary import change_vocabulary
 from fastconformer.text.tokenizer import (
+    AggregateTokenizer,
     CharTokenizer,
     SentencePieceTokenizer,
     Tokenizer,
@@ -105,13 +106,31 @@ def set_direction_dropout(model: ASRModel, probability: float) -> None:
         layer.self_attn.direction_dropout = probability
 
 
-def vocabulary_of(recipe: ModelRecipe) -> tuple[Tokenizer, dict[str, bytes]]:
-    """The tokenizer that a recipe names, and the files that a checkpoint keeps of it."""
+def vocabulary_of(recipe: ModelRecipe) -> tuple[Tokenizer, dict[str, bytes], dict | None]:
+    """The tokenizer that a recipe names, the files that a checkpoint keeps of it, and where it has
+    languages, the keys of the config's `tokenizer` section that name them."""
     if recipe.labels:
-        return characters(recipe.labels, "model.labels"), {}
+        return characters(recipe.labels, "model.labels"), {}, None
     if isinstance(recipe.tokenizer, dict):
-        raise ValueError("model.tokenizer has languages; that is for models that have them already")
-    return read_tokenizer(recipe.tokenizer)
+        files, langs = {}, {}
+        for lang, path in recipe.tokenizer.items():
+            langs[lang], own = language_files(lang, path)
+            files |= own
+        return AggregateTokenizer(_models(langs, files)), files, {"langs": langs}
+    return *read_tokenizer(recipe.tokenizer), None
+
+
+def language_files(lang: str, path: str) -> tuple[dict, dict[str, bytes]]:
+    """A language's section of the config's `tokenizer.langs`, and the files that it names."""
+    new = tokenizer_files(path)
+    names = zip(("model_path", "spe_tokenizer_vocab", "vocab_path"), new, strict=True)
+    section = {"dir": "tokenizer", "type": "bpe"}
+    section |= {key: f"nemo:{lang}_{name}" for key, name in names}
+    return section, {f"{lang}_{name}": content for name, content in new.items()}
+
+
+def _models(langs: dict[str, dict], files: dict[str, bytes]) -> dict[str, bytes]:
+    return {lang: files[part["model_path"][5:]] for lang, part in langs.items()}
 
 
 def characters(labels: Sequence[str], where: str) -> CharTokenizer:
@@ -124,13 +143,17 @@ def characters(labels: Sequence[str], where: str) -> CharTokenizer:
 
 
 def scratch_config(
-    config: str | dict, tokenizer: Tokenizer, files: dict[str, bytes]
+    config: str | dict,
+    tokenizer: Tokenizer,
+    files: dict[str, bytes],
+    section: dict | None = None,
 ) -> tuple[dict, dict[str, bytes]]:
     """NeMo's config with the tokenizer's vocabulary filled in, and the tokenizer's files.
 
     Args:
         config: NeMo-style model config: a YAML file (a `model:` section may be around it) or a
             dict.
+        section: as `vocabulary_of` gives it.
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -148,7 +171,7 @@ def scratch_config(
     except OmegaConfBaseException as error:
         raise ValueError(f"model.config: {' '.join(str(error).split())}") from None
     config = config.get("model", config)
-    config = with_vocabulary(config, tokenizer)
+    config = with_vocabulary(config, tokenizer, section)
     if "joint" in config:
         # NeMo builds the joint from these two, whatever the joint's own section says.
         widths = config["joint"].get("jointnet", {})
@@ -170,12 +193,12 @@ def read_like(model: ASRModel, recipe: ModelRecipe):
     """
     old, given = model.tokenizer, recipe.tokenizer
     if old.kind == "agg" and old.bos_id is None:
-        return *vocabulary_of(recipe), None  # which `change_vocabulary` refuses with a word
+        return vocabulary_of(recipe)  # which `change_vocabulary` refuses with a word
     if isinstance(given, dict) != (old.kind == "agg"):
         wanted = "{language: path}" if old.kind == "agg" else "one path"
         raise ValueError(f"model.tokenizer is {given!r}, expected {wanted}, as the model's own")
     if not isinstance(given, dict):
-        tokenizer, files = vocabulary_of(recipe)
+        tokenizer, files, _ = vocabulary_of(recipe)
         if old.bos_id is None:
             return tokenizer, files, None
         if not files:
@@ -187,17 +210,13 @@ def read_like(model: ASRModel, recipe: ModelRecipe):
     files, langs = {}, {}
     for lang in [*kept, *(lang for lang in given if lang not in kept)]:
         if lang in given:
-            new = tokenizer_files(given[lang])
-            names = zip(("model_path", "spe_tokenizer_vocab", "vocab_path"), new, strict=True)
-            langs[lang] = {"dir": "tokenizer", "type": "bpe"}
-            langs[lang] |= {key: f"nemo:{lang}_{name}" for key, name in names}
-            files |= {f"{lang}_{name}": content for name, content in new.items()}
+            langs[lang], own = language_files(lang, given[lang])
+            files |= own
         else:
             langs[lang] = kept[lang]
             names = (v[5:] for v in kept[lang].values() if str(v).startswith("nemo:"))
             files |= {name: model.tokenizer_files[name] for name in names}
-    models = {lang: files[part["model_path"][5:]] for lang, part in langs.items()}
-    return type(old)(models), files, {"langs": langs}
+    return type(old)(_models(langs, files)), files, {"langs": langs}
 
 
 def read_tokenizer(path: str) -> tuple[Tokenizer, dict[str, bytes]]:
