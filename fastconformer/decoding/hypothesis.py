@@ -18,3 +18,10 @@ class Hypothesis:
     durations: list[int] | None = None
     score: float = 0.0
     confidences: list[float] | None = None
+
+    def part(self, first: int, end: int | None = None) -> "Hypothesis":
+        """Its tokens from the `first`th up to the `end`th, without their score."""
+        own = slice(first, end)
+        lists = self.durations, self.confidences
+        durations, sure = (None if values is None else values[own] for values in lists)
+        return Hypothesis(self.tokens[own], self.frames[own], durations, 0.0, sure)

@@ -15,9 +15,10 @@ from ..decoding import Hypothesis
 from ..networks.state import EncoderState, encode_chunk, first_state, why_not_in_chunks
 from ..networks.subsampling import output_length
 from ..surgery.look_ahead import with_look_ahead
+from .partial import Partial, RunningText
 from .samples import as_float, read_samples
 from .transcribe import evaluating, transcribe
-from .transcript import Partial, Transcript, partial, transcript
+from .transcript import Transcript, transcript
 from .window_stream import WindowState, WindowStream
 
 NORMS_OVER_A_CLIP = ("per_feature", "all_features")  # they need its end
@@ -65,7 +66,7 @@ class Stream:
                 first_state(model.encoder, 1),
                 self.head.first_hypothesis(),
             )
-        self.state = state
+        self.state, self._running = state, RunningText(self.head)
 
     @property
     def look_ahead(self) -> int:
@@ -102,7 +103,8 @@ class Stream:
 
     def partial(self) -> Partial:
         """What has been heard so far; nothing of it changes later."""
-        return partial(self, self.state.hypothesis, len(self.state.hypothesis.tokens))
+        seconds = self.state.n_samples / self.model.sample_rate
+        return self._running.partial(self.state.hypothesis, None, seconds)
 
     @torch.no_grad()
     def finish(self) -> Transcript:

@@ -17,15 +17,16 @@ import torch
 
 from ..decoding import Hypothesis
 from ..networks.subsampling import encoded_length
+from .partial import Partial, RunningText
 from .samples import as_float, read_samples
 from .transcribe import evaluating, transcribe
-from .transcript import Partial, Transcript, partial, transcript
+from .transcript import Transcript, transcript
 
 
 @dataclass
 class WindowState:
     """All that such a stream keeps: samples from the `first_frame`th encoder frame on, frames kept
-    so far, the decoder's state, what was found, and what the look-ahead may hold."""
+    so far, the decoder's state, what was found, and what the look-ahead adds to it."""
 
     hypothesis: Hypothesis
     samples: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
@@ -54,6 +55,7 @@ class WindowStream:
         self.look_ahead = max(1, round(1.0 / frame_s)) if look_ahead is None else look_ahead
         self.frame_samples = config.preprocessor.hop_samples * config.encoder.frame_factor
         self.state = state or WindowState(self.head.first_hypothesis())
+        self._running = RunningText(self.head)
 
     def feed(self, samples) -> Partial:
         """See `Stream.feed`."""
@@ -63,8 +65,8 @@ class WindowStream:
 
     def partial(self) -> Partial:
         """What has been heard so far; what only the look-ahead holds is not stable."""
-        state = self.state
-        return partial(self, state.tentative or state.hypothesis, len(state.hypothesis.tokens))
+        seconds = self.state.n_samples / self.model.sample_rate
+        return self._running.partial(self.state.hypothesis, self.state.tentative, seconds)
 
     @staticmethod
     def together(streams: "list[WindowStream]", to_the_end: bool = False) -> None:
@@ -121,9 +123,12 @@ class WindowStream:
         state.n_encoded += count
         state.tentative = None
         if encoded.shape[1] > count:
-            state.tentative = copy.deepcopy(state.hypothesis)
+            # a run of CTC's that goes on wants the token before; no other is looked at
+            n_tokens = len(state.hypothesis.tokens)
+            found = state.hypothesis.part(max(0, n_tokens - 1))
             ahead, after = encoded[:, count:], [part.clone() for part in state.decoder]
-            self.head.decode_next([state.tentative], ahead, [state.n_encoded], after)
+            self.head.decode_next([found], ahead, [state.n_encoded], after)
+            state.tentative = found.part(min(1, n_tokens))
 
     @torch.no_grad()
     def finish(self) -> Transcript:

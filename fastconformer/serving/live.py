@@ -48,6 +48,7 @@ class Session:
         self.item = f"item_{next(self._items)}"
         self.stream = self.batcher.model.stream(self.head)
         self.resampler, self.sent, self.heard_s = None, "", 0.0
+        self.n_settled = 0  # words that were told and stay
 
     async def send(self, kind: str, **fields) -> None:
         event = {"type": kind, "event_id": f"event_{next(self._numbers)}"} | fields
@@ -112,9 +113,10 @@ class Session:
         if self.wants_words:
             words = [
                 {"word": word.text, "start": round(word.start, 3), "end": round(word.end, 3)}
-                for word in partial.words
+                for word in partial.words_from(self.n_settled)
             ]
             fields = {"text": text, "stable_text": stable, "words": words}
+            fields["first_word"], self.n_settled = self.n_settled, partial.n_settled
             await self.send("transcript.partial", item_id=self.item, **fields)
 
     async def commit(self) -> None:
