@@ -13,16 +13,19 @@ from ..networks import tiles
 from ..networks.subsampling import output_length
 
 # The counts below are from peaks on a CPU: benchmarks/results/birwkv7_memory.json
-# Allocators round up and keep pieces. 1.1 held for the peaks above; in a fresh clone with two
-# processes at work two were 1.06 and 1.15 times that, and why is not known yet.
-SAFETY = 1.3
+SAFETY = 1.1  # allocators round up
+# Once a large array was freed, glibc takes arrays of up to 32 MB from its heap, where holes stay
+# between them: the second pass of one clip took 122 MB where the first took 79, and 79 each time
+# with MALLOC_MMAP_THRESHOLD_ set, which ends this.
+HEAP_HOLES, HEAP_HOLES_OF_PEAK = 32e6, 0.4  # bytes, and of what is in use at most
 PROMPT_TOKENS, ANSWER_TOKENS = 128, 512  # of a language model, beside the speech
 FRONT_PIECES, ENCODER_PIECES = 30e6, 24e6  # bytes: spectra in flight, convolutions in flight
 
 
 def memory_estimate(config, seconds: float, dtype: torch.dtype) -> int:
     """Peak bytes that one clip of `seconds` takes on a CPU beside the weights, from the samples
-    to the decoder, without gradients. An upper bound in practice, within half as much again.
+    to the decoder, without gradients. An upper bound in practice, within half as much again for
+    clips of minutes, twice for shorter ones.
 
     Everything grows linearly with the duration: full attention holds the scores of a piece of its
     queries at a time, local attention its window's, BiRWKV7 what its recurrence takes.
@@ -32,7 +35,8 @@ def memory_estimate(config, seconds: float, dtype: torch.dtype) -> int:
     """
     if seconds < 0:
         raise ValueError(f"seconds is {seconds}, expected 0 or more")
-    return int(SAFETY * _peak_bytes(config, seconds, dtype.itemsize))
+    peak = _peak_bytes(config, seconds, dtype.itemsize)
+    return int(SAFETY * peak + min(HEAP_HOLES, HEAP_HOLES_OF_PEAK * peak))
 
 
 @functools.singledispatch
