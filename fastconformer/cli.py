@@ -225,7 +225,7 @@ def decoding_options(args, model) -> dict:
     try:
         model.head(args.head).asked(slots, False)
     except ValueError as error:
-        raise UsageError(f"the prompt: {error}") from None
+        raise UsageError(str(error)) from None
     return options | slots
 
 

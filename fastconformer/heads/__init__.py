@@ -46,6 +46,7 @@ Decoding:
     prompt, decoder_ids(line)       slots and their values, where it is told what to do
     slots                           names of its prompt's slots
     slots_of(line)                  those that a manifest line brings
+    language_pair(slots)            "de>en", for scores by language pair
     for_lines(lines)                arguments of `decode` for manifest lines
     for_clips(arguments, clips)     of `asked`'s answer, what is for some of the clips
     aligner                         a model that times its words, from the audio

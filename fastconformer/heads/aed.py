@@ -149,6 +149,9 @@ class AED(Head):
         names = (*self.slots, *(("taskname",) if "task" in self.slots else ()))
         return {name: line[name] for name in names if line.get(name) is not None}
 
+    def language_pair(self, slots: Mapping) -> str:
+        return ">".join(self.prompt.languages(**self.slots_of(slots)))
+
     def asked(self, slots: Mapping, timestamps: bool) -> dict:
         """Slots by name, and `prompt`: further ones {slot: value} or the ids themselves, for all
         clips or a list with one for each. Times come by tokens where no aligner gives them."""

@@ -176,6 +176,11 @@ class Head:
         """The slots of the head's prompt that a manifest line brings."""
         return {}
 
+    def language_pair(self, slots: Mapping) -> str | None:
+        """ "de>en": what is spoken and what is written, of these slots; None: they do not say."""
+        pair = [slots.get(name) for name in ("source_lang", "target_lang")]
+        return ">".join(map(str, pair)) if all(pair) else None
+
     def first_hypothesis(self) -> Hypothesis | None:
         """What `decode_next` adds to; None: the head cannot go on from one piece of a clip to the
         next, and so not be streamed."""

@@ -41,7 +41,8 @@ def evaluate(model, clips, head=None, batch_size=16, normalizer="basic", **decod
         if reason:
             skipped.append(_skipped(clip, reason))
         else:
-            utterances.append(_utterance(clip, transcript, normalizer))
+            pair = model.head(head).language_pair(decoding | clip.others)
+            utterances.append(_utterance(clip, transcript, normalizer, pair))
     references = [u["reference"] for u in utterances]
     hypotheses = [u["hypothesis"] for u in utterances]
     return {
@@ -104,13 +105,11 @@ def _duration_mismatch(clip: Clip, seconds: float) -> str:
     return f"duration is {declared:g} s in the manifest, the audio has {seconds:.3f} s"
 
 
-def _utterance(clip: Clip, transcript, normalizer: str) -> dict:
+def _utterance(clip: Clip, transcript, normalizer: str, pair: str | None) -> dict:
     raw = word_errors([clip.text], [transcript.text])
     normalized = _normalized_errors(clip.text, transcript.text, normalizer)
     section = {} if clip.offset_s is None else {"offset": clip.offset_s}
-    source, target = (clip.others.get(f"{end}_lang") for end in ("source", "target"))
-    if source or target:
-        section["pair"] = f"{source or '?'}>{target or '?'}"
+    section |= {"pair": pair} if pair else {}
     return {"audio": clip.audio} | section | {
         "duration": round(transcript.duration, 6),
         "reference": clip.text,

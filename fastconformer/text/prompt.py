@@ -115,6 +115,12 @@ class Prompt:
         full = DEFAULTS | self.defaults | given
         return self._encode({slot: self._token(slot, full[slot]) for slot in self.slots})
 
+    def languages(self, **slots) -> tuple[str, str]:
+        """What `ids` of the same slots says is spoken, and what is to be written."""
+        full = DEFAULTS | self.defaults | slots
+        source, target = (_bare(str(full[name])) for name in LANGUAGES)
+        return source, target
+
     def of_line(self, line: Mapping) -> list[int]:
         """The prompt of a manifest line in training; keys that are no slots are passed over.
         ValueError: a slot that a line must bring, or an unknown value."""

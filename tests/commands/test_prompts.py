@@ -76,11 +76,18 @@ def test_manifest_lines_bring_their_own(clips, tmp_path, capsys):
     assert [one["hypothesis"] for one in found["utterances"]] == texts
     assert [*found["pairs"]] == ["de>en", "en>de"]
     assert all(scores["raw"]["wer"] == 0 for scores in found["pairs"].values())
+    bleu = found["pairs"]["de>en"].get("bleu")
     said = capsys.readouterr().out
     assert "de>en: 1 utterances, WER basic 0.00 %" in said
+    line = json.loads(lines[1])
+    del line["target_lang"]  # asked by the command for it, or else by the checkpoint
+    manifest.write_text(json.dumps(line) + "\n")
+    for words, pair in (([], "de>en"), (["--target-lang", "fr"], "de>fr")):
+        assert evaluate.main([str(manifest), *MODEL, *words, "-o", str(result)]) == 0
+        assert [*json.loads(result.read_text())["pairs"]] == [pair]
     try:
         import sacrebleu  # noqa: F401
     except ModuleNotFoundError:
         assert "BLEU" not in said
     else:
-        assert found["pairs"]["de>en"]["bleu"] == pytest.approx(100)
+        assert bleu == pytest.approx(100)

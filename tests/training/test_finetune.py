@@ -311,7 +311,10 @@ def test_no_usable_clip_is_one_clear_line(corpus, capsys):
     assert main([str(recipe)]) == 1
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert "no usable training clip among 3 lines" in error and "3 not_json" in error
+    assert (
+        "no usable training clip among 3 lines" in error
+        and "3 not_json; the first, line 1: " in error
+    )
 
 
 @pytest.mark.parametrize(

@@ -285,4 +285,7 @@ def mixture_table(train: TrainingSet, temperature: float) -> str:
 
 def _why(dropped: list[Dropped]) -> str:
     counts = Counter(item.reason for item in dropped).most_common()
-    return ", ".join(f"{count} {reason}" for reason, count in counts) or "nothing was left out"
+    if not counts:
+        return "nothing was left out"
+    first = f"the first, line {dropped[0].line}: {dropped[0].detail}"
+    return ", ".join(f"{count} {reason}" for reason, count in counts) + f"; {first}"
