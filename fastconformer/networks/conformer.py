@@ -16,7 +16,7 @@ from .attention import position_encoding
 from .birwkv7 import Carry
 from .conformer_layer import ConformerLayer
 from .linear import Linear
-from .subsampling import ConvSubsampling, Reduction
+from .subsampling import ConvSubsampling, Reduction, encoded_length
 
 
 class ConformerEncoder(nn.Module):
@@ -85,7 +85,6 @@ class ConformerEncoder(nn.Module):
         x = x if self.out_proj is None else self.out_proj(x)
         return self.reduction_subsampling(x, lengths) if self.reduces_after == -1 else (x, lengths)
 
-    @torch.no_grad()
     def encode_in_chunks(
         self,
         features: torch.Tensor,
@@ -93,11 +92,24 @@ class ConformerEncoder(nn.Module):
         chunk_frames: int,
         look_ahead_frames: int,
     ):
-        """As `forward`, for BiRWKV7, with the layers' memory bounded whatever the length.
+        """`chunks`, joined: encoded (B, T', D'), lengths (B,)."""
+        parts = list(self.chunks(features, lengths, chunk_frames, look_ahead_frames))
+        return torch.cat(parts, 1), encoded_length(self.config, lengths)
 
-        Chunk after chunk, the forward states, and what the convolutions see, come from the chunks
-        before as in one pass; what comes after is seen for `look_ahead_frames` (encoder frames)
-        beyond the chunk. Equal to `forward` where that reaches the end.
+    @torch.no_grad()
+    def chunks(
+        self,
+        features: torch.Tensor,
+        lengths: torch.Tensor,
+        chunk_frames: int,
+        look_ahead_frames: int,
+    ):
+        """As `forward`, for BiRWKV7, with the layers' memory bounded whatever the length: yields
+        encoded (B, up to chunk_frames, D'), chunk after chunk.
+
+        The forward states, and what the convolutions see, come from the chunks before as in one
+        pass; what comes after is seen for `look_ahead_frames` (encoder frames) beyond the chunk.
+        Equal to `forward` where that reaches the end.
 
         Raises:
             ValueError: an encoder with attention, or counts out of range.
@@ -114,19 +126,27 @@ class ConformerEncoder(nn.Module):
             )
         whole, lengths = self.pre_encode(features, lengths)
         whole, _, _, pad_mask = self.prepare(whole, lengths)
-        t = whole.shape[1]
-        encoded = whole.new_empty(whole.shape[0], t, self.config.d_out)
-        carries = [Carry() for _ in self.layers]
+        t, carries = whole.shape[1], self.first_carries()
         for start in range(0, t, chunk_frames):
             stop = min(start + chunk_frames, t)
             last = min(stop + look_ahead_frames, t)
-            x, v_first = whole[:, start:last], None
-            for layer, carry in zip(self.layers, carries):
-                carry.n_kept = stop - start
-                x, v_first = layer(x, None, None, pad_mask[:, start:last], v_first, carry)
-            x = x[:, : stop - start]
-            encoded[:, start:stop] = x if self.out_proj is None else self.out_proj(x)
-        return encoded, lengths
+            x = self.carried(whole[:, start:last], pad_mask[:, start:last], carries, stop - start)
+            yield x[:, : stop - start]
+
+    def first_carries(self) -> list[Carry]:
+        """What BiRWKV7's layers keep before the first frame."""
+        return [Carry() for _ in self.layers]
+
+    def carried(
+        self, x: torch.Tensor, pad_mask: torch.Tensor, carries: list[Carry], n_kept: int
+    ) -> torch.Tensor:
+        """Subsampled frames x (B, T, D), after those of which BiRWKV7's layers keep `carries` ->
+        encoded (B, T, D'); the carries move on by the first `n_kept`."""
+        v_first = None
+        for layer, carry in zip(self.layers, carries):
+            carry.n_kept = n_kept
+            x, v_first = layer(x, None, None, pad_mask, v_first, carry)
+        return x if self.out_proj is None else self.out_proj(x)
 
     def _layer(self, layer, x, pos_emb, att_mask, pad_mask, v_first):
         if self.config.self_attention_model == "rwkv7_attn":

@@ -151,18 +151,23 @@ def context_seconds(config, window_s: float = WINDOW_S) -> float:
     return frames * config.frame_seconds if frames * config.frame_seconds <= 60 else CONTEXT_S
 
 
+def encode_in_windows(model, features: torch.Tensor, *arguments, **named) -> torch.Tensor:
+    """`encoded_windows`, joined: encoded (1, T', D)."""
+    return torch.cat(list(encoded_windows(model, features, *arguments, **named)), 1)
+
+
 @torch.no_grad()
-def encode_in_windows(
+def encoded_windows(
     model,
     features: torch.Tensor,
     batch_size: int = 16,
     window_s: float | None = None,
     context_s: float | None = None,
     budget_bytes: int | None = None,
-) -> torch.Tensor:
-    """features (M, T) of one recording, all valid -> encoded (1, T', D), as one pass would give
-    where `context_s` (None: `context_seconds`) holds all that a frame depends on. `window_s`, None:
-    WINDOW_S, is the part of a window that is kept.
+) -> Iterator[torch.Tensor]:
+    """features (M, T) of one recording, all valid -> encoded (1, frames of some windows, D) as they
+    are done; together as one pass would give where `context_s` (None: `context_seconds`) holds all
+    that a frame depends on. `window_s`, None: WINDOW_S, is the part of a window that is kept.
 
     Windows are encoded at most `batch_size` at a time, as the budget allows, so that memory does
     not grow with T but for the result. BiRWKV7 goes through one after another instead, with all of
@@ -177,7 +182,8 @@ def encode_in_windows(
         window, ahead = (round(s / config.frame_seconds) for s in (window_s, context_s))
         features = features[None].to(model.dtype)
         lengths = torch.tensor([features.shape[2]], device=features.device)
-        return model.encoder.encode_in_chunks(features, lengths, max(1, window), ahead)[0]
+        yield from model.encoder.chunks(features, lengths, max(1, window), ahead)
+        return
     if budget_bytes is not None:
         dtype = model.dtype
         largest = memory_estimate(config, window_s + 2 * context_s, dtype)
@@ -190,7 +196,6 @@ def encode_in_windows(
         encoded_length(config.encoder, features.shape[1]),
         features.mean(0),
     )
-    kept = []
     for first in range(0, len(windows), batch_size):
         group = windows[first : first + batch_size]
         lengths = torch.tensor([w.end - w.start for w in group], device=features.device)
@@ -198,5 +203,5 @@ def encode_in_windows(
         for row, window in zip(batch, group, strict=True):
             row[:, : window.end - window.start] = features[:, window.start : window.end]
         encoded, _ = model.encode(batch, lengths)
-        kept += [e[w.first : w.first + w.count] for e, w in zip(encoded, group, strict=True)]
-    return torch.cat(kept)[None]
+        kept = [e[w.first : w.first + w.count] for e, w in zip(encoded, group, strict=True)]
+        yield torch.cat(kept)[None]

@@ -1,7 +1,8 @@
 """The HTTP application: routes, limits, keys, and one form for every error.
 
 An upload is counted while it arrives, decoded on threads of its own, and waits in the `Batcher`'s
-line; a client that goes away takes its request with it.
+line; a client that goes away takes its request with it. A streamed answer is told as windows of
+the recording are done.
 """
 
 import asyncio
@@ -9,6 +10,7 @@ import concurrent.futures
 import contextlib
 import hmac
 import io
+import json
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -25,6 +27,7 @@ from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocket
 
 from ..audio import load_audio
+from ..recordings import longform
 from . import openai
 from .batcher import Batcher, Full
 from .gate import Gate, Stalled, TooLarge, busy, error_response, too_large
@@ -87,11 +90,23 @@ class Service:
             raise BadRequest(f"the audio is longer than {longest_s:g} s", "file", 413)
         return samples
 
-    async def transcript(self, request: Request, upload: UploadFile, options: dict):
-        """What the model finds; gives up the place in the line where the client goes away."""
-        samples = await self.samples(upload)
-        future = self.batcher.submit(samples, options)
+    async def transcript(self, request: Request, upload: UploadFile, options: dict, tell=None):
+        """What the model finds; gives up the place in the line where the client goes away. `tell`
+        hears the text of a long recording, as far as it stays, while it is made."""
+        samples, loop, gone = await self.samples(upload), asyncio.get_running_loop(), False
+
+        def heard(text: str) -> None:  # on the model's thread
+            if gone:
+                raise ClientDisconnect
+            loop.call_soon_threadsafe(tell, text)
+
+        plain = not options.keys() - {"head", "timestamps"}
+        head = self.batcher.model.head(options["head"])
+        is_long = len(samples) > longform.WINDOW_S * self.batcher.model.sample_rate
+        in_windows = tell and is_long and plain and head.first_hypothesis() is not None
+        future = self.batcher.submit(samples, options, heard if in_windows else None)
         waiting = asyncio.wrap_future(future)
+        del samples  # an error that comes out of here would hold them
         try:
             while not waiting.done():
                 await asyncio.wait([waiting], timeout=WATCH_S)
@@ -101,6 +116,7 @@ class Service:
         except ValueError as error:  # an option that does not fit, or a clip that is empty
             raise BadRequest(" ".join(str(error).split())) from None
         finally:
+            gone = True
             waiting.cancel()
 
 
@@ -179,20 +195,31 @@ def make_app(service: Service, beside: contextlib.AbstractAsyncContextManager) -
 
 
 async def _serve(service: Service, request: Request, translate: bool) -> Response:
-    work = _transcribe(service, request, translate)
-    transcript, wanted = await asyncio.wait_for(work, service.limits.timeout_s)
+    told: asyncio.Queue = asyncio.Queue()  # (what was wanted, text that stays), None at the end
+    work = asyncio.ensure_future(
+        asyncio.wait_for(
+            _transcribe(service, request, translate, told.put_nowait), service.limits.timeout_s
+        )
+    )
+    work.add_done_callback(lambda _: told.put_nowait(None))
+    try:
+        first = await told.get()
+    except asyncio.CancelledError:
+        work.cancel()
+        raise
+    transcript, wanted = work.result() if first is None else (None, first[0])
     headers = {"x-unused-fields": ", ".join(wanted.unused)} if wanted.unused else {}
     if wanted.stream:
-        return StreamingResponse(
-            _events(transcript), media_type="text/event-stream", headers=headers
-        )
+        events = _events(request, work, first, told)
+        return StreamingResponse(events, media_type="text/event-stream", headers=headers)
     media_type = openai.MEDIA_TYPES.get(wanted.response_format, "application/json")
     content = openai.answer(transcript, wanted, "translate" if translate else "transcribe")
     return Response(content, media_type=media_type, headers=headers)
 
 
-async def _transcribe(service: Service, request: Request, translate: bool):
-    """Reads a request's form -> what the model finds in its file, and what was wanted."""
+async def _transcribe(service: Service, request: Request, translate: bool, tell):
+    """Reads a request's form -> what the model finds in its file, and what was wanted. `tell` hears
+    a streamed answer's text while it is made."""
     async with request.form(max_files=1, max_fields=64) as form:
         upload = form.get("file")
         if not isinstance(upload, UploadFile):
@@ -200,22 +227,33 @@ async def _transcribe(service: Service, request: Request, translate: bool):
         if upload.size is not None and upload.size > service.limits.upload_bytes:
             raise TooLarge
         wanted = openai.read_request(form, service.batcher.model, service.head, translate)
-        if wanted.stream:
-            wanted.options["timestamps"] = True
-        return await service.transcript(request, upload, wanted.options), wanted
+        hear = (lambda text: tell((wanted, text))) if wanted.stream else None
+        return await service.transcript(request, upload, wanted.options, hear), wanted
 
 
-async def _events(transcript):
-    position = 0
-    for segment in transcript.segments:
-        end = transcript.text.find(segment.text, position)
-        end = position + len(segment.text) if end < 0 else end + len(segment.text)
-        delta, position = transcript.text[position:end], end
-        if delta:
-            yield openai.event({"type": "transcript.text.delta", "delta": delta})
-    if transcript.text[position:]:
-        yield openai.event({"type": "transcript.text.delta", "delta": transcript.text[position:]})
-    yield openai.event({"type": "transcript.text.done", "text": transcript.text})
+async def _events(request: Request, work: asyncio.Future, first, told: asyncio.Queue):
+    """Server-sent events of a text that may still be made: `first`, what `told` brings after it,
+    and the whole text."""
+    item, sent = first, ""
+    try:
+        while item is not None:
+            _, text = item
+            if len(text) > len(sent):
+                yield openai.event({"type": "transcript.text.delta", "delta": text[len(sent) :]})
+                sent = text
+            item = await told.get()
+        text = work.result()[0].text
+        if text[len(sent) :]:
+            yield openai.event({"type": "transcript.text.delta", "delta": text[len(sent) :]})
+        yield openai.event({"type": "transcript.text.done", "text": text})
+    except Exception as error:  # the answer's status is out: it becomes an event
+        answer = _error(request, error)
+        if answer.body:
+            yield openai.event({"type": "error"} | json.loads(answer.body))
+        if answer.status_code == 500:
+            raise
+    finally:
+        work.cancel()
 
 
 def _model_card(service: Service) -> dict:

@@ -2,7 +2,8 @@
 
 Samples come in, `Transcript`s go out. A request waits in a line of bounded length; the thread for
 files takes the oldest and, with it, all others in the line that ask for the same options, up to a
-batch. A request that is given up before its turn leaves the line at once. Live streams have a
+batch; a long recording whose text is told as it comes goes alone, window by window. A request that
+is given up before its turn leaves the line at once. Live streams have a
 thread of their own, so that none waits for a long file; all that have something new go together.
 """
 
@@ -14,10 +15,12 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from ..recordings.in_windows import transcribe_in_windows
 from ..recordings.stream import Stream, WindowStream
 from ..recordings.transcript import Transcript
 
@@ -37,6 +40,7 @@ class Full(Exception):
 class _Job:
     samples: np.ndarray
     options: dict
+    tell: Callable[[str], None] | None = None  # the text so far, window by window
     done: concurrent.futures.Future = field(default_factory=concurrent.futures.Future)
 
 
@@ -83,10 +87,14 @@ class Batcher:
         with self._change:
             return len(self._waiting)
 
-    def submit(self, samples: np.ndarray, options: dict) -> concurrent.futures.Future:
+    def submit(
+        self, samples: np.ndarray, options: dict, tell: Callable[[str], None] | None = None
+    ) -> concurrent.futures.Future:
         """Puts samples (L,) into the line. The future gives their Transcript, or raises what the
-        model raised for them; `cancel()` takes them out again. Full: the line is full."""
-        job = _Job(samples, options)
+        model raised for them; `cancel()` takes them out again. Full: the line is full. `tell`: as
+        in `transcribe_in_windows`, on the files' thread; of the options the head counts then.
+        """
+        job = _Job(samples, options, tell)
         with self._change:
             if self._closed:
                 raise Full(1)
@@ -145,7 +153,7 @@ class Batcher:
             for job in list(self._waiting):
                 if len(batch) == self.batch_size:
                     break
-                if not batch or job.options == batch[0].options:
+                if not batch or (job.options, job.tell) == (batch[0].options, None):
                     self._waiting.remove(job)
                     if job.done.set_running_or_notify_cancel():
                         batch.append(job)
@@ -210,12 +218,16 @@ class Batcher:
 
     def _transcribe(self, batch: list[_Job]) -> None:
         try:
-            samples = [job.samples for job in batch]
-            found: list[Transcript] = self.model.transcribe(
-                samples, batch_size=len(batch), **batch[0].options
+            samples, options = [job.samples for job in batch], batch[0].options
+            found: list[Transcript] = (
+                self.model.transcribe(samples, batch_size=len(batch), **options)
+                if batch[0].tell is None
+                else [transcribe_in_windows(self.model, samples[0], batch[0].tell, options["head"])]
             )
         except Exception as error:  # handed to whoever waits; alone, where it may be one's fault
             if len(batch) == 1:
+                if isinstance(error, ValueError):  # the client's: nobody reads where it was raised,
+                    error.__traceback__ = None  # and the frames there would hold the samples
                 batch[0].done.set_exception(error)
             else:
                 for job in batch:

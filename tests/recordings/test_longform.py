@@ -1,6 +1,8 @@
 """Long recordings: windows against a single pass, the choice between them, memory, threads."""
 
 import copy
+import dataclasses
+import itertools
 import json
 import subprocess
 import sys
@@ -21,6 +23,7 @@ from fastconformer.model import ASRModel
 from fastconformer.networks import attention
 from fastconformer.networks.subsampling import encoded_length, output_length
 from fastconformer.recordings import longform
+from fastconformer.recordings.in_windows import transcribe_in_windows
 from fastconformer.recordings.memory import memory_estimate
 from fastconformer.surgery.local_attention import with_local_attention
 
@@ -285,3 +288,22 @@ def test_golden_clip_in_windows(base):
     for head in model.heads:
         chunks, full = (model.transcribe(audio, head, long=mode)[0] for mode in ("chunks", "full"))
         assert chunks.tokens == full.tokens and chunks.token_frames == full.token_frames
+
+
+@pytest.mark.parametrize("head", ["tdt", "ctc"])
+def test_a_text_told_by_windows_is_that_of_chunks(base, head):
+    clip, told = babble(20.0), []
+    found = transcribe_in_windows(base, clip, told.append, head, window_s=4.0)
+    options = {"long": "chunks", "window_s": 4.0, "retry": False, "timestamps": True}
+    (wanted,) = base.transcribe([clip], head, **options)
+    assert found.score == pytest.approx(wanted.score)  # summed in another order
+    assert dataclasses.replace(found, score=wanted.score) == wanted
+    assert len(told) >= 5 and told[1]
+    for before, after in itertools.pairwise([*told, found.text]):
+        assert after.startswith(before)
+
+    def stop(text):
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        transcribe_in_windows(base, clip, stop)

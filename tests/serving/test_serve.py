@@ -122,6 +122,49 @@ def test_a_stream_of_events_ends_with_the_text(server, clips, transcripts):
     assert "".join(deltas) == transcripts[1].text and deltas
 
 
+SLOW_WINDOWS = (  # of 3 s, half a second each
+    "import time, fastconformer.recordings.longform as l; l.WINDOW_S, l.CONTEXT_S = 3.0, 0.5; "
+    "f = l.encoded_windows; slow = lambda x: time.sleep(0.5) or x; "
+    "l.encoded_windows = lambda *a, **k: map(slow, f(*a, **k))"
+)
+
+
+def test_events_come_as_windows_are_done():
+    clip = load_audio(ROOT / "samples" / "jfk.flac", 16000)
+    server = Server(before=SLOW_WINDOWS)
+    try:
+        events, times = [], []
+
+        def ask(client, **options):
+            sent = {"files": {"file": flac(clip)}, "data": {"stream": "true"}}
+            return client.stream("POST", server.url + PATH, **sent, **options)
+
+        with httpx.Client(timeout=60) as client, ask(client) as answer:
+            assert answer.headers["content-type"].startswith("text/event-stream")
+            for line in filter(None, answer.iter_lines()):
+                events.append(json.loads(line.removeprefix("data: ")))
+                times.append(time.monotonic())
+        assert times[-1] - times[0] > 0.9 and len(events) > 3
+        assert [e["type"] for e in events[:-1]] == ["transcript.text.delta"] * (len(events) - 1)
+        (wanted,) = load_model(BASE).transcribe([clip], long="chunks", window_s=3.0, retry=False)
+        assert "".join(e["delta"] for e in events[:-1]) == events[-1]["text"] == wanted.text
+        # a client that goes away between two windows frees its place
+        with httpx.Client(timeout=60) as client, ask(client) as answer:
+            next(answer.iter_lines())
+        began = time.monotonic()
+        assert server.post(flac(clip[:16000])).status_code == 200
+        assert time.monotonic() - began < 60
+        for _ in range(50):
+            if "fastconformer_uploads 0" in httpx.get(f"{server.url}/metrics").text:
+                break
+            time.sleep(0.1)
+        else:
+            raise AssertionError("its place stays taken")
+        assert server.stop() == 0
+    finally:
+        server.process.kill()
+
+
 def test_many_at_once_get_the_texts_of_one(server, clips, transcripts):
     with concurrent.futures.ThreadPoolExecutor(32) as pool:
         answers = list(pool.map(lambda i: server.post(clips[i % 3][0]), range(32)))
@@ -224,17 +267,21 @@ def test_samples_are_free_when_a_request_is_done():
     class Model:
         sample_rate = 16000
 
-        def transcribe(self, clips, batch_size):
+        def transcribe(self, clips, batch_size, wrong=False):
+            if wrong:
+                raise ValueError("wrong")
             return [Transcript("", [], [], None, None, None, 0.0, "ctc", 1.0) for _ in clips]
 
     batcher = Batcher(Model())
     gc.disable()
     try:
-        clips = [np.zeros(16000, np.float32) for _ in range(3)]
+        clips = [np.zeros(16000, np.float32) for _ in range(4)]
         held = [weakref.ref(clip) for clip in clips]
-        futures = [batcher.submit(clips.pop(), {}) for _ in held]
+        failed = batcher.submit(clips.pop(), {"wrong": True})
+        futures = [batcher.submit(clips.pop(), {}) for _ in range(3)]
         assert [future.result().text for future in futures] == [""] * 3
-        del futures
+        assert str(failed.exception()) == "wrong"
+        del futures, failed
         for _ in range(100):
             if not any(ref() is not None for ref in held):
                 return

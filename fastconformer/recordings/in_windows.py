@@ -1,0 +1,48 @@
+"""A long recording whose text is told while it goes through the encoder, window by window."""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from . import longform
+from .modes import evaluating
+from .partial import RunningText
+from .samples import as_float, read_samples
+from .transcript import Transcript, transcript
+
+
+@torch.no_grad()
+def transcribe_in_windows(
+    model,
+    samples: np.ndarray,
+    tell: Callable[[str], None],
+    head: str | None = None,
+    window_s: float | None = None,
+) -> Transcript:
+    """What `transcribe(..., long="chunks", retry=False, timestamps=True)` gives for the samples of
+    one recording, (L,) at the model's rate.
+
+    After each window, the kept part of which has `window_s` (None: 120 s), `tell` is given the
+    words at the text's beginning that stay. What it raises ends the work.
+
+    Raises:
+        ValueError: not such samples, or a head that cannot go on from window to window.
+    """
+    chosen = model.head(head)
+    found, state = chosen.first_hypothesis(), None
+    if found is None:
+        raise ValueError(f"the head {chosen.name} reads a clip as a whole, not window by window")
+    samples = read_samples(samples, model.sample_rate)
+    running, duration_s, n_frames = RunningText(chosen), len(samples) / model.sample_rate, 0
+    audio = torch.from_numpy(np.ascontiguousarray(samples))[None].to(model.device)
+    with evaluating(model):
+        features, lengths = model.preprocessor(
+            as_float(audio), torch.tensor([audio.shape[1]], device=model.device), pad=False
+        )
+        features = features[0, :, : lengths[0]]
+        for encoded in longform.encoded_windows(model, features, 1, window_s):
+            state = chosen.decode_next([found], encoded, [n_frames], state)
+            n_frames += encoded.shape[1]
+            tell(running.partial(found, None, duration_s).stable_text)
+    return transcript(model, found, chosen.name, duration_s, timestamps=True)
