@@ -31,10 +31,12 @@ def convert(args) -> None:
     source = Path(args.model)
     card = model_card(args, source, args.output, model.config, head, "transformers")
     try:
-        hugging_face.export(model, head, args.output, card)
+        note = hugging_face.export(model, head, args.output, card)
     except ValueError as error:
         raise ValueError(f"{args.model}: {error}") from None
     print(f"head {head}, for transformers; its card is README.md")
+    if note:
+        print(f"note: {note}")
     print(f"wrote {args.output}")
 
 

@@ -38,8 +38,9 @@ FRONT_END = {
 }
 
 
-def export(model: ASRModel, head: str, folder: Path, card: str | None = None) -> None:
-    """Writes the folder for one head, with `card` as its README.md.
+def export(model: ASRModel, head: str, folder: Path, card: str | None = None) -> str | None:
+    """Writes the folder for one head, with `card` as its README.md. Returns what transformers
+    decodes otherwise than NeMo, if anything.
 
     ValueError: transformers cannot run it, with the reason; nothing is written then.
     """
@@ -80,6 +81,13 @@ def export(model: ASRModel, head: str, folder: Path, card: str | None = None) ->
             (new / name).write_text(text + "\n", encoding="utf-8")
         if card is not None:
             (new / "README.md").write_text(card, encoding="utf-8")
+    if family != "transducer" or not config.max_symbols or 0 not in config.loss.durations:
+        return None
+    return (
+        f"transformers' TDT has no max_symbols ({config.max_symbols} here): where as many tokens "
+        "of duration 0 follow one another, it stays on the frame and its text goes on otherwise; "
+        "converters.check_export names such clips"
+    )
 
 
 def _tensors(model: ASRModel, head: str, names) -> dict:
