@@ -101,9 +101,15 @@ def _client(module: str, package: str):
 
 
 def _onnx_asr(folder: Path, head: str, int8: bool) -> Export:
+    import torch
+
     onnx_asr = _client("onnx_asr", "onnx-asr[cpu]")
+    options = _client("onnxruntime", "onnxruntime").SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()  # it does not read OMP_NUM_THREADS
     quantization = "int8" if int8 else None
-    client = onnx_asr.load_model(f"nemo-conformer-{head}", folder, quantization=quantization)
+    client = onnx_asr.load_model(
+        f"nemo-conformer-{head}", folder, quantization=quantization, sess_options=options
+    )
     return Export("onnx-asr", head, lambda clips: [client.recognize(clip) for clip in clips])
 
 

@@ -29,6 +29,13 @@ def main(argv: list[str] | None = None) -> int:
         action="store_true",
         help="for sherpa-onnx: a cache-aware model for the OfflineRecognizer, not the online one",
     )
+    parser.add_argument(
+        "--look-ahead",
+        type=int,
+        metavar="FRAMES",
+        help="of a cache-aware model, in encoder frames: one that it was trained with "
+        "(default: its first)",
+    )
     args = parser.parse_args(argv)
     if args.offline and args.client != "sherpa-onnx":
         parser.error("--offline is for sherpa-onnx; onnx-asr takes whole recordings in any case")
@@ -38,10 +45,12 @@ def main(argv: list[str] | None = None) -> int:
 def convert(args) -> None:
     """Loads, checks, writes."""
     from fastconformer.export import onnx_asr, sherpa_onnx
+    from fastconformer.surgery.look_ahead import with_look_ahead
 
     model = load_exportable(args.model)
     head = model.head(args.head).name
     try:
+        model = with_look_ahead(model, args.look_ahead)
         if args.client == "onnx-asr":
             onnx_asr.export(model, head, args.output, args.int8)
         else:

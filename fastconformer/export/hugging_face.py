@@ -47,7 +47,8 @@ def export(model: ASRModel, head: str, folder: Path, card: str | None = None) ->
     family = model.head(head).family
     if family not in NAMES:
         raise ValueError(
-            f"transformers' Parakeet has heads of {' and '.join(NAMES)}, {head} is none"
+            f"transformers' Parakeet has heads of {' and '.join(NAMES)}, {head} is none; its "
+            "Canary begins the prompt otherwise than NeMo's"
         )
     config = model.config
     check_front_end("transformers", config.preprocessor, FRONT_END)

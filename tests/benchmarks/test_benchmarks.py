@@ -11,7 +11,7 @@ from conftest import SAMPLES, golden
 
 from benchmarks import REPOSITORY, SPEECH, peer_versions
 
-NAMES = ("birwkv7", "cpu_vs_nemo", "longform", "losses", "rtfx", "wkv7")
+NAMES = ("birwkv7", "cpu_vs_nemo", "exports", "longform", "losses", "rtfx", "wkv7")
 MODEL = str(golden("hybrid_tdt_ctc_bpe") / "model.nemo")
 
 

@@ -11,6 +11,8 @@ from conftest import golden, load_case
 import converters.st2onnx
 from fastconformer import load_model
 from fastconformer.export import onnx_asr, sherpa_onnx
+from fastconformer.networks.state import encode_chunk, first_state
+from fastconformer.surgery.look_ahead import with_look_ahead
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -261,6 +263,43 @@ def test_online_form_is_nemos_pad_and_drop(case, context, tmp_path):
         whole = min(length, n_windows * (shift // 8))
         assert whole >= 12
         assert np.abs(found[row, :whole] - expected[row, :whole].numpy()).max() < 1e-4
+
+
+@pytest.mark.parametrize("look_ahead", [13, 0])
+def test_online_form_steps_as_our_stream(look_ahead, tmp_path):
+    """Other look-aheads than the first, 6: a window's frames, subsampled by our own
+    network, through our stream's step."""
+    archive = golden("stream_chunked_hybrid_rnnt") / "model.nemo"
+    words = [archive, "-o", tmp_path / "x", "--for", "sherpa-onnx", "--look-ahead", look_ahead]
+    assert converters.st2onnx.main(list(map(str, words))) == 0
+    model = with_look_ahead(load_model(archive), look_ahead)
+    run, shift = session(tmp_path / "x" / "encoder.onnx"), 8 * (look_ahead + 1)
+    shapes = {x.name: x.shape for x in run.get_inputs()}
+    assert shapes["audio_signal"][2] == shift + 9
+    names = ("cache_last_channel", "cache_last_time")
+    caches = [np.zeros((1, *shapes[name][1:]), np.float32) for name in names]
+    caches.append(np.zeros(1, np.int64))
+    features = torch.randn(1, model.config.encoder.feat_in, 9 + 8 * shift)
+    state = first_state(model.encoder, 1)
+    for start in range(0, 8 * shift, shift):
+        window = features[:, :, start : start + shift + 9]
+        length = torch.tensor([shift + 9])
+        with torch.no_grad():
+            frames, _ = model.encoder.pre_encode(window, length)
+        frames = frames[:, 2 : 2 + look_ahead + 1]
+        expected, state = encode_chunk(model.encoder, frames, state)
+        out, _, *caches = run.run(
+            None, dict(zip(shapes, (window.numpy(), length.numpy(), *caches), strict=True))
+        )
+        assert np.abs(out.transpose(0, 2, 1) - expected.numpy()).max() < 1e-4
+    assert int(caches[-1][0]) == min(8 * (look_ahead + 1), model.config.encoder.att_contexts[0][0])
+
+
+def test_a_look_ahead_that_it_was_not_trained_with(tmp_path, capsys):
+    archive = golden("stream_chunked_hybrid_rnnt") / "model.nemo"
+    words = [archive, "-o", tmp_path / "x", "--for", "sherpa-onnx", "--look-ahead", 7]
+    assert converters.st2onnx.main(list(map(str, words))) == 1
+    assert "this model was trained with" in capsys.readouterr().err
 
 
 def test_a_cache_aware_model_offline_too(tmp_path):
