@@ -123,6 +123,16 @@ class EncoderConfig:
             self.stochastic_depth_mode in ("linear", "uniform"),
             f"encoder.stochastic_depth_mode is {self.stochastic_depth_mode!r}",
         )
+        require(
+            0 <= self.stochastic_depth_drop_prob < 1,
+            f"encoder.stochastic_depth_drop_prob is {self.stochastic_depth_drop_prob}, expected "
+            "0 <= p < 1",
+        )
+        require(
+            1 <= self.stochastic_depth_start_layer <= self.n_layers,
+            f"encoder.stochastic_depth_start_layer is {self.stochastic_depth_start_layer}, "
+            f"expected 1 to n_layers, {self.n_layers}",
+        )
         left, right = self.conv_context
         require(
             left + right + 1 == self.conv_kernel_size,

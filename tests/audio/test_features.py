@@ -86,3 +86,15 @@ def test_transcribing_adds_no_padding():
     assert model.featurize(samples[None], case.tensors["audio_len"][:1])[0].shape[2] == 512
     [still_without] = model.transcribe(samples)
     assert still_without.score == without.score and still_without.tokens == without.tokens
+
+
+@pytest.mark.parametrize("normalize", ["all_features", "per_feature"])
+def test_digital_silence_is_zero_in_any_batch(normalize):
+    """Its deviation is 0, so that a rounding of the mean would be blown up by the guard, 1e-5."""
+    preprocessor = build({"normalize": normalize, "features": 80, "pad_to": 0, "dither": 0.0})
+    for length in (8000, 16000, 33333):
+        audio = torch.zeros(2, 48000)
+        audio[1] = torch.randn(48000, generator=torch.Generator().manual_seed(0)) * 0.1
+        alone, n = preprocessor(audio[:1, :length], torch.tensor([length]))
+        together, _ = preprocessor(audio, torch.tensor([length, 48000]))
+        assert not alone[0, :, : int(n)].any() and not together[0, :, : int(n)].any()
