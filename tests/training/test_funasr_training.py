@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from conftest import golden, load_case
 
 from fastconformer import load_model
@@ -39,6 +40,7 @@ from training.setup.freeze import train_mode
 from training.setup.start import build_model, ready_to_train
 
 CASE = "fun_asr_nano_tiny"
+RECIPE = Path(__file__).parents[2] / "recipes" / "telephone_llm.yaml"
 PARTS = ("audio_encoder", "audio_adaptor", "llm", "ctc_decoder", "ctc")
 
 
@@ -326,25 +328,20 @@ def test_mel_edges_say_where_filters_lie():
 
 @pytest.fixture
 def recipe(tmp_path):
-    """Two stages, three steps each, checkpoints after each."""
+    """recipes/telephone_llm.yaml on the tiny model: 8 kHz, line, masks and its two stages; three
+    steps each, checkpoints after each."""
     manifest = str(golden(CASE) / "train.jsonl")
-    tree = {
-        "output": str(tmp_path / "run"),
-        "model": {"init_from": str(golden(CASE))},
-        "data": {"train": [manifest], "validation": {"dev": manifest}, "batch_size": 2,
-                 "num_workers": 0},
-        "optim": {"lr": 1e-3, "betas": [0.9, 0.999]},
-        "schedule": {"name": "inverse_sqrt", "warmup_steps": 1, "min_lr": 0.0},
-        "trainer": {"max_steps": 3, "threads": 1, "device": "cpu", "clip_grad_norm": 5.0,
-                    "val_every_steps": 100, "save_every_steps": 1},
-        "stages": [
-            {"loss": {"heads": "llm"}, "freeze": {"modules": ["llm", "adaptor", "ctc"]}},
-            {"loss": {"heads": "all", "ctc_weight": 0.3},
-             "freeze": {"modules": ["llm", "adaptor"]}},
-        ],
-    }  # fmt: skip
+    tree = yaml.safe_load(RECIPE.read_text())
+    tree["output"] = str(tmp_path / "run")
+    tree["model"]["init_from"] = str(golden(CASE))
+    tree["data"] |= {"train": [manifest], "validation": {"dev": manifest}, "batch_size": 2}
+    tree["optim"]["lr"], tree["schedule"]["warmup_steps"] = 1e-3, 1
+    del tree["trainer"]["epochs"]
+    tree["trainer"] |= {"max_steps": 3, "threads": 1, "device": "cpu", "val_every_steps": 100,
+                        "save_every_steps": 1}  # fmt: skip
+    tree["stages"][1] |= {"optim": {"lr": 1e-3}, "trainer": {}}
     path = tmp_path / "recipe.yaml"
-    path.write_text(json.dumps(tree))
+    path.write_text(yaml.safe_dump(tree))
     return path
 
 
@@ -391,7 +388,6 @@ def test_a_killed_run_goes_on_bit_equal(recipe, tmp_path):
 
 
 def test_the_recipe_of_the_book_runs_to_its_end(tmp_path, monkeypatch):
-    recipe = Path(__file__).parents[2] / "recipes" / "telephone_llm.yaml"
     case = golden(CASE).resolve()
     (tmp_path / "Fun-ASR-Nano-2512").symlink_to(case)
     (tmp_path / "calls").mkdir()
@@ -400,7 +396,7 @@ def test_the_recipe_of_the_book_runs_to_its_end(tmp_path, monkeypatch):
         shutil.copy(case / "train.jsonl", tmp_path / "calls" / name)
     monkeypatch.chdir(tmp_path)
     changes = ["trainer.device=cpu", "trainer.threads=1", "schedule.warmup_steps=0"]
-    text = recipe.read_text().replace("trainer: {epochs: 20}", "trainer: {epochs: 1}")
+    text = RECIPE.read_text().replace("trainer: {epochs: 20}", "trainer: {epochs: 1}")
     (tmp_path / "recipe.yaml").write_text(text)
     assert finetune.main(["recipe.yaml", "trainer.epochs=1", *changes]) == 0
     model = load_model("runs/telephone_llm/best")
