@@ -37,7 +37,7 @@ def load_tensors(path: Path, name: str, wrappers: Sequence[str] = ()) -> dict[st
     except (MemoryError, OSError):
         raise
     except Exception as error:  # torch raises anything on damaged bytes
-        reason = str(error).strip().partition("\n")[0]
+        reason = str(error).strip().partition("\n")[0].partition(". ")[0]  # advice follows
         raise ValueError(f"{name} is damaged: {reason}") from error
     for _ in range(4):  # a wrapper in a wrapper
         inner = [
