@@ -9,6 +9,7 @@ import subprocess
 import numpy as np
 import torch
 
+from benchmarks.first_contact_kernels import check_kernels
 from benchmarks.first_contact_times import (
     time_long,
     time_loss,
@@ -255,10 +256,18 @@ def check_training(dry: bool, kept: dict) -> dict:
 STEPS = {
     step.__name__: step
     for step in (
-        machine, peaks, check_loss, check_decoding, check_model, check_wkv7, check_training,
+        machine, peaks, check_loss, check_kernels, check_decoding, check_model, check_wkv7,
+        check_training,
         time_stages, time_loss, time_transcription, time_wkv7, time_long, time_training,
     )
 }  # fmt: skip
 # Seconds a step may take on a GPU; the first of its kind compiles kernels.
-LIMITS = {"machine": 30, "peaks": 20, "check_loss": 60, "check_decoding": 40, "check_model": 40}
+LIMITS = {
+    "machine": 30,
+    "peaks": 20,
+    "check_loss": 60,
+    "check_kernels": 40,
+    "check_decoding": 40,
+    "check_model": 40,
+}
 LIMITS |= {"check_wkv7": 80, "check_training": 40}

@@ -1,6 +1,7 @@
 """The steps of `benchmarks.first_contact` that say how fast it is."""
 
 import time
+from unittest import mock
 
 import numpy as np
 import torch
@@ -94,6 +95,8 @@ def kernels_of(run) -> int:
 
 def time_stages(dry: bool, kept: dict) -> dict:
     """Features, encoder and decoding by batch, in us per second of audio; kernels a layer."""
+    from fastconformer.decoding import GraphCache, fused_step
+
     rows = []
     cases = (("0.6b", 1, 10.0), ("0.6b", 64, 30.0), ("0.6b", 256, 10.0), ("110m", 64, 30.0))
     for size, batch, seconds in cases[:1] if dry else cases:
@@ -102,6 +105,15 @@ def time_stages(dry: bool, kept: dict) -> dict:
         audio = audio.contiguous().to(model.device)
         lengths = torch.full((batch,), audio.shape[1], device=model.device)
         total_s = batch * seconds
+        plain_graphs = GraphCache()
+
+        def plain_decoding():
+            with (
+                mock.patch.object(fused_step, "usable", lambda loop: False),
+                mock.patch.object(model.joint, "graphs", plain_graphs),  # noqa: B023
+            ):
+                model.decode(*encoded, "tdt")  # noqa: B023
+
         with torch.inference_mode():
             features = model.featurize(audio, lengths)
             encoded = model.encode(*features)
@@ -109,6 +121,7 @@ def time_stages(dry: bool, kept: dict) -> dict:
                 ("features", 2.0, lambda: model.featurize(audio, lengths)),  # noqa: B023
                 ("encoder", 34.0, lambda: model.encode(*features)),  # noqa: B023
                 ("tdt decoding", 2.5, lambda: model.decode(*encoded, "tdt")),  # noqa: B023
+                ("tdt decoding, plain steps", None, plain_decoding),
                 ("ctc decoding", None, lambda: model.decode(*encoded, "ctc")),  # noqa: B023
             ):
                 ms = milliseconds(work, dry)

@@ -34,8 +34,10 @@ from triton.runtime import driver
 
 from benchmarks import commit
 from fastconformer.checkpoint.files import atomic_file
+from fastconformer.decoding import triton_step
 from fastconformer.losses import fused_triton
 from fastconformer.losses.fused_cells import PADDED_TO, Job, Tile, empty_cells
+from fastconformer.networks import triton_attention, triton_convolution
 
 # Shared memory that a block may ask for, bytes: A100; H100 and H200; RTX 50 (as RTX 30 and 40).
 SHARED_BYTES = {80: 166_912, 90: 232_448, 120: 101_376}
@@ -131,9 +133,72 @@ def launch_loss(
     fused_triton.scatter(job, some, rows, d_hidden, empty(*job.enc.shape), empty(*job.pred.shape))
 
 
+def launch_attention(dtype: torch.dtype, heads: int, head: int, n_frames: int, by_query: bool):
+    def empty(*shape, dtype=dtype):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    width = heads * head
+    rows = n_frames if by_query else 1
+    q, k, v = (empty(2, n_frames, width) for _ in range(3))
+    biases = empty(heads, head), empty(heads, head)
+    hidden = empty(2, 1, rows, n_frames, dtype=torch.bool)
+    triton_attention.attention(q, k, v, empty(2 * n_frames - 1, width), *biases, hidden)
+
+
+def launch_convolution(dtype: torch.dtype, width: int, taps: int, has_bias: bool):
+    def empty(*shape, dtype=dtype):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    bias, norm = empty(width) if has_bias else None, [empty(width) for _ in range(4)]
+    pad_mask = empty(2, 100, dtype=torch.bool)
+    triton_convolution.convolution(
+        empty(2, 100, 2 * width), pad_mask, empty(width, 1, taps), bias, norm, 1e-5, taps // 2
+    )
+
+
+def launch_step(dtype: torch.dtype, n_tokens: int, durations: int, window: int, biased: bool):
+    """The kernels of a step of greedy decoding, 640 wide."""
+
+    def empty(*shape, dtype=dtype):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    batch, width = 4, 640
+    frame, on_frame, lengths, starts = (empty(batch, dtype=torch.int64) for _ in range(4))
+    place = frame, lengths, starts, window
+    triton_step.window_hidden(empty(99, width), empty(batch, width), *place, "relu")
+    logits = empty(batch * window, n_tokens + durations)
+    read = triton_step.read_logits(logits, empty(n_tokens) if biased else None, n_tokens)
+    of_classes = empty(durations, dtype=torch.int64) if durations else None
+    records = empty(3, batch, dtype=torch.int64), empty(2, batch, dtype=torch.float32)
+    found, _ = triton_step.take_label(
+        *read, of_classes, frame, on_frame, lengths, *records, n_tokens - 1, 10
+    )
+    gates, state = empty(batch, 4 * width), empty(batch, width)
+    triton_step.lstm_state(gates, empty(batch, 4 * width), state, empty(batch, width), found)
+
+
 def launches(few: bool) -> Iterator[tuple[str, Callable[[], None]]]:
     """(what it is, what launches it)."""
     tdt = (0, 1, 2, 3, 4)
+    names = ("bf16",) if few else ("bf16", "fp16", "fp32")
+    for name, (heads, head), by_query in itertools.product(
+        names, ((8, 128), (8, 64), (4, 44))[: 1 if few else 3], (False,) if few else (False, True)
+    ):
+        yield (
+            f"{name} {heads} heads of {head}" + (" by query" if by_query else ""),
+            lambda d=DTYPES[name], n=heads, k=head, q=by_query: launch_attention(d, n, k, 375, q),
+        )
+    for name, (width, taps) in itertools.product(names, ((1024, 9), (176, 31))[: 1 if few else 2]):
+        yield (
+            f"{name} {width} channels, {taps} taps",
+            lambda d=DTYPES[name], w=width, n=taps: launch_convolution(d, w, n, n == 9),
+        )
+    steps = ((1025, 5, 8, False), (8193, 0, 1, True))[: 1 if few else 2]
+    for name, (n_tokens, durations, window, biased) in itertools.product(names, steps):
+        yield (
+            f"{name} step of {window}, {n_tokens} tokens",
+            lambda d=DTYPES[name], a=(n_tokens, durations, window, biased): launch_step(d, *a),
+        )
     if few:
         for name, durations, dense in (("bf16", tdt, True), ("fp32", None, False)):
             yield (
@@ -237,11 +302,11 @@ def measure(targets: list[int], few: bool) -> tuple[list[dict], list[str]]:
 
 
 def table(rows: list[dict]) -> str:
-    lines = ["target kernel             regs stack shared warps local tensor-core    first for"]
+    lines = ["target kernel              regs stack shared warps local tensor-core    first for"]
     for row in rows:
         units = " ".join(f"{n} {kind}" for kind, n in row["tensor_core"].items()) or "-"
         lines.append(
-            f"sm_{row['target']:<3} {row['kernel']:<18} {row['registers']:4} {row['stack']:5} "
+            f"sm_{row['target']:<3} {row['kernel']:<19} {row['registers']:4} {row['stack']:5} "
             f"{row['shared']:6} {row['warps']:5} {row['spills']:5} {units:<14} {row['for']}"
         )
     return "\n".join(lines)

@@ -12,6 +12,8 @@ Source: label looping (arXiv:2406.06220) and TDT (arXiv:2304.06795).
 import numpy as np
 import torch
 
+from . import fused_step
+
 
 def window_frames(batch: int, device: torch.device) -> int:
     """Frames a step looks at: more while the joint is bound by reading its weights."""
@@ -97,6 +99,8 @@ class LabelLoop:
     def step(self, i: int, skip_idle: bool = False):
         """Finds the next label of every clip within the window, and takes it in. Writes row `i` of
         the records. `skip_idle` asks the device whether there is a label at all."""
+        if fused_step.usable(self):
+            return fused_step.step(self, i)
         frames = self.frame[:, None] + self.window  # (B, W)
         inside = torch.minimum(frames, (self.lengths - 1).clamp(min=0)[:, None])
         logits = self.joint.step(

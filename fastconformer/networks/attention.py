@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from . import kernels
 from .linear import Linear
 
 KEPT_FRAMES = 512  # the longest clip whose projected positions are kept between calls
@@ -63,9 +64,14 @@ class RelPositionMultiHeadAttention(nn.Module):
     def forward(self, x: torch.Tensor, pos_emb: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         """x (B, T, D), pos_emb (2T-1, D) for distances T-1 ... -(T-1); `hidden` (B, 1, 1 or T, T)
         is True where a key may not be seen. Returns (B, T, D)."""
-        q, k, v = (self._heads(f(x)) for f in (self.linear_q, self.linear_k, self.linear_v))
-        p = self._heads(self._project(pos_emb)[None]) * self.d_head**-0.5  # (1, H, 2T-1, K)
         drops = self.training and self.dropout > 0
+        q, k, v = self.linear_q(x), self.linear_k(x), self.linear_v(x)
+        p = self._project(pos_emb)
+        if kernels.usable(x) and not drops:
+            biases = self.pos_bias_u.to(q.dtype), self.pos_bias_v.to(q.dtype)
+            return self.linear_out(kernels.rel_pos_attention(q, k, v, p, *biases, hidden))
+        q, k, v = (self._heads(y) for y in (q, k, v))
+        p = self._heads(p[None]) * self.d_head**-0.5  # (1, H, 2T-1, K)
         if x.device.type == "cpu" and not torch.is_grad_enabled() and not drops:
             return self.linear_out(self._in_cache(q, k, v, p, hidden))
         t, pieces = x.shape[1], []

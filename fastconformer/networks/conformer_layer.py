@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 from ..config import EncoderConfig
 from ..config.encoder import AdapterConfig
+from . import kernels
 from .attention import RelPositionMultiHeadAttention
 from .birwkv7 import BiRWKV7
 from .linear import Linear, Pointwise, linear
@@ -52,8 +53,16 @@ class Convolution(nn.Module):
 
     def forward(self, x: torch.Tensor, pad_mask: torch.Tensor) -> torch.Tensor:
         """x (B, T, D), pad_mask (B, T) True on padding -> (B, T, D)."""
-        x, norm = self._gated(x, pad_mask), self.batch_norm
-        if isinstance(norm, nn.BatchNorm1d) and not norm.training:
+        norm = self.batch_norm
+        fixed = isinstance(norm, nn.BatchNorm1d) and not norm.training
+        if fixed and kernels.usable(x):
+            conv, x = self.depthwise_conv, self._widened(x)
+            norms = [norm.weight, norm.bias, norm.running_mean, norm.running_var]
+            arguments = conv.weight, conv.bias, norms, norm.eps, self.context[0]
+            x = kernels.gated_convolution(x, pad_mask, *arguments)
+            return linear(x, self.pointwise_conv2.weight, self.pointwise_conv2.bias)
+        x = self._gated(x, pad_mask)
+        if fixed:
             x = self._with_fixed_statistics(x)
         else:
             x = self._normed(self.depthwise_conv(self._padded(x)))
@@ -70,9 +79,11 @@ class Convolution(nn.Module):
         return x, seen[:, :, seen.shape[2] - before.shape[2] :]
 
     def _gated(self, x: torch.Tensor, pad_mask: torch.Tensor) -> torch.Tensor:
+        return F.glu(self._widened(x), dim=-1).masked_fill(pad_mask[..., None], 0.0)
+
+    def _widened(self, x: torch.Tensor) -> torch.Tensor:
         # width-1 convolutions as matrix products: no transposes, faster kernels
-        x = linear(x, self.pointwise_conv1.weight, self.pointwise_conv1.bias)
-        return F.glu(x, dim=-1).masked_fill(pad_mask[..., None], 0.0)
+        return linear(x, self.pointwise_conv1.weight, self.pointwise_conv1.bias)
 
     def _normed(self, x: torch.Tensor) -> torch.Tensor:
         """(B, D, T) -> (B, T, D)."""
@@ -208,7 +219,7 @@ class ConformerLayer(nn.Module):
     def _half_step(self, x, norm, feed_forward):
         def piece(start, stop):
             y = x[:, start:stop]
-            return (y + 0.5 * self.dropout(feed_forward(norm(y))),)
+            return (torch.add(y, self.dropout(feed_forward(norm(y))), alpha=0.5),)
 
         return in_tiles(piece, x)[0]
 

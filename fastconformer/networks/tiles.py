@@ -3,14 +3,32 @@
 Used without gradients only: with them every piece would be kept for the backward pass anyway.
 """
 
+import functools
 from collections.abc import Callable
 
 import torch
 
 # Encoder frames that one piece holds of all clips, and on a CPU of each: shorter pieces of many
 # clips cost time, longer ones of one clip only memory.
-TILE_FRAMES, TILE_FRAMES_GPU = 4096, 16384
-CLIP_FRAMES = 512
+TILE_FRAMES, CLIP_FRAMES = 4096, 512
+# Of a GPU's memory, what a feed-forward's inside takes, four times as wide as x: two of it live at
+# once. By the memory that is there, not that is free: the same clips get the same pieces.
+WIDER, SHARE = 4, 48
+
+
+@functools.cache
+def gpu_memory(device: torch.device) -> int:
+    """Bytes of the card."""
+    return torch.cuda.get_device_properties(device).total_memory
+
+
+def _tile_frames(x: torch.Tensor) -> int:
+    """Of each clip in a piece of x (B, T, ...)."""
+    batch = max(1, x.shape[0])
+    if not x.is_cuda:
+        return max(1, min(TILE_FRAMES // batch, CLIP_FRAMES))
+    frame_bytes = WIDER * x.shape[2:].numel() * x.element_size()
+    return max(1, gpu_memory(x.device) // SHARE // (frame_bytes * batch))
 
 
 def in_tiles(
@@ -22,8 +40,7 @@ def in_tiles(
     One call where gradients are on or the input is short, so that short inputs cost nothing more.
     """
     n_frames = x.shape[1]
-    size = (TILE_FRAMES_GPU if x.is_cuda else TILE_FRAMES) // max(1, x.shape[0])
-    size = max(1, size if x.is_cuda else min(size, CLIP_FRAMES))
+    size = _tile_frames(x)
     if n_frames <= size or torch.is_grad_enabled():
         return function(0, n_frames)
     whole = None

@@ -25,6 +25,7 @@ def test_kernels_and_bytes_of_what_is_known():
 
 
 def test_what_a_layer_and_a_step_ask_for():
-    counts = kernel_counts.encoder_case("0.6b", 1, 10)
-    assert counts.kernels.total() <= 45
-    assert kernel_counts.step_case("0.6b", 1).kernels.total() <= 70
+    assert kernel_counts.encoder_case("0.6b", 1, 10).kernels.total() <= 30
+    batch = kernel_counts.encoder_case("0.6b", 64, 30)
+    assert batch.kernels.total() <= 40 and batch.bytes.total() <= 180e3 * 64 * 375
+    assert kernel_counts.step_case("0.6b", 1).kernels.total() <= 20

@@ -1,0 +1,63 @@
+"""The step of `benchmarks.first_contact` that sets each kernel beside the plain form."""
+
+import os
+from unittest import mock
+
+import torch
+
+from benchmarks.first_contact_tools import check, device_of, distance, milliseconds, timing
+
+
+def check_kernels(dry: bool, kept: dict) -> dict:
+    """The encoder's kernels against the plain form in float64, and the time of both; the step of
+    decoding in few kernels beside the plain one."""
+    if dry:
+        os.environ["TRITON_INTERPRET"] = "1"  # before the kernels' modules are imported
+    from fastconformer.networks import kernels
+
+    rows, times, device = [], [], device_of(dry)
+    limits = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
+    for name, module, inputs in _modules(dry, device):
+        with torch.no_grad(), mock.patch.object(kernels, "usable", lambda x: False):
+            expected = module.double()(*_cast(inputs, torch.float64))
+        for dtype, limit in limits.items():
+            if dry and dtype == torch.bfloat16:
+                continue  # the interpreter has no such products
+            module.to(dtype)
+            given = _cast(inputs, dtype)
+            with torch.no_grad(), mock.patch.object(kernels, "usable", lambda x: True):
+                value = distance(module(*given), expected)
+                what = f"{name} {dtype}".replace("torch.", "")
+                rows.append(check(what, value, limit))
+                times.append(timing(what, milliseconds(lambda: module(*given), dry), "ms"))  # noqa: B023
+            with torch.no_grad(), mock.patch.object(kernels, "usable", lambda x: False):
+                ms = milliseconds(lambda: module(*given), dry)  # noqa: B023
+                times.append(timing(f"{what}, plain", ms, "ms"))
+    return {"checks": rows, "timings": times}
+
+
+def _modules(dry: bool, device: torch.device):
+    """(name, module with random numbers, inputs): attention with two kinds of mask, convolution;
+    the sizes of 0.6B, 16 clips of 30 s."""
+    from fastconformer.networks.attention import RelPositionMultiHeadAttention, position_encoding
+    from fastconformer.networks.conformer_layer import Convolution
+
+    batch, n_frames, width, heads = (1, 17, 16, 1) if dry else (16, 376, 1024, 8)
+    torch.manual_seed(0)
+    x = torch.randn(batch, n_frames, width, device=device)
+    frame = torch.arange(n_frames, device=device)
+    pad_mask = frame >= torch.linspace(n_frames, 1, batch, device=device).long()[:, None]
+    positions = position_encoding(torch.arange(n_frames - 1, -n_frames, -1, device=device), width)
+    attention = RelPositionMultiHeadAttention(width, heads, 0.0, True).to(device).eval()
+    for bias in (attention.pos_bias_u, attention.pos_bias_v):
+        torch.nn.init.normal_(bias, std=0.3)
+    padding = pad_mask[:, None, None]
+    chunks = padding | ((frame // 14 - frame[:, None] // 14).abs() > 1)
+    yield "attention, padding", attention, (x, positions, padding)
+    yield "attention, chunks", attention, (x, positions, chunks)
+    convolution = Convolution(width, 9, (4, 4), "batch_norm", True).to(device).eval()
+    yield "convolution", convolution, (x, pad_mask)
+
+
+def _cast(inputs, dtype: torch.dtype) -> list:
+    return [x.to(dtype) if x.is_floating_point() else x for x in inputs]

@@ -1,0 +1,60 @@
+"""The encoder's Triton kernels as operators of PyTorch, and whether an input may take them.
+
+An operator shows torch.compile, and whoever counts kernels, one function of its inputs. They have
+no gradient; without Triton, and on every device but a GPU, the layers' plain form runs.
+"""
+
+import functools
+import importlib.util
+
+import torch
+from torch import Tensor
+
+
+def usable(x: Tensor) -> bool:
+    """Whether the kernels take `x`: on a GPU, without gradients, in a type of theirs."""
+    types = (torch.float32, torch.bfloat16, torch.float16)
+    return x.is_cuda and not torch.is_grad_enabled() and x.dtype in types and _has_triton()
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@torch.library.custom_op("fastconformer::rel_pos_attention", mutates_args=())
+def rel_pos_attention(
+    q: Tensor, k: Tensor, v: Tensor, p: Tensor, bias_u: Tensor, bias_v: Tensor, hidden: Tensor
+) -> Tensor:
+    """As `triton_attention.attention`."""
+    from .triton_attention import attention
+
+    with torch.cuda.device_of(q):
+        return attention(q, k, v, p, bias_u, bias_v, hidden)
+
+
+@rel_pos_attention.register_fake
+def _(q, k, v, p, bias_u, bias_v, hidden):
+    return torch.empty_like(q, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("fastconformer::gated_convolution", mutates_args=())
+def gated_convolution(
+    x: Tensor,
+    pad_mask: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm: list[Tensor],
+    eps: float,
+    left: int,
+) -> Tensor:
+    """As `triton_convolution.convolution`."""
+    from .triton_convolution import convolution
+
+    with torch.cuda.device_of(x):
+        return convolution(x, pad_mask, weight, bias, norm, eps, left)
+
+
+@gated_convolution.register_fake
+def _(x, pad_mask, weight, bias, norm, eps, left):
+    return x.new_empty(x.shape[0], x.shape[1], x.shape[2] // 2)

@@ -1,0 +1,147 @@
+"""Attention with relative positions on a GPU, scores never in memory: the Triton kernel.
+
+A program has BLOCK queries of one head and walks over the keys, BLOCK at a time, with a running
+maximum and sum (online softmax; arXiv:1805.02867). Between BLOCK queries and BLOCK keys lie
+2 BLOCK - 1 distances; the next keys share half of them, so that one product of BLOCK x BLOCK a step
+gives the scores of all. Of each row and column one of the two halves is wanted, and a rotation of
+the rows brings it to the key that lies so far away.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LOG2_E = 1.4426950408889634
+# (frames of a block, blocks on their way, warps), the best first. As compiled, 64 spill no register
+# where the card has shared memory enough for two stages, which is where its products are wide, too.
+BLOCKS = ((64, 2, 8), (32, 2, 4), (32, 1, 4), (16, 1, 4))
+WIDE_SHARED_BYTES = 200_000
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, p: Tensor, bias_u: Tensor, bias_v: Tensor, hidden: Tensor
+) -> Tensor:
+    """q, k, v (B, T, H K), p (2T-1, H K) projected positions of falling distance, biases (H, K),
+    `hidden` (B or 1, 1, 1 or T, T) True where a key may not be seen -> (B, T, H K)."""
+    batch, n_frames, width = q.shape
+    n_heads, head = bias_u.shape
+    assert n_frames * width < 1 << 30, "a clip's offsets are 32 bits wide"
+    q, k, v, p, hidden = (x.contiguous() for x in (q, k, v, p, hidden))
+    out = torch.empty_like(q)
+    if not q.numel():
+        return out
+    block_k = max(16, triton.next_power_of_2(head))
+    interpreted = not isinstance(_attention_kernel, triton.JITFunction)
+    by_query = hidden.shape[2] > 1
+    block, stages, warps = (16, 1, 4) if interpreted else _block(block_k, q.dtype, by_query)
+    _attention_kernel[(triton.cdiv(n_frames, block), batch * n_heads)](
+        q, k, v, p, bias_u, bias_v, hidden.view(torch.uint8), out, n_frames, n_heads,
+        0 if len(hidden) == 1 else hidden.stride(0), head**-0.5 * LOG2_E,
+        head, by_query, _precision(), block, block_k,
+        num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    return out
+
+
+def _block(block_k: int, dtype: torch.dtype, by_query: bool) -> tuple[int, int, int]:
+    """The first of BLOCKS that suits the card: in its shared memory lie the queries, and keys,
+    values and positions for each stage."""
+    active = triton.runtime.driver.active
+    properties = active.utils.get_device_properties(active.get_current_device())
+    shared = properties["max_shared_mem"]
+    many = dtype == torch.float32 or (by_query and block_k > 64)  # registers, in blocks of 64
+    for choice in BLOCKS[many or shared < WIDE_SHARED_BYTES :]:
+        block, stages, _ = choice
+        if (1 + 3 * stages) * block * block_k * dtype.itemsize + 16_384 <= shared:
+            break
+    return choice
+
+
+def _precision() -> str:
+    """Of float32 products: as torch's own may be; in three parts they keep float32's accuracy."""
+    return "tf32" if torch.get_float32_matmul_precision() != "highest" else "tf32x3"
+
+
+@triton.jit
+def _of_distances(
+    query, more, p_ptr, row, last, c, is_channel, stride, PRECISION: tl.constexpr
+):  # fmt: skip
+    """Scores (M, M) of queries with rows of p; rows that do not exist repeat the first or last."""
+    row = tl.minimum(tl.maximum(row, 0), last)
+    at = p_ptr + row[None, :] * stride + c[:, None]
+    p = tl.load(at, mask=is_channel[:, None], other=0.0)
+    of_bias = tl.sum(p.to(tl.float32) * more[:, None], 0)
+    return tl.dot(query, p, input_precision=PRECISION) + of_bias[None, :]
+
+
+@triton.jit(do_not_specialize=["n_frames", "n_heads", "clip_stride"])
+def _attention_kernel(
+    q_ptr, k_ptr, v_ptr, p_ptr, u_ptr, v_bias_ptr, hidden_ptr, out_ptr, n_frames, n_heads,
+    clip_stride, scale, WIDTH: tl.constexpr, BY_QUERY: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    clip = (tl.program_id(1) // n_heads).to(tl.int64)
+    head = tl.program_id(1) % n_heads
+    stride = n_heads * WIDTH
+    begin = clip * n_frames * stride + head * WIDTH
+    m = tl.arange(0, BLOCK)
+    c = tl.arange(0, BLOCK_K)
+    is_channel = c < WIDTH
+    first = tl.program_id(0) * BLOCK
+    row = tl.minimum(first + m, n_frames - 1)
+    q = tl.load(
+        q_ptr + begin + row[:, None] * stride + c[None, :], mask=is_channel[None, :], other=0.0
+    )
+    u = tl.load(u_ptr + head * WIDTH + c, mask=is_channel, other=0.0)
+    w = tl.load(v_bias_ptr + head * WIDTH + c, mask=is_channel, other=0.0)
+    # one set of queries in registers: what the other bias adds depends on the distance alone
+    query = (q + u[None, :]).to(q.dtype)
+    more = w.to(tl.float32) - u.to(tl.float32)
+    # Columns of two blocks of distances: query m and key n meet in BLOCK - 1 - m + n.
+    early = m[None, :] >= (BLOCK - 1 - m)[:, None]
+    rotated = ((BLOCK - 1 - m)[:, None] + m[None, :]) % BLOCK
+    p_begin = p_ptr + head * WIDTH
+    last = 2 * n_frames - 2
+    low = _of_distances(
+        query, more, p_begin, n_frames - first - BLOCK + m, last, c, is_channel, stride, PRECISION
+    )
+    top = tl.full((BLOCK,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    mixed = tl.zeros((BLOCK, BLOCK_K), tl.float32)
+    for start in range(0, n_frames, BLOCK):
+        key = start + m
+        inside = key < n_frames
+        at = tl.minimum(key, n_frames - 1)
+        k = tl.load(
+            k_ptr + begin + at[None, :] * stride + c[:, None], mask=is_channel[:, None], other=0.0
+        )
+        high = _of_distances(
+            query, more, p_begin, n_frames - first + key, last, c, is_channel, stride, PRECISION
+        )
+        score = tl.gather(tl.where(early, low, high), rotated, 1)
+        low = high
+        score = tl.dot(query, k, score, input_precision=PRECISION) * scale
+        if BY_QUERY:
+            unseen = tl.load(
+                hidden_ptr + clip * clip_stride + row.to(tl.int64)[:, None] * n_frames + at[None, :]
+            )
+        else:
+            unseen = tl.load(hidden_ptr + clip * clip_stride + at)[None, :]
+        # finite, so that a query with nothing to see looks at all keys alike
+        score = tl.where(unseen != 0, -1e30, score)
+        score = tl.where(inside[None, :], score, float("-inf"))
+        new = tl.maximum(top, tl.max(score, 1))
+        shrink = tl.exp2(top - new)
+        weight = tl.exp2(score - new[:, None])
+        total = total * shrink + tl.sum(weight, 1)
+        v = tl.load(
+            v_ptr + begin + at[:, None] * stride + c[None, :], mask=is_channel[None, :], other=0.0
+        )
+        mixed = tl.dot(weight.to(v.dtype), v, mixed * shrink[:, None], input_precision=PRECISION)
+        top = new
+    mixed = mixed / total[:, None]
+    tl.store(
+        out_ptr + begin + row[:, None] * stride + c[None, :], mixed.to(out_ptr.dtype.element_ty),
+        mask=(first + m < n_frames)[:, None] & is_channel[None, :],
+    )  # fmt: skip
