@@ -224,9 +224,11 @@ def describe(report: dict) -> str:
     ]
     if "held_out_changed" in scores:
         share = 100 * scores["held_out_changed"] / scores["lines"]
+        of = report.get("measured_on", {}).get("old_language", "the old text")
         lines.append(
-            f"held-out lines of the old language that change: {scores['held_out_changed']} of "
-            f"{scores['lines']} ({share:.1f} %; cross-validation)"
+            f"held-out lines of {of} that change: {scores['held_out_changed']} of "
+            f"{scores['lines']} ({share:.1f} %; cross-validation); of another domain more may, but "
+            "training writes lines of retain.lang as before"
         )
     for name in ("old_language", "new_language"):
         found = report[name]
@@ -276,6 +278,8 @@ def main(argv: list[str] | None = None) -> int:
             args.new.read_bytes(),
             *(path and read_texts(path) for path in (args.old_text, args.new_text)),
         )
+        named = {"old_language": args.old_text, "new_language": args.new_text}
+        report["measured_on"] = {key: str(path) for key, path in named.items() if path}
         text = json.dumps(report, ensure_ascii=False, indent=1) + "\n"
         files = sentencepiece_files(model) | {"report.json": text.encode()}
         args.output.mkdir(parents=True, exist_ok=True)

@@ -18,6 +18,7 @@ from training.augment.waveform import WaveAugment
 from training.data.batching import Source, mixture_shares
 from training.data.json_lines import append_line, json_line
 from training.data.limits import Limits, check_for_training
+from training.data.old_language import OldLanguage
 from training.data.store import AudioStore
 from training.data.tarred import expand_braces, tar_shards
 from training.data.utterances import Dropped, Fields, Utterance, dropped_line, read_utterances
@@ -49,8 +50,10 @@ def load_data(
     heads,
     dropped_path: Path | None = None,
     is_main: bool = True,
+    old: OldLanguage | None = None,
 ) -> tuple[TrainingSet, dict[str, AudioStore]]:
     """(training set, {name: validation store}); what is left out goes to `dropped_path`, if any.
+    `old` writes the lines of the language from before the vocabulary grew.
 
     Of several processes the main one writes the lines that all of them leave out; the others add
     the clips that only they read, and cannot. Without heads sound is all that is wanted: lines of
@@ -62,11 +65,13 @@ def load_data(
     limits = training_limits(data, heads)
     encoder_frames = _frame_counter(model, max(augment.speeds, default=1.0), data.pad_to_s)
     trained = model.head(heads[0]) if heads else None
-    utterances, sources, dropped, n_lines = [], [], [], 0
+    utterances, sources, dropped, as_before, n_lines = [], [], [], [], 0
     for number, source in enumerate(data.sources):
         found, bad = read_source(source, data, limits.needs_text)
+        known = _known(source, old)
+        tokenizer = known or model.tokenizer
         usable, unusable = check_for_training(
-            *(found, model.tokenizer, limits, encoder_frames, trained, data.prompt)
+            *(found, tokenizer, limits, encoder_frames, trained, data.prompt)
         )
         n_lines += len(found) + len(bad)
         usable, over = cap(usable, source, seed, number)
@@ -78,6 +83,9 @@ def load_data(
         elif source.weight is not None:
             raise ValueError(f"data.train: no usable clip in {name}; {_why(bad + unusable)}")
         utterances += usable
+        as_before += [u for u in usable if known is not None and known.writes(u.lang)]
+    if old is not None:
+        old.tell(as_before)
     validation, bad = _read_validation(data, trained, limits.needs_text)
     dropped += bad
     if dropped_path is not None:
@@ -119,6 +127,15 @@ def load_data(
     if len(sources) > 1:
         log.info("%s", mixture_table(train, data.temperature))
     return train, {name: store(clips) for name, clips in validation.items()}
+
+
+def _known(source: SourceRecipe, old: OldLanguage | None) -> OldLanguage | None:
+    if old is None and source.pieces == "old":
+        raise ValueError(
+            f"data.train: {source.name or source.manifest} has pieces old, but no vocabulary that "
+            "grew is known; name the one from before in retain.tokenizer"
+        )
+    return None if old is None else dataclasses.replace(old, pieces=source.pieces)
 
 
 def _askable(

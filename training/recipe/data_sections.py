@@ -17,6 +17,8 @@ class SourceRecipe:
     max_clips: int | None = key(None, above=0)
     lang: str | None = None  # only its lines of this `lang`; null: as data.lang
     tarred_audio_filepaths: str | None = None  # its audio lies in these tar files
+    # Of a vocabulary that grew: old (from before), all; null: old for lines of retain.lang.
+    pieces: str | None = key(None, one_of=(None, "old", "all"))
 
     def __post_init__(self):
         if not self.manifest:

@@ -277,6 +277,8 @@ def stage_recipes(recipe: Recipe, where: str = "recipe") -> list[Recipe]:
             best = "best" if before.data.validation else "last"
             first = {"init_from": f"{before.output}/{best}", "dropout": base["model"]["dropout"]}
             tree["model"] = first
+            if recipe.model.changes_vocabulary and recipe.retain.tokenizer is None:
+                tree["retain"] = tree["retain"] | {"tokenizer": recipe.model.init_from}
         tree["output"] = f"{recipe.output}/stage_{number}"
         tree["data"] = tree["data"] | {"test": {}}  # measured once, after all stages
         for section, values in changes.items():

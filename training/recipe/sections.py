@@ -166,6 +166,9 @@ class RetainRecipe:
     """Keeping what the checkpoint knows; see training/objective/retain.py."""
 
     lang: str | None = None  # the old language's `lang` in manifests; null: all clips are old
+    # The vocabulary from before it grew: a model or a tokenizer; null: model.init_from's, where
+    # model.tokenizer changes it.
+    tokenizer: str | None = None
     distill_ctc: float = key(0.0, at_least=0)  # weight of KL(original || model), on old clips
     distill_encoder: float = key(0.0, at_least=0)  # weight of the encoder's relative distance
     l2_to_start: float = key(0.0, at_least=0)  # gradient of this times (weight - its start)

@@ -14,6 +14,7 @@ import torch
 from fastconformer import ASRModel
 from fastconformer.surgery.vocabulary import MARGINS, Change, check_transfer, match_pieces
 from training.data.batching import BatchRules
+from training.data.old_language import OldLanguage, old_language
 from training.data.sources import TrainingSet, load_data
 from training.data.store import AudioStore, Batch
 from training.data.stream import batch_order, batch_rules
@@ -26,7 +27,7 @@ from training.recipe.recipe import Recipe
 from training.recipe.sections import RetainRecipe
 from training.setup.device import choose_device
 from training.setup.freeze import Freezing, new_rows_first
-from training.setup.start import build_model, ready_to_train
+from training.setup.start import build_model, ready_to_train, tokenizer_at
 
 log = logging.getLogger("finetune")
 
@@ -101,6 +102,8 @@ def prepare_run(
     # Where processes read the same clips, one of them says which cannot be read.
     if share.by_clips and not ranks.is_main:
         dropped_path = None
+    original = read_original(recipe)
+    old = known_before(recipe, model, original)
     train, validation = load_data(
         recipe.data,
         recipe.augment,
@@ -109,8 +112,11 @@ def prepare_run(
         objective.heads,
         dropped_path,
         ranks.is_main,
+        old,
     )
-    original, change = read_original(recipe, model, train, validation, is_new_run)
+    change = None
+    if recipe.model.changes_vocabulary:
+        change = change_of(recipe, model, original, train, validation, is_new_run)
     freezing = ready_to_train(model, objective, recipe.freeze, recipe.lora, trainer)
     if recipe.retain.new_rows_steps:
         freezing = new_rows_first(freezing, row_tensors(model), recipe.retain.new_rows_steps)
@@ -121,28 +127,47 @@ def prepare_run(
     return Prepared(recipe, device, share, model, objective, freezing, retain, train, validation)
 
 
-def read_original(
+def read_original(recipe: Recipe) -> ASRModel | None:
+    """The model before its vocabulary changed; None where the recipe has no use for it."""
+    if not recipe.model.changes_vocabulary and not recipe.retain.distills:
+        return None
+    unchanged = dataclasses.replace(recipe.model, tokenizer=None, labels=())
+    return build_model(unchanged, recipe.loss, recipe.trainer.seed, recipe.encoder, recipe.prompt)
+
+
+def known_before(recipe: Recipe, model: ASRModel, original: ASRModel | None) -> OldLanguage | None:
+    """What writes the old language's lines; None where the vocabulary has not grown.
+
+    Raises:
+        ValueError, FileNotFoundError: retain.tokenizer is none, or not the model's first pieces.
+    """
+    retain, path = recipe.retain, recipe.retain.tokenizer
+    if path is None:
+        changes = original is not None and recipe.model.changes_vocabulary
+        return old_language(original.tokenizer, model.tokenizer, retain.lang) if changes else None
+    found = old_language(tokenizer_at(path), model.tokenizer, retain.lang)
+    if found is None:
+        raise ValueError(
+            f"retain.tokenizer {path}: the model's vocabulary is not that one with pieces behind it"
+        )
+    return found
+
+
+def change_of(
     recipe: Recipe,
     model: ASRModel,
+    original: ASRModel,
     train: TrainingSet,
     validation: dict[str, AudioStore],
     is_new_run: bool,
-) -> tuple[ASRModel | None, Change | None]:
-    """The model before its vocabulary changed, and what changed; None where the recipe has no use
-    for them. A new run's change is proven here, on clips of the old language.
+) -> Change:
+    """What changed of the vocabulary. A new run's change is proven here, on clips of the old
+    language.
 
     Raises:
         ValueError: the changed model does not give what the original gives.
     """
-    retain, changes = recipe.retain, recipe.model.changes_vocabulary
-    if not changes and not retain.distills:
-        return None, None
-    unchanged = dataclasses.replace(recipe.model, tokenizer=None, labels=())
-    original = build_model(
-        unchanged, recipe.loss, recipe.trainer.seed, recipe.encoder, recipe.prompt
-    )
-    if not changes:
-        return original, None
+    retain = recipe.retain
     sources = match_pieces(original.tokenizer, model.tokenizer)
     if recipe.model.transfer == "none":
         sources = [None] * len(sources)
@@ -152,7 +177,7 @@ def read_original(
         margin = MARGINS[recipe.model.new_rows]
         said = check_transfer(original, model, change, _check_clips(stores, retain), margin)
         log.info("vocabulary: %s", said)
-    return original, change
+    return change
 
 
 def _check_clips(stores: list[AudioStore], recipe: RetainRecipe) -> Iterator[Batch]:

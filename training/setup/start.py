@@ -12,6 +12,7 @@ import torch
 from yaml import YAMLError
 
 from fastconformer import ASRModel, ModelConfig, load_model
+from fastconformer.checkpoint.read import read_checkpoint
 from fastconformer.checkpoint.yaml_config import check_yaml_depth
 from fastconformer.config.changes import (
     with_encoder_dropout,
@@ -235,6 +236,15 @@ def read_tokenizer(path: str) -> tuple[Tokenizer, dict[str, bytes]]:
         return characters(listed, f"model.tokenizer: {labels}"), {}
     files = tokenizer_files(path)
     return SentencePieceTokenizer(files["tokenizer.model"]), files
+
+
+def tokenizer_at(path: str) -> Tokenizer:
+    """Of a model, or a tokenizer's own folder or file."""
+    folder = Path(path)
+    if folder.suffix == ".nemo" or (folder / "config.json").is_file():
+        checkpoint = read_checkpoint(folder)
+        return load_tokenizer(checkpoint.config, checkpoint.tokenizer_files)
+    return read_tokenizer(path)[0]
 
 
 def tokenizer_files(path: str) -> dict[str, bytes]:
