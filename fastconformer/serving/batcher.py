@@ -9,7 +9,6 @@ thread of their own, so that none waits for a long file; all that have something
 
 import collections
 import concurrent.futures
-import ctypes
 import math
 import os
 import sys
@@ -24,8 +23,7 @@ from ..recordings.in_windows import transcribe_in_windows
 from ..recordings.stream import Stream, WindowStream
 from ..recordings.transcript import Transcript
 
-NICE = 5  # of the thread for files
-TIDY_S = 30.0  # between two times that freed memory is given back to the system
+NICE = 5  # of the thread for files, beside the process's own
 
 
 class Full(Exception):
@@ -73,7 +71,6 @@ class Batcher:
         self._feeds: list[_Feed] = []
         self._change = threading.Condition()  # its lock may be taken again
         self._closed = False
-        self._tidy_at = 0.0
         self._threads = [
             threading.Thread(target=work, name=name, daemon=True)
             for name, work in (("files", self._work_on_files), ("streams", self._work_on_streams))
@@ -161,11 +158,11 @@ class Batcher:
 
     def _work_on_files(self) -> None:
         if sys.platform == "linux":  # where threads have a priority each: streams go first
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
+            own = threading.get_native_id()
+            nice = min(19, os.getpriority(os.PRIO_PROCESS, own) + NICE)
+            os.setpriority(os.PRIO_PROCESS, own, nice)
         while self._work_on_batch():
-            if time.monotonic() > self._tidy_at:
-                _give_memory_back()
-                self._tidy_at = time.monotonic() + TIDY_S
+            pass
 
     def _work_on_batch(self) -> bool:
         """One pass over the oldest requests, whose samples are free when it returns; False: closed,
@@ -236,10 +233,3 @@ class Batcher:
         self.audio_s["files"] += sum(transcript.duration for transcript in found)
         for job, transcript in zip(batch, found, strict=True):
             job.done.set_result(transcript)
-
-
-def _give_memory_back() -> None:
-    """glibc keeps what threads free in a heap of each, and these grow for hours by their gaps."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:  # other C libraries have none
-        trim(0)

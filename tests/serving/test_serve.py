@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import weakref
 from pathlib import Path
@@ -21,6 +22,7 @@ from fastconformer import load_model
 from fastconformer.audio import load_audio
 from fastconformer.formats.subtitles import to_srt, to_vtt
 from fastconformer.recordings.transcript import Transcript
+from fastconformer.serving.batcher import Batcher
 
 httpx = pytest.importorskip("httpx", reason="httpx is not installed")
 pytest.importorskip("starlette", reason="the extra serve is not installed")
@@ -259,20 +261,21 @@ def flac(samples: np.ndarray) -> bytes:
     return out.getvalue()
 
 
+class Silent:
+    """A model that hears nothing."""
+
+    sample_rate = 16000
+
+    def transcribe(self, clips, batch_size, wrong=False):
+        if wrong:
+            raise ValueError("wrong")
+        return [Transcript("", [], [], None, None, None, 0.0, "ctc", 1.0) for _ in clips]
+
+
 def test_samples_are_free_when_a_request_is_done():
     """At once, and not when Python next looks for cycles: under load that is after many requests,
     each of which held its clip until then."""
-    from fastconformer.serving.batcher import Batcher
-
-    class Model:
-        sample_rate = 16000
-
-        def transcribe(self, clips, batch_size, wrong=False):
-            if wrong:
-                raise ValueError("wrong")
-            return [Transcript("", [], [], None, None, None, 0.0, "ctc", 1.0) for _ in clips]
-
-    batcher = Batcher(Model())
+    batcher = Batcher(Silent())
     gc.disable()
     try:
         clips = [np.zeros(16000, np.float32) for _ in range(4)]
@@ -290,6 +293,26 @@ def test_samples_are_free_when_a_request_is_done():
     finally:
         gc.enable()
         batcher.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have no priority of their own")
+def test_files_yield_to_streams_in_a_process_that_yields_itself():
+    made, wanted = [], []
+
+    def start():
+        own = threading.get_native_id()
+        nice = min(14, os.getpriority(os.PRIO_PROCESS, own) + 7)
+        os.setpriority(os.PRIO_PROCESS, own, nice)
+        wanted.append(nice + 5)
+        made.append(Batcher(Silent()))
+
+    thread = threading.Thread(target=start)  # those that it starts inherit its priority
+    thread.start()
+    thread.join()
+    made[0].submit(np.zeros(16000, np.float32), {}).result(timeout=60)
+    (files,) = (t for t in threading.enumerate() if t.name == "files")
+    assert os.getpriority(os.PRIO_PROCESS, files.native_id) == wanted[0]
+    made[0].close()
 
 
 def test_keys_limits_and_draining(clips, tmp_path):
