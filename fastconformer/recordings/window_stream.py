@@ -4,7 +4,8 @@ A window holds the next part of the recording with some seconds before it and th
 it; of what the encoder makes of it, the part in the middle is kept, and decoded once, with the
 decoder's state carried along. What stands in the look-ahead is told as well, and may change. Every
 window is normalised by itself, since the clip's end is not known: the text is near `transcribe`'s,
-and not always equal to it.
+and not always equal to it. BiRWKV7 does not hear the seconds before again: its layers carry what
+they keep of all of the past, and only the backward direction begins at the look-ahead's end.
 
 Source of the idea: buffered inference in NeMo (`examples/asr/asr_chunked_inference`).
 """
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 
 from ..decoding import Hypothesis
+from ..networks.birwkv7 import Carry
 from ..networks.subsampling import encoded_length
 from .partial import Partial, RunningText
 from .samples import as_float, read_samples
@@ -34,6 +36,7 @@ class WindowState:
     first_frame: int = 0
     n_encoded: int = 0
     decoder: list[torch.Tensor] | None = None
+    carries: list[Carry] | None = None  # BiRWKV7's
     tentative: Hypothesis | None = None
 
     def copy(self) -> "WindowState":
@@ -97,22 +100,35 @@ class WindowStream:
                 if not is_full and not to_the_end:
                     return
                 length = (end - state.first_frame) * rate if is_full else len(state.samples)
-                encoded = self._encode(state.samples[:length])
-                before = state.n_encoded - state.first_frame
-                count = self.part_frames if is_full else encoded.shape[1] - before
+                encoded = self._encode(state.samples[:length], is_full)
+                count = self.part_frames if is_full else encoded.shape[1]
                 if count > 0:
-                    self._decode(encoded[:, before:], count)
+                    self._decode(encoded, count)
                 if not is_full:
                     return
                 first = max(0, state.n_encoded - self.back_frames)
                 state.samples = state.samples[(first - state.first_frame) * rate :]
                 state.first_frame = first
 
-    def _encode(self, samples: torch.Tensor) -> torch.Tensor:
-        lengths = torch.tensor([len(samples)], device=self.model.device)
-        features, lengths = self.model.featurize(samples[None].to(self.model.device), lengths)
-        n_frames = int(encoded_length(self.model.config.encoder, lengths))
-        return self.model.encode(features, lengths)[0][:, :n_frames]
+    def _encode(self, samples: torch.Tensor, is_full: bool) -> torch.Tensor:
+        """A window's samples -> encoded (1, frames from the first that is not decoded, D); where it
+        is not full, these are the recording's last."""
+        model, state = self.model, self.state
+        before = state.n_encoded - state.first_frame
+        lengths = torch.tensor([len(samples)], device=model.device)
+        features, lengths = model.featurize(samples[None].to(model.device), lengths)
+        n_frames = int(encoded_length(model.config.encoder, lengths))
+        if model.config.encoder.self_attention_model != "rwkv7_attn":
+            return model.encode(features, lengths)[0][:, before:n_frames]
+        if n_frames <= before:
+            return samples.new_zeros(1, 0, model.config.encoder.d_out)
+        encoder = model.encoder
+        state.carries = state.carries or encoder.first_carries()
+        x, _ = encoder.pre_encode(features.to(model.dtype), lengths)
+        x = x[:, before:n_frames]
+        no_padding = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
+        kept = self.part_frames if is_full else x.shape[1]
+        return encoder.carried(x, no_padding, state.carries, kept)
 
     def _decode(self, encoded: torch.Tensor, count: int) -> None:
         state = self.state

@@ -1,5 +1,6 @@
 """Streams of causal models: NeMo's steps and caches, and at the end the offline text."""
 
+import copy
 import itertools
 import pickle
 from pathlib import Path
@@ -251,3 +252,56 @@ def test_models_with_a_language_prompt_are_refused_by_name(name):
     config["target"] = f"nemo.collections.asr.models.{name}"
     with pytest.raises(ValueError, match=f"{name}.*not supported"):
         ModelConfig.from_nemo(config)
+
+
+@torch.no_grad()
+def test_birwkv7_carries_its_past_from_window_to_window():
+    """Only the part and its look-ahead go through the layers, and what they give is near to what
+    the chunks of one pass over the whole clip give; without the carried states it is not."""
+    model = load_model(golden("birwkv7_encoder") / "model.nemo")
+    nemo = copy.deepcopy(model.config.nemo)
+    nemo["preprocessor"]["normalize"] = "NA"  # else each window is normalised by itself
+    model, clip = model.changed(ModelConfig.from_nemo(nemo)), load_audio(JFK, 16000)[:80000]
+    part, ahead = 10, 8
+
+    def frames(back_s: float, forgets: bool = False) -> torch.Tensor:
+        stream = model.stream(look_ahead=ahead, part_s=0.8, back_s=back_s)
+        assert stream.part_frames == part
+        encode, decode, found = model.encoder.carried, stream._decode, []
+
+        def carried(x, pad_mask, carries, n_kept):
+            assert x.shape[1] <= part + ahead + 1
+            return encode(
+                x, pad_mask, model.encoder.first_carries() if forgets else carries, n_kept
+            )
+
+        stream._decode = lambda x, count: found.append(x[:, :count]) or decode(x, count)
+        model.encoder.carried = carried
+        try:
+            for start in range(0, len(clip), 7000):
+                stream.feed(clip[start : start + 7000])
+            stream.finish()
+        finally:
+            del model.encoder.carried
+        return torch.cat(found, 1)
+
+    features, lengths = model.featurize(torch.from_numpy(clip)[None], torch.tensor([len(clip)]))
+    wanted = torch.cat(list(model.encoder.chunks(features, lengths, part, ahead)), 1)
+    found = frames(2.0)
+    assert found.shape == wanted.shape
+
+    def error(other):
+        return float((other - wanted).norm() / wanted.norm())
+
+    assert error(found) < 0.02 and error(frames(0.5)) < 0.02
+    assert error(frames(2.0, forgets=True)) > 5 * error(found)
+
+
+def test_birwkv7_streams_go_on_from_their_state():
+    model, clip = load_model(golden("birwkv7_encoder") / "model.nemo"), load_audio(JFK, 16000)
+    stream = model.stream()
+    stream.feed(clip[:50001])
+    again = model.stream(state=pickle.loads(pickle.dumps(stream.state)))
+    for one in (stream, again):
+        one.feed(clip[50001:])
+    assert again.finish() == stream.finish()
