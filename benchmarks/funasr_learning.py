@@ -24,7 +24,7 @@ from benchmarks import REPOSITORY, add_out, machine, versions, write_result
 CASE = REPOSITORY / "tests" / "golden" / "fun_asr_nano_tiny"
 RECIPE = REPOSITORY / "recipes" / "telephone_llm.yaml"
 WORDS = 4  # in the longest sentence
-CORPORA = {"train": (800, 1), "dev": (48, 3), "test": (120, 2)}  # clips, seed
+CORPORA = {"train": (800, 1), "dev": (48, 3), "test": (40, 2)}  # clips, seed
 LINE_HZ, PACKET_LOSS = 8000, 0.05
 PARTS = ("audio_encoder", "audio_adaptor", "llm", "ctc_decoder", "ctc")
 
@@ -145,7 +145,7 @@ def main(argv=None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--folder", type=Path, default=Path("runs/funasr_learning"))
-    parser.add_argument("--steps", type=int, nargs=3, default=[500, 150, 150],
+    parser.add_argument("--steps", type=int, nargs=3, default=[500, 60, 60],
                         help="of the start and of the two stages (%(default)s)")  # fmt: skip
     parser.add_argument("--rate", type=float, default=1e-3, help="of stage 1 (%(default)s)")
     add_out(parser, "funasr_learning")
