@@ -73,8 +73,8 @@ def _(config: FunASRConfig, seconds: float, size: int) -> float:
     n_frames = samples // front.hop_samples + 1
     rows = n_frames // front.stride + 1
     audio, features = 4 * samples, 4 * front.row_size * rows
-    # a frame's samples four times, its spectrum and power, in pieces; the bins
-    spectra = min(n_frames, fbank.TILE_FRAMES) * (16 * front.window_samples + 12 * front.fft_size)
+    # a frame's samples twice, those padded for the spectrum and the spectrum, in pieces; the bins
+    spectra = min(n_frames, fbank.TILE_FRAMES) * 8 * (front.window_samples + front.fft_size)
     front_end = audio + spectra + 8 * front.n_mels * n_frames + 2 * features
     layer = features + rows * (14 * encoder.d_model + 2 * encoder.d_inner) * size
     # the prompt's speech, its words and the answer; keys and values twice where they grow
