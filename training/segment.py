@@ -5,7 +5,7 @@
 Writes `clips/NNNNN.flac` and `manifest.jsonl`, which training.finetune takes, and
 `left_out.jsonl`: what does not fit (missing or extra words, music, another text), with its time,
 score and reason. The text may have other words in front and behind; scripts without spaces are as
-good as others. The model must know the language a little: it says when what is said.
+good as others. The model need not know the language well: it says what fits worse than the rest.
 """
 
 import sys
@@ -27,7 +27,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--max-s", type=float, default=20.0, help="longest clip (%(default)s)")
     parser.add_argument("--pause-s", type=float, default=0.3, help="shortest pause (%(default)s)")
     parser.add_argument(
-        "--min-score", type=float, default=0.75, help="share of characters that agree (%(default)s)"
+        "--min-score",
+        type=float,
+        metavar="NATS",
+        help="nats a token, 0 at best, below which a clip is left out, such as -2 (default: what "
+        "is unusual in this recording)",
     )
     parser.add_argument("--lang", help="written into every line")
     options = parser.parse_args(arguments)
@@ -38,29 +42,33 @@ def segment(options) -> int:
     import soundfile
 
     from fastconformer.audio.files import load_audio
+    from fastconformer.checkpoint.files import atomic_file
     from training.data.json_lines import json_line
     from training.data.segments import find_segments
 
-    if not 0 < options.min_score <= 1 or options.max_s <= 0 or options.pause_s < 0:
-        raise cli.UsageError("--min-score is 0 to 1, --max-s and --pause-s are seconds")
-    text = options.text.read_text(encoding="utf-8-sig")
+    if options.max_s <= 0 or options.pause_s <= 0 or (options.min_score or 0) > 0:
+        raise cli.UsageError("--max-s and --pause-s are seconds, --min-score is 0 or less")
+    try:
+        text = options.text.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{options.text} is not UTF-8 text: {error}") from None
     model = cli.load_model(options)
     samples = load_audio(options.audio, model.sample_rate)
-    heard = model.transcribe([samples], head=options.head, timestamps=True)[0]
-    if not heard.words:
-        raise ValueError(f"{options.audio}: the model heard no word")
     found = find_segments(
-        heard.words,
+        model,
+        samples,
         text,
-        len(samples) / model.sample_rate,
         pause_s=options.pause_s,
         max_s=options.max_s,
         min_score=options.min_score,
+        head=options.head,
+        batch_size=options.batch_size,
     )
     (options.output / "clips").mkdir(parents=True, exist_ok=True)
     kept, left_out = [], []
     for item in found:
         line = {"start": round(item.start, 3), "end": round(item.end, 3), "score": item.score}
+        line["worst"] = item.worst
         if item.reason:
             said = {"text": item.text, "heard": item.heard, "reason": item.reason}
             left_out.append(json_line(line | said))
@@ -73,13 +81,16 @@ def segment(options) -> int:
         lang = {"lang": options.lang} if options.lang else {}
         kept.append(json_line(entry | lang | line))
     for name, lines in (("left_out.jsonl", left_out), ("manifest.jsonl", kept)):
-        (options.output / name).write_text("".join(lines), encoding="utf-8")
+        with atomic_file(options.output / name) as temporary:
+            temporary.write_text("".join(lines), encoding="utf-8")
     seconds = sum(item.end - item.start for item in found if not item.reason)
     print(
         f"{len(kept)} clips, {seconds / 60:.1f} of {len(samples) / model.sample_rate / 60:.1f} "
         f"minutes: {options.output / 'manifest.jsonl'}; {len(left_out)} left out"
     )
-    return 0 if kept else 1
+    if not kept:
+        raise cli.Failed(f"nothing fits; {options.output / 'left_out.jsonl'} says why")
+    return 0
 
 
 if __name__ == "__main__":
