@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -31,10 +32,19 @@ from training.setup.start import build_model, tokenizer_files
 ROOT = Path(__file__).parents[2]
 
 
+def number_of(name: str) -> int:
+    return int(re.search(r"line (\d+)\)$", name)[1]) - 1
+
+
 def test_a_run_leaves_what_it_promises(corpus, capsys):
     recipe, run = corpus
-    assert main([str(recipe), "trainer.val_every_steps=2"]) == 0
+    assert main([str(recipe), "trainer.val_every_steps=2", "trainer.log_clips=true"]) == 0
     assert [record["step"] for record in logged(run)] == [1, 2, 3, 4]
+    first = [record["clips"] for record in logged(run) if record["epoch"] == 0]
+    names = [name for (batch,) in first for name in batch]  # one batch a step
+    lines = (recipe.parent / "train.jsonl").read_text().splitlines()
+    assert len(names) == len(set(names)) > len(first)
+    assert all(json.loads(lines[number_of(name)])["audio_filepath"] in name for name in names)
     assert {"loss", "tdt", "ctc", "lr", "grad_norm", "epoch"} <= logged(run)[0].keys()
     records = ledger(run)
     assert [record["step"] for record in records] == [0, 2, 4]
@@ -56,7 +66,7 @@ def test_a_run_leaves_what_it_promises(corpus, capsys):
     assert sum(not torch.equal(value, before[name]) for name, value in last.items()) > 50
     # a second call has nothing left to do, and breaks nothing
     log = (run / "log.jsonl").read_text()
-    assert main([str(recipe), "trainer.val_every_steps=2"]) == 0
+    assert main([str(recipe), "trainer.val_every_steps=2", "trainer.log_clips=true"]) == 0
     assert (run / "log.jsonl").read_text() == log
     assert ledger(run) == records
 

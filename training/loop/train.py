@@ -180,8 +180,20 @@ def take_step(run: Run, batches: list[Batch]) -> float:
             "data.batch_duration_s would be faster",
             *(progress.step, progress.splits),
         )
-    log_step(run, losses | {"lr": run.lr_at(number), "grad_norm": grad_norm}, result.splits)
+    more = {"splits": result.splits} if result.splits else {}
+    if trainer.log_clips:
+        more["clips"] = clip_names(run, batches)
+    log_step(run, losses | {"lr": run.lr_at(number), "grad_norm": grad_norm}, more)
     return losses["loss"]
+
+
+def clip_names(run: Run, batches: list[Batch]) -> list[list[str]]:
+    """The clips of a step, of all processes, a list for each batch."""
+    names = [[u.name for u in batch.utterances] for batch in batches]
+    found = run.ranks.gather(names)
+    if run.share.by_clips:  # every process has the same batches
+        return found[0]
+    return [batch for share in found for batch in share]
 
 
 def skip(run: Run, batches, loss: float, grad_norm: float, suspects: list[str]) -> None:
@@ -228,11 +240,11 @@ def save_failed(folder: Path, batches, share: BatchShare, seed: int, step: int) 
         )
 
 
-def log_step(run: Run, values: dict[str, float], splits: int) -> None:
+def log_step(run: Run, values: dict[str, float], more: dict) -> None:
     progress = run.progress
     record = {k: v if math.isfinite(v) else None for k, v in values.items()}
     position = {"step": progress.step, "epoch": progress.epoch}
-    run.write("log.jsonl", position | record | ({"splits": splits} if splits else {}))
+    run.write("log.jsonl", position | record | more)
     if progress.step % run.recipe.trainer.log_every_steps and progress.step < run.max_steps:
         return
     losses = [name for name in values if name not in ("lr", "grad_norm")]

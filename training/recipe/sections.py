@@ -196,6 +196,7 @@ class TrainerRecipe:
     seed: int = key(1234, at_least=0)
     val_every_steps: int | None = key(None, at_least=1)  # null: once per epoch
     log_every_steps: int = key(10, at_least=1)
+    log_clips: bool = False  # every line of log.jsonl names the clips of its step
     save_every_steps: int | None = key(None, at_least=1)  # null: as val_every_steps
     keep_last: int = key(2, at_least=1)  # checkpoints that stay on disk
     max_nonfinite_steps: int = key(20, at_least=1)  # skipped steps before the run gives up
