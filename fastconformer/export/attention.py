@@ -29,8 +29,8 @@ def traceable(encoder: ConformerEncoder) -> ConformerEncoder:
     if config.self_attention_model == "rwkv7_attn":
         raise ValueError(
             "encoder.self_attention_model is rwkv7_attn: BiRWKV7 walks over the frames one by one, "
-            "forwards and backwards, which ONNX runtimes do at a small part of its speed; export "
-            "the model it was made from"
+            "forwards and backwards, which is not written in ONNX's operations here; export the "
+            "model it was made from"
         )
     if config.global_tokens > 1:
         raise ValueError(
