@@ -138,7 +138,12 @@ def test_no_key_is_lost():
         (("CosineAnnealing", "CyclicLR"), "sched.name is 'CyclicLR'"),
         (("precision: bf16", "precision: 64"), "precision is 64"),
         (("shuffle: true", "trim_silence: true"), "trim_silence"),
-        (("init_from_nemo_model: base.nemo", "init_from_pretrained_model: a/b"), "download"),
+        (("init_from_nemo_model: base.nemo", "init_from_pretrained_model: stt_en"), "download"),
+        (("init_from_nemo_model: base.nemo", "init_from_ptl_ckpt: a.ckpt"), "a.ckpt --like MODEL"),
+        (
+            ("init_from_nemo_model: base.nemo", "init_from_ptl_ckpt: {one: {path: a.ckpt}}"),
+            "init_from_ptl_ckpt: parts of several",
+        ),
         (("[[a.json], [b.json]]", "???"), r"data.train is missing; list one manifest"),
         (("pin_memory: true", "use_a_new_thing: true"), "use_a_new_thing: True has no counterpart"),
         (("pin_memory: true", "is_concat: true"), "train_ds.is_concat: has no counterpart"),

@@ -9,6 +9,7 @@ Sources: NeMo's `examples/asr/conf` and `speech_to_text_finetune.py`, `core/conf
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from fastconformer.checkpoint.hub import is_hub_id
 from training.recipe.fields import flat, put
 from training.recipe.nemo_data import translate_data
 from training.recipe.nemo_optim import translate_optimizer
@@ -241,22 +242,29 @@ def translate(tree: dict, where: str = "recipe") -> Translation:
 def _start(tree: dict, found: Translation) -> bool:
     """Where the weights come from, and the vocabulary; True for a model from scratch."""
     take, model = found.take, tree.get("model") or {}
-    several = [key for key in found.left if key.startswith("init_from_nemo_model.")]
-    if several:
-        found.refuse("init_from_nemo_model", "parts of several models are not put together here")
+    for key in ("init_from_nemo_model", "init_from_pretrained_model", "init_from_ptl_ckpt"):
+        if any(left.startswith(f"{key}.") for left in found.left):
+            found.refuse(key, "parts of several models are not put together here")
     start = take("init_from_nemo_model", "model.init_from")
     if start is None:  # of NeMo's script for adapters
         start = take("model.nemo_model", "model.init_from")
     pretrained = take("init_from_pretrained_model") or take("model.pretrained_model")
     if start is None and pretrained is not None:
-        if not Path(str(pretrained)).exists():
+        if not Path(str(pretrained)).exists() and not is_hub_id(str(pretrained)):
             found.refuse(
                 "init_from_pretrained_model",
-                f"{pretrained}: download its .nemo file and give that as init_from_nemo_model=FILE",
+                f"{pretrained} is no name of the Hugging Face hub (owner/name); download its .nemo "
+                "file and give that as init_from_nemo_model=FILE",
             )
         start = str(pretrained)
         found.set("model.init_from", start, "init_from_pretrained_model")
-    take("init_from_ptl_ckpt") and found.refuse("init_from_ptl_ckpt", "convert it: converters")
+    weights = take("init_from_ptl_ckpt")
+    if weights is not None:
+        found.refuse(
+            "init_from_ptl_ckpt",
+            f"it has weights alone; python -m converters.nemo2st {weights} --like MODEL.nemo -o "
+            "FOLDER, then init_from_nemo_model=FOLDER",
+        )
     scratch = start is None and "encoder" in model
     if scratch and "transf_decoder" in model:
         found.refuse(
