@@ -26,6 +26,12 @@ WINDOW_S, CONTEXT_S = 120.0, 20.0  # kept, and seen on each side of it
 CUT_SEARCH = 0.2  # share of a window in which its end looks for silence
 PIECES_GPU = 2 << 30  # scores and convolutions in flight, larger there than memory_estimate says
 FULL_ATTENTION_S = 24 * 60.0  # beyond it full attention is neither trained nor worth its time
+# On a CPU shorter windows are cheaper than full attention; below a minute it is left as it is.
+CPU_WINDOWS_S, CPU_WHOLE_S, WORTH = (30.0, 60.0, WINDOW_S), 60.0, 0.8
+# Operations of a layer: of a frame, 50 d^2; of a pair of frames 8 d, and as much time as 260 for
+# each head, since scores are moved more than they are computed with. Fitted to CPU times of the
+# base model (62 s: 1.15 s, 123 s: 4.0 s).
+OF_FRAME, OF_PAIR, OF_PAIR_AND_HEAD = 50, 8, 260
 
 
 @dataclass(frozen=True)
@@ -48,18 +54,39 @@ def available_bytes(device: torch.device) -> int:
     return free_bytes() // 2
 
 
-def choose_mode(config, duration_s: float, budget_bytes: int, dtype: torch.dtype) -> str:
-    """How a clip of this length goes through the encoder: "full" (one pass) or "chunks".
+def choose_window(
+    config, duration_s: float, budget_bytes: int, dtype: torch.dtype, on_cpu: bool = False
+) -> float | None:
+    """How a clip of this length goes through the encoder: None, in one pass, or the seconds of a
+    window that are kept.
 
     One pass where its memory fits the budget. An encoder of linear cost (local attention, BiRWKV7)
     goes through in one pass at any length that fits; full attention only up to 24 minutes, since
-    beyond it the scores cost more than all else and no checkpoint was trained for it.
+    beyond it the scores cost more than all else and no checkpoint was trained for it. On a CPU full
+    attention of more than a minute takes the cheapest window, if that is a fifth cheaper.
     """
-    linear = not config.encoder.attends_to_all
-    if not linear and duration_s > FULL_ATTENTION_S:
-        return "chunks"
+    encoder = config.encoder
     fits = memory_estimate(config, duration_s, dtype) <= budget_bytes
-    return "full" if fits else "chunks"
+    if not encoder.attends_to_all:
+        return None if fits else WINDOW_S
+    whole = fits and duration_s <= FULL_ATTENTION_S
+    if not on_cpu or encoder.mixes_clips or duration_s <= CPU_WHOLE_S:
+        return None if whole else WINDOW_S
+    window_s = min(CPU_WINDOWS_S, key=lambda s: attention_cost(config, duration_s, s))
+    saved = attention_cost(config, duration_s, window_s) / attention_cost(config, duration_s)
+    return None if whole and saved > WORTH else window_s
+
+
+def attention_cost(config, duration_s: float, window_s: float | None = None) -> float:
+    """What full attention costs in one pass, or in windows, in seconds of audio that would cost as
+    much without attention."""
+    encoder = config.encoder
+    pair = OF_PAIR * encoder.d_model + OF_PAIR_AND_HEAD * encoder.n_heads
+    balance_s = OF_FRAME * encoder.d_model**2 / pair * config.frame_seconds
+    if window_s is None:
+        return duration_s * (1 + duration_s / balance_s)
+    seen_s = window_s + 2 * context_seconds(config, window_s)
+    return duration_s / window_s * seen_s * (1 + seen_s / balance_s)
 
 
 def batches(
@@ -70,28 +97,31 @@ def batches(
     dtype: torch.dtype,
     long: str = "auto",
     window_s: float | None = None,
-) -> Iterator[tuple[list[int], bool]]:
-    """(clips, whether in windows) of every pass, longest first; a clip in windows goes alone.
+    on_cpu: bool = False,
+) -> Iterator[tuple[list[int], float | None]]:
+    """(clips, the window's seconds or None) of every pass, longest first; a clip in windows goes
+    alone.
 
     A pass takes at most `batch_size` clips, and no more than fit the budget, each padded to the
     longest; a clip that alone is too much for it and may not be cut goes alone. With "auto" what is
     longer than `window_s`, where given, goes in windows.
     """
 
-    def in_windows(duration_s):
+    def window_of(duration_s):
         if long != "auto":
-            return long == "chunks"
-        too_long = window_s is not None and duration_s > window_s
-        return too_long or choose_mode(config, duration_s, budget_bytes, dtype) == "chunks"
+            return (window_s or WINDOW_S) if long == "chunks" else None
+        if window_s is not None and duration_s > window_s:
+            return window_s
+        return choose_window(config, duration_s, budget_bytes, dtype, on_cpu and window_s is None)
 
     order = sorted(range(len(durations_s)), key=lambda i: -durations_s[i])
     while order:
         longest_s = durations_s[order[0]]
-        chunked, count = in_windows(longest_s), 1
-        if not chunked:
+        window, count = window_of(longest_s), 1
+        if window is None:
             fitting = budget_bytes // memory_estimate(config, longest_s, dtype)
             count = max(1, min(batch_size, len(order), fitting))
-        yield order[:count], chunked
+        yield order[:count], window
         order = order[count:]
 
 

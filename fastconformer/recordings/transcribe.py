@@ -50,13 +50,13 @@ def transcribe(
             model's own, 1 s for NeMo's models, as in NeMo 3.0.
         long: how a clip goes through the encoder. "full": in one pass. "chunks": in windows
             with context on both sides (BiRWKV7: all of the past, and context ahead), decoded
-            as one sequence. "auto": "full" where it fits the memory (see
-            longform.choose_mode), "chunks" where not. "local": in one pass of local attention
-            over 128 frames on both sides, with the same weights; as "auto" where attention is
-            not full. A head that cannot read windows as one sequence is given a long clip in
-            pieces ("full": whole): Canary's share a second and are joined where their tokens
-            agree, as in NeMo, others are cut in pauses. "quiet": in pieces cut in pauses, whatever
-            the head.
+            as one sequence. "auto": "full" where it fits the memory and, on a CPU, where shorter
+            windows are not plainly cheaper (see longform.choose_window), "chunks" elsewhere.
+            "local": in one pass of local attention over 128 frames on both sides, with the same
+            weights; as "auto" where attention is not full. A head that cannot read windows as one
+            sequence is given a long clip in pieces ("full": whole): Canary's share a second and are
+            joined where their tokens agree, as in NeMo, others are cut in pauses. "quiet": in
+            pieces cut in pauses, whatever the head.
         memory_gb: what a pass may take beside the weights; None: most of what is free now.
         window_s: of windows, the part that is kept; None: 120 (of pieces, the longest; None: the
             head's own). Given, "auto" takes windows for
@@ -116,7 +116,7 @@ def transcribe(
         encoder_of = with_local_attention(model) if long == "local" else model
         if long == "local" and encoder_of is model:
             long = "auto"
-        for batch, chunked in longform.batches(
+        for batch, window in longform.batches(
             encoder_of.config,
             [max(len(clip) / rate, min_duration_s) for clip in clips],
             batch_size,
@@ -124,6 +124,7 @@ def transcribe(
             dtype,
             long,
             window_s,
+            device.type == "cpu",
         ):
             audio, lengths, shifts = collate([clips[i] for i in batch], min_duration_s, rate)
             if device.type == "cuda":
@@ -132,9 +133,9 @@ def transcribe(
             features, lengths = model.preprocessor(
                 as_float(audio.to(device, non_blocking=True)), lengths.to(device), pad=False
             )
-            if chunked and lengths[0]:  # a clip shorter than a frame has no window
+            if window is not None and lengths[0]:  # a clip shorter than a frame has no window
                 encoded = longform.encode_in_windows(
-                    encoder_of, features[0, :, : lengths[0]], batch_size, window_s, None, budget
+                    encoder_of, features[0, :, : lengths[0]], batch_size, window, None, budget
                 )
                 lengths = torch.tensor([encoded.shape[1]], device=device)
             else:

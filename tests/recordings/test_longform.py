@@ -203,17 +203,42 @@ def test_batches_hold_every_clip_once_within_the_budget(base):
     budget = memory_estimate(base.config, 100.0, torch.float32)
     passes = list(longform.batches(base.config, durations, 4, budget, torch.float32))
     assert sorted(i for clips, _ in passes for i in clips) == list(range(len(durations)))
-    for clips, chunked in passes:
+    for clips, window in passes:
         longest = max(durations[i] for i in clips)
-        assert chunked == (memory_estimate(base.config, longest, torch.float32) > budget)
-        assert len(clips) <= (1 if chunked else 4)
+        too_large = memory_estimate(base.config, longest, torch.float32) > budget
+        assert window == (longform.WINDOW_S if too_large else None)
+        assert len(clips) <= (1 if window else 4)
 
 
 def test_full_attention_is_not_used_beyond_what_models_are_trained_for(base):
-    assert longform.choose_mode(base.config, 60.0, 1 << 40, torch.float32) == "full"
-    assert longform.choose_mode(base.config, 3600.0, 1 << 40, torch.float32) == "chunks"
+    assert longform.choose_window(base.config, 600.0, 1 << 40, torch.float32) is None
+    assert longform.choose_window(base.config, 3600.0, 1 << 40, torch.float32) == 120.0
     local = with_local_attention(base, 8).config
-    assert longform.choose_mode(local, 3600.0, 1 << 40, torch.float32) == "full"
+    assert longform.choose_window(local, 3600.0, 1 << 40, torch.float32) is None
+
+
+def test_a_cpu_takes_the_cheapest_way(base):
+    """Whatever the model's width: what is chosen never costs more than one pass by the estimate,
+    short clips are left whole, linear encoders too, and memory still forbids."""
+    wide = golden("hybrid_tdt_ctc_bpe") / "model.nemo"
+    raw = dict(fastconformer.load_model(wide).config.nemo)
+    raw["encoder"] = raw["encoder"] | {"d_model": 512, "n_heads": 8, "n_layers": 17}
+    wide = ModelConfig.from_nemo(raw)
+    least = {}
+    for name, config in (("base", base.config), ("wide", wide)):
+        for seconds in (30.0, 60.0, 61.0, 90.0, 120.0, 180.0, 300.0, 1200.0, 3600.0):
+            found = longform.choose_window(config, seconds, 1 << 40, torch.float32, on_cpu=True)
+            if seconds <= 60.0:
+                assert found is None
+            elif found is not None:
+                least.setdefault(name, seconds)
+                costs = {w: longform.attention_cost(config, seconds, w) for w in (30, 60, 120)}
+                assert costs[found] == min(costs.values())
+                assert costs[found] <= 0.8 * longform.attention_cost(config, seconds)
+    assert least["base"] <= 120.0 < least["wide"] <= 300.0
+    assert longform.choose_window(base.config, 70.0, 1 << 20, torch.float32, on_cpu=True) == 30.0
+    local = with_local_attention(base, 8).config
+    assert longform.choose_window(local, 300.0, 1 << 40, torch.float32, on_cpu=True) is None
 
 
 def test_a_window_bounds_what_full_attention_sees(base, monkeypatch):
