@@ -196,6 +196,8 @@ def write_all(results, outputs: Outputs, tell, progress: Progress) -> int:
             failed += 1
             continue
         outputs.add(clip, transcript)
+        if transcript.doubtful:
+            tell(clip, f"the text is doubtful: {transcript.doubtful}")
         progress.add(transcript.duration)
         written += 1
     if written:

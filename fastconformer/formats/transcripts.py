@@ -43,7 +43,7 @@ def to_ctm(transcript: "Transcript", name: str, offset_s: float = 0.0, channel: 
 def to_json(transcript: "Transcript", **fields) -> dict:
     """All fields of the transcript after `fields`, of types that JSON has; spans become objects
     with text, start, end and, where there is one, confidence. A score that is not finite becomes
-    None. Confidences and retries are left out where there are none."""
+    None. Confidences, retries and doubts are left out where there are none."""
 
     def of_span(span):
         sure = {} if span.confidence is None else {"confidence": round(span.confidence, 6)}
@@ -56,6 +56,8 @@ def to_json(transcript: "Transcript", **fields) -> dict:
     seldom = {}
     if transcript.confidences is not None:
         seldom["confidences"] = [round(value, 6) for value in transcript.confidences]
+    if transcript.doubtful:
+        seldom["doubtful"] = transcript.doubtful
     if transcript.retries:
         seldom["retries"] = spans(transcript.retries)
     return (

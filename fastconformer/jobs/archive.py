@@ -98,6 +98,8 @@ def _append(model, clips, out, made_by, on_told, progress, options) -> int:
         else:
             line = json_line(clip, transcript, **fields, **made_by)
             progress.add(transcript.duration)
+            if transcript.doubtful:
+                on_told(clip, f"the text is doubtful: {transcript.doubtful}")
         print(line, file=out, flush=True)
     return failed
 

@@ -48,8 +48,8 @@ def join_pieces(
     pieces: list[Transcript], starts_s: list[float], frame_s: float, duration_s: float
 ) -> Transcript:
     """One transcript of pieces that begin at `starts_s`."""
-    if len(pieces) == 1:
-        return pieces[0]
+    if len(pieces) == 1 and not starts_s[0]:
+        return replace(pieces[0], duration=duration_s)
     shifts = [round(start / frame_s) for start in starts_s]
     timed = all(piece.words is not None for piece in pieces)
     sure = all(piece.confidences is not None for piece in pieces)
@@ -72,7 +72,7 @@ def join_pieces(
     ]
     return replace(
         pieces[0],
-        text=join_texts([piece.text for piece in pieces]),
+        text=pieces[0].text if len(pieces) == 1 else join_texts([piece.text for piece in pieces]),
         tokens=joined("tokens"),
         token_frames=frames,
         token_durations=joined("token_durations") if with_durations else None,

@@ -17,6 +17,7 @@ from .modes import evaluating
 from .overlaps import LONGEST_S, cut_with_overlap, join_overlapping
 from .retry import retry_stuck
 from .samples import as_float, collate, read_samples
+from .silence import doubt, silent, sounding
 from .transcript import Transcript, transcript
 
 CPU_FRAMES = 1500  # feature frames of clips that a CPU encodes together
@@ -98,7 +99,11 @@ def transcribe(
     if errors == "keep":
         arguments = head, batch_size, timestamps, min_duration_s, long, memory_gb, window_s
         return _keep_errors(model, inputs, *arguments, **decoding)
-    whole = [read_samples(item, rate) for item in inputs]
+    recordings = [read_samples(item, rate) for item in inputs]
+    frame_s = model.config.frame_seconds
+    bounds = [sounding(clip, rate, round(frame_s * rate)) for clip in recordings]
+    # of silence a frame goes through as well, so that its transcript is like the others
+    whole = [clip[a : max(a + 1, b)] for clip, (a, b) in zip(recordings, bounds, strict=True)]
     cuts, overlap = [[(0, len(clip))] for clip in whole], False
     if long == "quiet" or (chosen.longest_s is not None and long != "full"):
         overlap = chosen.overlaps and long != "quiet" and window_s is None
@@ -157,15 +162,16 @@ def transcribe(
                 )
     found, parts = iter(transcripts), iter(clips)
     results = []
-    for clip, pieces in zip(whole, cuts, strict=True):
+    for clip, heard, bound, pieces in zip(recordings, whole, bounds, cuts, strict=True):
         of_clip = [next(found) for _ in pieces]
         samples = [next(parts) for _ in pieces]
+        starts_s = [(bound[0] + first) / rate for first, _ in pieces]
         if overlap and len(pieces) > 1:
-            results.append(join_overlapping(model, of_clip, samples, pieces, timestamps))
-        else:
-            starts_s = [first / rate for first, _ in pieces]
-            frame_s, duration_s = model.config.frame_seconds, len(clip) / rate
-            results.append(join_pieces(of_clip, starts_s, frame_s, duration_s))
+            of_clip = [join_overlapping(model, of_clip, samples, pieces, timestamps)]
+        joined = join_pieces(of_clip, starts_s[: len(of_clip)], frame_s, len(clip) / rate)
+        if not any(bound):
+            joined = silent(joined)
+        results.append(dataclasses.replace(joined, doubtful=doubt(joined, heard, rate)))
     return results
 
 

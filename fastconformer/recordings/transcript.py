@@ -24,7 +24,8 @@ class Transcript:
     log-probabilities that were chosen (see docs/formats.md); head: which head spoke; duration: the
     clip's seconds; confidences: of each token, None unless asked for (words then have theirs);
     retries: stretches of speech over which the head had gone silent, with the text that a second
-    try found there; error: why there is no text, where that was asked for.
+    try found there; error: why there is no text, where that was asked for; doubtful: why the text
+    may be of no speech, None where nothing tells so.
     """
 
     text: str
@@ -39,10 +40,12 @@ class Transcript:
     confidences: list[float] | None = None
     retries: list[Span] = field(default_factory=list)
     error: str | None = None
+    doubtful: str | None = None
 
     def __repr__(self) -> str:
         said = self.text if len(self.text) <= 60 else f"{self.text[:59]}…"
         failed = f", error={self.error!r}" if self.error else ""
+        failed += ", doubtful" if self.doubtful else ""
         return f"Transcript({said!r}, {self.head}, {self.duration:.2f} s{failed})"
 
     def _repr_html_(self) -> str:

@@ -1,0 +1,66 @@
+"""Where a recording sounds at all, and whether what sounds can be speech.
+
+Digital silence at a recording's ends is not heard: features are normalised over the clip, so that
+zeros around speech would change what is made of it. Noise, hum and tones keep a level; speech does
+not, and loses 10 dB and more between syllables.
+"""
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from .retry import loudness
+from .samples import as_float
+from .transcript import Transcript
+
+STEPS = 2  # of 16 bits: what decoders and dither leave of silence
+SHORTEST_S = 0.5  # digital silence that is cut off; shorter is left as NeMo hears it
+SOUNDING_S = 1.0  # of less the level tells nothing
+STEADY_DB = 4.0  # deviation of the level in 20 ms: noise 0.3 to 2, tones 0 to 4, speech 13 to 17
+LIVELY_DB, UNSURE = 8.0, -1.0  # music; the mean log-probability of a token that was guessed
+
+
+def sounding(samples: np.ndarray, rate_hz: int, frame_samples: int) -> tuple[int, int]:
+    """(first, end) of the samples between the digital silence at both ends, first a multiple of
+    `frame_samples`; (0, 0) where nothing sounds."""
+    most = STEPS if samples.dtype == np.int16 else STEPS / 32768
+    loud = (samples > most) | (samples < -most)
+    first = int(loud.argmax())
+    if not loud[first]:
+        return 0, 0
+    end = len(samples) - int(loud[::-1].argmax())
+    shortest = int(SHORTEST_S * rate_hz)
+    first = first // frame_samples * frame_samples if first >= shortest else 0
+    return first, end if len(samples) - end >= shortest else len(samples)
+
+
+def silent(transcript: Transcript) -> Transcript:
+    """The transcript of a recording in which nothing sounds."""
+    with_durations = transcript.token_durations is not None
+    return replace(
+        transcript,
+        text="",
+        tokens=[],
+        token_frames=[],
+        token_durations=[] if with_durations else None,
+        words=None if transcript.words is None else [],
+        segments=None if transcript.segments is None else [],
+        confidences=None if transcript.confidences is None else [],
+        retries=[],
+        score=0.0,
+    )
+
+
+def doubt(transcript: Transcript, samples: np.ndarray, rate_hz: int) -> str | None:
+    """Why the text of these samples is doubtful; None: it is not."""
+    step = rate_hz // 50
+    if not transcript.tokens or len(samples) < SOUNDING_S * rate_hz:
+        return None
+    levels = loudness(as_float(torch.from_numpy(samples)), 4 * step, len(samples) // (4 * step))
+    deviation = float(levels[levels > -90.0].std())
+    if deviation < STEADY_DB:
+        return "the sound is steady, as noise or tones are"
+    if deviation < LIVELY_DB and transcript.score < UNSURE * len(transcript.tokens):
+        return "the sound is nearly steady and the model is unsure"
+    return None
