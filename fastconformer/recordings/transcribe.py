@@ -3,6 +3,8 @@
 import dataclasses
 import math
 import os
+import sys
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -18,6 +20,7 @@ from .overlaps import LONGEST_S, cut_with_overlap, join_overlapping
 from .retry import retry_stuck
 from .samples import as_float, collate, read_samples
 from .silence import doubt, silent, sounding
+from .timestamps import Span
 from .transcript import Transcript, transcript
 
 CPU_FRAMES = 1500  # feature frames of clips that a CPU encodes together
@@ -36,6 +39,7 @@ def transcribe(
     window_s: float | None = None,
     look_ahead: int | None = None,
     errors: str = "raise",
+    progress: bool | Callable[[float, float], None] = False,
     **decoding,
 ) -> list[Transcript]:
     """Text of each input, in their order. Threads may call it together.
@@ -66,6 +70,9 @@ def transcribe(
             first.
         errors: "raise", or "keep": an input that cannot be read gets a Transcript with an empty
             text and its `error`.
+        progress: True: a line on stderr, in a notebook too, that tells how much is done; or what is
+            called with the seconds of audio that are done and those of all, after each batch and
+            each group of windows.
         decoding: fields of DecodingOptions (beam, lm, lm_weight, boost, allow, confidence ...) and
             slots of the head's prompt (source_lang, target_lang, pnc, prompt; language, hotwords
             ...), see its `asked`.
@@ -98,7 +105,7 @@ def transcribe(
     rate, device, dtype = model.sample_rate, model.device, model.dtype
     if errors == "keep":
         arguments = head, batch_size, timestamps, min_duration_s, long, memory_gb, window_s
-        return _keep_errors(model, inputs, *arguments, **decoding)
+        return _keep_errors(model, inputs, *arguments, progress=progress, **decoding)
     recordings = [read_samples(item, rate) for item in inputs]
     frame_s = model.config.frame_seconds
     bounds = [sounding(clip, rate, round(frame_s * rate)) for clip in recordings]
@@ -117,6 +124,8 @@ def transcribe(
     recording = [i for i, pieces in enumerate(cuts) for _ in pieces]  # of each clip
     transcripts: list[Transcript | None] = [None] * len(clips)
     budget = longform.available_bytes(device) if memory_gb is None else int(memory_gb * 1e9)
+    told, done_s = _show if progress is True else progress or None, 0.0
+    all_s = sum(len(clip) for clip in clips) / rate
     with evaluating(model):
         encoder_of = with_local_attention(model) if long == "local" else model
         if long == "local" and encoder_of is model:
@@ -139,9 +148,14 @@ def transcribe(
                 as_float(audio.to(device, non_blocking=True)), lengths.to(device), pad=False
             )
             if window is not None and lengths[0]:  # a clip shorter than a frame has no window
-                encoded = longform.encode_in_windows(
+                of_windows = []
+                for part in longform.encoded_windows(
                     encoder_of, features[0, :, : lengths[0]], batch_size, window, None, budget
-                )
+                ):
+                    if told and of_windows:
+                        told(done_s + frame_s * sum(p.shape[1] for p in of_windows), all_s)
+                    of_windows.append(part)
+                encoded = torch.cat(of_windows, 1)
                 lengths = torch.tensor([encoded.shape[1]], device=device)
             else:
                 encoded, lengths = _encode_batch(encoder_of, features, lengths)
@@ -160,6 +174,9 @@ def transcribe(
                     *(model, hypothesis, head, seconds, timestamps and not later, shift),
                     *(options.confidence, retries, clips[i]),
                 )
+            done_s += sum(len(clips[i]) for i in batch) / rate
+            if told:
+                told(done_s, all_s)
     found, parts = iter(transcripts), iter(clips)
     results = []
     for clip, heard, bound, pieces in zip(recordings, whole, bounds, cuts, strict=True):
@@ -173,6 +190,29 @@ def transcribe(
             joined = silent(joined)
         results.append(dataclasses.replace(joined, doubtful=doubt(joined, heard, rate)))
     return results
+
+
+def transcribe_iter(
+    model, item, head: str | None = None, window_s: float = LONGEST_S, **options
+) -> Iterator[Span]:
+    """The segments of one recording, with times in seconds, as they come: it is cut in pauses into
+    pieces of at most `window_s`, which are transcribed one after another. `item`, `options` and
+    errors: see `transcribe`."""
+    rate = model.sample_rate
+    samples = read_samples(item, rate)
+    for first, end in cut_in_pauses(samples, rate, window_s):
+        [found] = transcribe(model, [samples[first:end]], head, timestamps=True, **options)
+        start_s = first / rate
+        for span in found.segments or ():
+            yield dataclasses.replace(span, start=span.start + start_s, end=span.end + start_s)
+
+
+def _show(done_s: float, all_s: float) -> None:
+    """A line on stderr that is written over, and left at the end."""
+    share = done_s / all_s if all_s else 1.0
+    end = "\n" if done_s > all_s - 1e-3 else ""
+    text = f"\r{share:4.0%} of {all_s / 60:.1f} minutes"
+    print(text, end=end, file=sys.stderr, flush=True)
 
 
 def _keep_errors(model, inputs, head, *arguments, **options) -> list[Transcript]:

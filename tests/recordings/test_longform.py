@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 import fastconformer
+from fastconformer.audio.files import load_audio
 from fastconformer.config import ModelConfig
 from fastconformer.model import ASRModel
 from fastconformer.networks import attention
@@ -139,9 +140,9 @@ def test_limited_attention_stays_as_it_was_trained(monkeypatch):
     samples = babble(3.0)
     [local], [full] = (model.transcribe(samples, long=mode) for mode in ("local", "full"))
     assert local.text == full.text
-    cut, in_windows = [], longform.encode_in_windows
+    cut, in_windows = [], longform.encoded_windows
     monkeypatch.setattr(
-        longform, "encode_in_windows", lambda *a, **k: cut.append(a) or in_windows(*a, **k)
+        longform, "encoded_windows", lambda *a, **k: cut.append(a) or in_windows(*a, **k)
     )
     model.transcribe(samples, long="local", memory_gb=1e-3)
     assert cut  # what does not fit goes in windows, as with "auto"
@@ -239,6 +240,24 @@ def test_a_cpu_takes_the_cheapest_way(base):
     assert longform.choose_window(base.config, 70.0, 1 << 20, torch.float32, on_cpu=True) == 30.0
     local = with_local_attention(base, 8).config
     assert longform.choose_window(local, 300.0, 1 << 40, torch.float32, on_cpu=True) is None
+
+
+def test_segments_and_progress_as_they_come(base, capsys):
+    clip = load_audio(ROOT / "samples/espeak.wav", 16000)
+    long, told = np.concatenate([clip, clip, clip]), []
+    [whole] = base.transcribe([clip], timestamps=True)
+    spans = list(base.transcribe_iter(long, window_s=len(clip) / 16000 + 0.4))
+    assert len(spans) >= 3 and spans[0].text == whole.segments[0].text
+    assert all(a.end <= b.start for a, b in itertools.pairwise(spans))
+    assert spans[-1].end <= len(long) / 16000
+    base.transcribe(
+        [long, clip], long="chunks", window_s=3.0, batch_size=1, progress=lambda *a: told.append(a)
+    )
+    seconds = [done for done, _ in told]
+    assert seconds == sorted(seconds) and len(told) > 4
+    assert told[-1] == pytest.approx((4 * len(clip) / 16000,) * 2)
+    base.transcribe([clip], progress=True)
+    assert capsys.readouterr().err.endswith("\r100% of 0.1 minutes\n")
 
 
 def test_a_window_bounds_what_full_attention_sees(base, monkeypatch):
