@@ -158,8 +158,10 @@ class LabelLoop:
 def by_clip(ints: torch.Tensor, floats: torch.Tensor, batch: int):
     """Sorts the steps' records by clip -> [(3, n) and (2, n) arrays] of the tokens of each: one
     transfer, no loop over tokens."""
-    ints, floats = ints[..., :batch].permute(2, 0, 1), floats[..., :batch].permute(2, 0, 1)
-    spoken = ints[..., 0] >= 0  # (B, S)
-    ends = spoken.sum(1).cumsum(0).tolist()[:-1]
-    ints, floats = ints[spoken].cpu().numpy(), floats[spoken].cpu().numpy()
-    return [(w.T, r.T) for w, r in zip(np.split(ints, ends), np.split(floats, ends))]
+    bits = floats.contiguous().view(torch.int32).long()  # to the host with the others
+    records = torch.cat((ints, bits), 1)[..., :batch].permute(2, 0, 1).cpu().numpy()  # (B, S, 5)
+    floats = records[..., 3:].astype(np.int32).view(np.float32)
+    found = []
+    for clip, scores, spoken in zip(records[..., :3], floats, records[..., 0] >= 0):
+        found.append((clip[spoken].T, scores[spoken].T))
+    return found
