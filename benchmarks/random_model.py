@@ -47,10 +47,17 @@ def parakeet(tokenizer_archive: Path, layers: int, width: int, mels: int, lstm_l
 
 
 def random_model(
-    clips, tokens_per_second: float, sizes, tokenizer=TOKENIZER, device="cpu", attention="rel_pos"
+    clips,
+    tokens_per_second: float,
+    sizes,
+    tokenizer=TOKENIZER,
+    device="cpu",
+    attention="rel_pos",
+    **sections: dict,
 ):
     """A random model of `sizes` in memory, with the 1024 pieces of the archive `tokenizer`, and the
-    tokens per second that its decoder emits on the clips."""
+    tokens per second that its decoder emits on the clips. `sections`: further keys of the config's
+    sections (`encoder={...}`)."""
     import torch
 
     from fastconformer import ASRModel, ModelConfig
@@ -61,6 +68,8 @@ def random_model(
     raw["encoder"]["self_attention_model"] = attention
     if attention == "rel_pos_local_attn":
         raw["encoder"]["att_context_size"] = [128, 128]
+    for name, keys in sections.items():
+        raw[name] |= keys
     config = ModelConfig.from_nemo(raw)
     model = ASRModel(config, load_tokenizer(raw, files), files).to(device).eval()
     seconds = sum(len(c) for c in clips) / model.sample_rate

@@ -38,6 +38,7 @@ SMALL = {
             "[1,9,3,20,[]]",
         ),
         ("wkv7", "--frames 40 --heads 1 --width 8 --repeats 1 --growth"),
+        ("live", "--seconds 3 --streams 1 2 --clips 2 --threads 1 --shape 1 64 80 1"),
         ("birwkv7", "--frames 40 --d-model 64 --layers 1 --attention rel_pos"),
     )
 }
