@@ -22,13 +22,7 @@ def cut_in_pauses(samples: np.ndarray, rate_hz: int, longest_s: float) -> list[t
     longest, step = int(longest_s * rate_hz), max(1, int(STEP_S * rate_hz))
     if len(samples) <= longest:
         return [(0, len(samples))]
-    n_steps = len(samples) // step
-    energy = np.empty(n_steps, dtype=np.float64)
-    for first in range(0, n_steps, 1 << 16):  # no copy of the whole in float64
-        part = samples[first * step : min(first + (1 << 16), n_steps) * step]
-        energy[first : first + (1 << 16)] = np.square(
-            part.reshape(-1, step), dtype=np.float64
-        ).mean(1)
+    energy = power_of_steps(samples, step)
     width = max(1, round(PAUSE_S / STEP_S))
     sums = np.concatenate(([0.0], np.cumsum(energy)))
     pieces, first = [], 0
@@ -42,6 +36,18 @@ def cut_in_pauses(samples: np.ndarray, rate_hz: int, longest_s: float) -> list[t
         pieces.append((first, end))
         first = end
     return [*pieces, (first, len(samples))]
+
+
+def power_of_steps(samples: np.ndarray, step: int) -> np.ndarray:
+    """Mean square of every `step` samples, float64, in the samples' own units; the rest is left."""
+    n_steps = len(samples) // step
+    power = np.empty(n_steps, dtype=np.float64)
+    for first in range(0, n_steps, 1 << 16):  # no copy of the whole in float64
+        part = samples[first * step : min(first + (1 << 16), n_steps) * step]
+        power[first : first + (1 << 16)] = np.square(part.reshape(-1, step), dtype=np.float64).mean(
+            1
+        )
+    return power
 
 
 def join_pieces(

@@ -8,10 +8,8 @@ not, and loses 10 dB and more between syllables.
 from dataclasses import replace
 
 import numpy as np
-import torch
 
-from .retry import loudness
-from .samples import as_float
+from .cuts import STEP_S, power_of_steps
 from .transcript import Transcript
 
 STEPS = 2  # of 16 bits: what decoders and dither leave of silence
@@ -24,7 +22,7 @@ LIVELY_DB, UNSURE = 8.0, -1.0  # music; the mean log-probability of a token that
 def sounding(samples: np.ndarray, rate_hz: int, frame_samples: int) -> tuple[int, int]:
     """(first, end) of the samples between the digital silence at both ends, first a multiple of
     `frame_samples`; (0, 0) where nothing sounds."""
-    most = STEPS if samples.dtype == np.int16 else STEPS / 32768
+    most = STEPS if samples.dtype.kind == "i" else STEPS / 32768  # of either byte order
     loud = (samples > most) | (samples < -most)
     first = int(loud.argmax())
     if not loud[first]:
@@ -54,11 +52,12 @@ def silent(transcript: Transcript) -> Transcript:
 
 def doubt(transcript: Transcript, samples: np.ndarray, rate_hz: int) -> str | None:
     """Why the text of these samples is doubtful; None: it is not."""
-    step = rate_hz // 50
     if not transcript.tokens or len(samples) < SOUNDING_S * rate_hz:
         return None
-    levels = loudness(as_float(torch.from_numpy(samples)), 4 * step, len(samples) // (4 * step))
-    deviation = float(levels[levels > -90.0].std())
+    power = power_of_steps(samples, int(STEP_S * rate_hz))
+    silence = 1e-9 * (32768**2 if samples.dtype.kind == "i" else 1)  # -90 dB of full scale
+    heard = power[power > silence]
+    deviation = float((10 * np.log10(heard)).std()) if len(heard) else 0.0
     if deviation < STEADY_DB:
         return "the sound is steady, as noise or tones are"
     if deviation < LIVELY_DB and transcript.score < UNSURE * len(transcript.tokens):
