@@ -150,7 +150,8 @@ class Batcher:
             for job in list(self._waiting):
                 if len(batch) == self.batch_size:
                     break
-                if not batch or (job.options, job.tell) == (batch[0].options, None):
+                alone = batch and (batch[0].tell or job.tell)
+                if not batch or (not alone and job.options == batch[0].options):
                     self._waiting.remove(job)
                     if job.done.set_running_or_notify_cancel():
                         batch.append(job)

@@ -261,6 +261,17 @@ def flac(samples: np.ndarray) -> bytes:
     return out.getvalue()
 
 
+def test_a_text_that_is_told_goes_alone(clips, transcripts):
+    batcher, told = Batcher(load_model(BASE)), []
+    options = {"head": None, "timestamps": False}
+    with batcher._change:  # they wait together
+        told_one = batcher.submit(clips[0][1], options, told.append)
+        others = [batcher.submit(samples, options) for _, samples in clips]
+    assert told_one.result(60).text == transcripts[0].text and told
+    assert [other.result(60).text for other in others] == [t.text for t in transcripts]
+    batcher.close()
+
+
 class Silent:
     """A model that hears nothing."""
 
