@@ -201,13 +201,17 @@ def test_pauses_are_found_in_noise_and_digital_silence():
 
 
 @pytest.mark.slow
-def test_a_chapter(capsys):
-    """13.5 minutes that base_tiny hardly understands; every tenth sentence not written, replaced,
-    or another one before it."""
+def test_a_chapter():
+    """13.5 minutes of which base_tiny hears nine words of ten wrong."""
     folder = extra("data", "longform_en")
     lines = (folder / "segments.jsonl").read_text().splitlines()
     samples = load_audio(folder / json.loads(lines[0])["audio_filepath"], RATE)
     said = sentences(samples, lines)
     model = fastconformer.load_model(BASE)
     found = find_segments(model, samples, "\n".join(text for _, _, text in said))
-    assert len(check([s for s in found if not s.reason], said)) >= 0.9 * len(said)
+    clips = [s for s in found if not s.reason]
+    for clip in clips:
+        inside = [text for a, b, text in said if min(b, clip.end) - max(a, clip.start) > 0.25]
+        assert clip.text in " ".join(inside)
+    kept = sum(len(clip.text.split()) for clip in clips)
+    assert kept >= 0.9 * sum(len(text.split()) for _, _, text in said)

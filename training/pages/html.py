@@ -4,30 +4,34 @@ import html
 import math
 from collections.abc import Sequence
 
-COLOURS = ("#0a6cd6", "#d35400", "#118a3c", "#9b2fae", "#b3261e", "#00838f", "#7a6a00", "#555")
+# seen on white and on black
+COLOURS = ("#2f81f7", "#e0701c", "#2a9d4f", "#a855c7", "#d9483f", "#0f98a6", "#9a8700", "#7d7d85")
 WIDTH, HEIGHT = 640, 260
-LEFT, RIGHT, TOP, BOTTOM = 56, 14, 12, 30  # margins around a chart's field
+LEFT, RIGHT, TOP, BOTTOM = 84, 14, 12, 30  # margins around a chart's field
 STYLE = """
 :root{color-scheme:light dark;--ink:#1c1c1e;--dim:#666;--ground:#fff;--card:#f5f5f7;--line:#d8d8dc;
---good:#118a3c;--bad:#b3261e}
+--good:#118a3c;--bad:#b3261e;--warn:#b36b00}
 @media (prefers-color-scheme:dark){:root{--ink:#e8e8ea;--dim:#a0a0a6;--ground:#161618;
---card:#232326;--line:#3c3c40;--good:#4cc27a;--bad:#ff7b72}}
+--card:#232326;--line:#3c3c40;--good:#4cc27a;--bad:#ff7b72;--warn:#e0a040}}
 body{font:16px/1.45 system-ui,sans-serif;color:var(--ink);background:var(--ground);
 max-width:64rem;margin:1.5rem auto;padding:0 1rem}
 h1{font-size:1.4rem;overflow-wrap:anywhere}h2{font-size:1.15rem;margin-top:2rem}
 h3{font-size:1rem;margin-bottom:.3rem}
 @media (max-width:600px){svg text{font-size:19px}}
+@media (min-width:1000px){.chart{display:inline-block;width:49.5%;vertical-align:top}
+svg text{font-size:17px}}
 .facts{display:flex;flex-wrap:wrap;gap:.5rem}
 .facts div{background:var(--card);border-radius:.5rem;padding:.4rem .8rem}
 .facts b{display:block;font-size:1.15rem}.facts span,.dim{color:var(--dim);font-size:.85rem}
 .wide{overflow-x:auto}table{border-collapse:collapse;font-size:.92rem}
 td,th{border-bottom:1px solid var(--line);padding:.3rem .6rem;text-align:left;vertical-align:top}
+td:nth-child(n+3):last-child{min-width:13rem}
 svg{display:block;width:100%;height:auto;max-width:44rem;font:12px system-ui,sans-serif}
 svg text{fill:var(--dim)}svg .grid{stroke:var(--line)}svg .axis{stroke:var(--dim)}
 pre{background:var(--card);padding:.8rem;border-radius:.5rem;overflow-x:auto;font-size:.85rem}
 summary{cursor:pointer}audio{max-width:16rem;width:100%}
 ins{color:#d35400}del{color:var(--bad)}mark{background:none;color:var(--bad);text-decoration:underline}
-.same{color:var(--dim)}.changed{color:#b36b00}.new{color:var(--good)}.dangerous{color:var(--bad)}
+.same{color:var(--dim)}.changed{color:var(--warn)}.new{color:var(--good)}.dangerous{color:var(--bad)}
 .pass{color:var(--good)}.fail{color:var(--bad);font-weight:600}
 """
 
@@ -121,7 +125,7 @@ def chart(
         return LEFT + across * field[0], HEIGHT - BOTTOM - up * field[1]
 
     parts = [
-        f"<h3>{escape(title)}</h3>",
+        f'<div class="chart"><h3>{escape(title)}</h3>',
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">',
     ]
     for value in ticks(y0, y1):
@@ -156,7 +160,7 @@ def chart(
         f'<span style="color:{COLOURS[n % len(COLOURS)]}">&#9679;</span> {escape(name)}'
         for n, name in enumerate(series)
     )
-    return "".join([*parts, "</svg>", f'<p class="dim">{legend}; across: steps</p>'])
+    return "".join([*parts, "</svg>", f'<p class="dim">{legend} &nbsp; by step</p></div>'])
 
 
 def smoothed(points: list[tuple[float, float]], most: int = 150) -> list[tuple[float, float]]:
