@@ -186,10 +186,12 @@ def _normalize(x, frames, valid, kind):
         pieces = zip(x.split(TILE_FRAMES, 2), valid.split(TILE_FRAMES, 2))
         return sum(function(y, is_valid).sum(dims, keepdim=True) for y, is_valid in pieces)
 
-    # From the first value on: of digital silence, the mean is then that value in any batch, where
-    # NeMo's differs from it by a rounding, which a deviation of 0 blows up to 0.4.
+    mean = total(lambda y, is_valid: y * is_valid) / count
+    # Of digital silence the mean is its one value, in any batch: NeMo's differs from it by a
+    # rounding, which a deviation of 0 blows up to 0.4.
     first = x[:, : 1 if kind == "all_features" else None, :1]
-    mean = first + total(lambda y, is_valid: (y - first) * is_valid) / count
+    constant = total(lambda y, is_valid: (y != first) & is_valid) == 0
+    mean = torch.where(constant, first, mean)
     variance = total(lambda y, is_valid: ((y - mean) * is_valid).square()) / (count - 1)
     std = variance.sqrt().nan_to_num(nan=0.0)  # a single frame has no deviation
     if x.shape[2] > TILE_FRAMES and not x.requires_grad:
