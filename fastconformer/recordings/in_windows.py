@@ -1,14 +1,17 @@
 """A long recording whose text is told while it goes through the encoder, window by window."""
 
+import dataclasses
 from collections.abc import Callable
 
 import numpy as np
 import torch
 
 from . import longform
+from .cuts import join_pieces
 from .modes import evaluating
 from .partial import RunningText
 from .samples import as_float, read_samples
+from .silence import doubt, silent, sounding
 from .transcript import Transcript, transcript
 
 
@@ -33,9 +36,12 @@ def transcribe_in_windows(
     found, state = chosen.first_hypothesis(), None
     if found is None:
         raise ValueError(f"the head {chosen.name} reads a clip as a whole, not window by window")
-    samples = read_samples(samples, model.sample_rate)
-    running, duration_s, n_frames = RunningText(chosen), len(samples) / model.sample_rate, 0
-    audio = torch.from_numpy(np.ascontiguousarray(samples))[None].to(model.device)
+    rate, frame_s = model.sample_rate, model.config.frame_seconds
+    samples = read_samples(samples, rate)
+    first, end = sounding(samples, rate, round(frame_s * rate))
+    heard = samples[first : max(first + 1, end)]
+    running, heard_s, n_frames = RunningText(chosen), len(heard) / rate, 0
+    audio = torch.from_numpy(np.ascontiguousarray(heard))[None].to(model.device)
     with evaluating(model):
         features, lengths = model.preprocessor(
             as_float(audio), torch.tensor([audio.shape[1]], device=model.device), pad=False
@@ -44,5 +50,7 @@ def transcribe_in_windows(
         for encoded in longform.encoded_windows(model, features, 1, window_s):
             state = chosen.decode_next([found], encoded, [n_frames], state)
             n_frames += encoded.shape[1]
-            tell(running.partial(found, None, duration_s).stable_text)
-    return transcript(model, found, chosen.name, duration_s, timestamps=True)
+            tell(running.partial(found, None, heard_s).stable_text)
+    whole = transcript(model, found, chosen.name, heard_s, timestamps=True)
+    whole = join_pieces([whole], [first / rate], frame_s, len(samples) / rate)
+    return dataclasses.replace(whole if end else silent(whole), doubtful=doubt(whole, heard, rate))
