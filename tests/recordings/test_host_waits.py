@@ -1,6 +1,7 @@
 """How often the host waits for the device in transcription, counted on a CPU that plays a GPU."""
 
 import traceback
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from fastconformer.decoding import graphs
 from fastconformer.networks import kernels, tiles
 
 GPU = torch.device("cuda:0")
+PACKAGE = str(Path(fastconformer.__file__).parent)
 READS = {"item", "tolist", "cpu", "numpy", "nonzero", "masked_select"}
 READS |= {"__bool__", "__int__", "__float__", "__index__"}
 
@@ -44,7 +46,7 @@ class PlayedGpu(TorchFunctionMode):
             isinstance(x, torch.Tensor) and x.dtype == torch.bool for x in tree_leaves(args[1])
         )
         if there and (name in READS or by_mask):
-            frames = [f for f in traceback.extract_stack() if "/fastconformer/" in f.filename]
+            frames = [f for f in traceback.extract_stack() if f.filename.startswith(PACKAGE)]
             self.waits.append(f"{frames[-1].filename}:{frames[-1].lineno} {name}")
         sent = any(isinstance(x, torch.device) and x == GPU for x in given)
         back = name == "cpu" or (name == "to" and any(x == "cpu" for x in args[1:]))
