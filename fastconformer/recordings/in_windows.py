@@ -1,6 +1,5 @@
 """A long recording whose text is told while it goes through the encoder, window by window."""
 
-import dataclasses
 from collections.abc import Callable
 
 import numpy as np
@@ -11,7 +10,7 @@ from .cuts import join_pieces
 from .modes import evaluating
 from .partial import RunningText
 from .samples import as_float, read_samples
-from .silence import doubt, silent, sounding
+from .silence import judged, sounding
 from .transcript import Transcript, transcript
 
 
@@ -53,4 +52,4 @@ def transcribe_in_windows(
             tell(running.partial(found, None, heard_s).stable_text)
     whole = transcript(model, found, chosen.name, heard_s, timestamps=True)
     whole = join_pieces([whole], [first / rate], frame_s, len(samples) / rate)
-    return dataclasses.replace(whole if end else silent(whole), doubtful=doubt(whole, heard, rate))
+    return judged(whole, end > 0, heard, rate)

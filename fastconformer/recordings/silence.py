@@ -33,8 +33,15 @@ def sounding(samples: np.ndarray, rate_hz: int, frame_samples: int) -> tuple[int
     return first, end if len(samples) - end >= shortest else len(samples)
 
 
-def silent(transcript: Transcript) -> Transcript:
-    """The transcript of a recording in which nothing sounds."""
+def judged(transcript: Transcript, sounds: bool, samples: np.ndarray, rate_hz: int) -> Transcript:
+    """The transcript of a recording, of which `samples` were heard: without a text where nothing
+    sounds, else with the reason why its text is doubtful."""
+    if not sounds:
+        return _silent(transcript)
+    return replace(transcript, doubtful=doubt(transcript, samples, rate_hz))
+
+
+def _silent(transcript: Transcript) -> Transcript:
     with_durations = transcript.token_durations is not None
     return replace(
         transcript,

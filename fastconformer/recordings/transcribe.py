@@ -19,7 +19,7 @@ from .modes import evaluating
 from .overlaps import LONGEST_S, cut_with_overlap, join_overlapping
 from .retry import retry_stuck
 from .samples import as_float, collate, read_samples
-from .silence import doubt, silent, sounding
+from .silence import judged, sounding
 from .timestamps import Span
 from .transcript import Transcript, transcript
 
@@ -186,9 +186,7 @@ def transcribe(
         if overlap and len(pieces) > 1:
             of_clip = [join_overlapping(model, of_clip, samples, pieces, timestamps)]
         joined = join_pieces(of_clip, starts_s[: len(of_clip)], frame_s, len(clip) / rate)
-        if not any(bound):
-            joined = silent(joined)
-        results.append(dataclasses.replace(joined, doubtful=doubt(joined, heard, rate)))
+        results.append(judged(joined, bound[1] > 0, heard, rate))
     return results
 
 

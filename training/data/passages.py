@@ -6,6 +6,7 @@ import re
 
 import numpy as np
 
+from fastconformer.recordings.cuts import power_of_steps
 from fastconformer.text.scripts import has_spaceless, units
 
 STEP_S = 0.01  # of loudness
@@ -78,12 +79,8 @@ def quiet_steps(samples: np.ndarray, rate_hz: int) -> np.ndarray:
     count = len(samples) // step
     if not count:
         return np.zeros(0, dtype=bool)
-    energy = np.empty(count)
-    for first in range(0, count, 1 << 14):  # no copy of an hour in float64
-        part = samples[first * step : min(first + (1 << 14), count) * step].reshape(-1, step)
-        energy[first : first + (1 << 14)] = np.square(part, dtype=np.float64).mean(1)
     scale = 32768.0**2 if samples.dtype == np.int16 else 1.0
-    level = 10 * np.log10(energy / scale + 1e-9)
+    level = 10 * np.log10(power_of_steps(samples, step) / scale + 1e-9)
     level = np.convolve(np.pad(level, 2, mode="edge"), np.ones(5) / 5, "valid")
     quiet = np.zeros(count, dtype=bool)
     around, hop = round(AROUND_S / STEP_S), round(5 / STEP_S)
