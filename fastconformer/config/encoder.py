@@ -4,6 +4,17 @@ from dataclasses import dataclass
 
 from .checks import require
 
+# of NeMo's adapters -> the module of torch.nn
+ADAPTER_ACTIVATIONS = {
+    "identity": "Identity",
+    "hardtanh": "Hardtanh",
+    "relu": "ReLU",
+    "selu": "SELU",
+    "swish": "SiLU",
+    "silu": "SiLU",
+    "gelu": "GELU",
+}
+
 
 @dataclass(frozen=True)
 class AdapterConfig:
@@ -17,8 +28,8 @@ class AdapterConfig:
     dropout: float = 0.0
 
     def __post_init__(self):
-        known = ("identity", "hardtanh", "relu", "selu", "swish", "silu", "gelu")
-        for key, values in (("activation", known), ("norm_position", ("pre", "post"))):
+        known = {"activation": ADAPTER_ACTIVATIONS, "norm_position": ("pre", "post")}
+        for key, values in known.items():
             value = getattr(self, key)
             require(
                 value in values,

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..config import EncoderConfig
-from ..config.encoder import AdapterConfig
+from ..config.encoder import ADAPTER_ACTIVATIONS, AdapterConfig
 from . import kernels
 from .attention import RelPositionMultiHeadAttention
 from .birwkv7 import BiRWKV7
@@ -120,17 +120,6 @@ def _is_inference_on_cpu(x: torch.Tensor) -> bool:
     return x.device.type == "cpu" and not torch.is_grad_enabled()
 
 
-ACTIVATIONS = {
-    "identity": nn.Identity,
-    "hardtanh": nn.Hardtanh,
-    "relu": nn.ReLU,
-    "selu": nn.SELU,
-    "swish": nn.SiLU,
-    "silu": nn.SiLU,
-    "gelu": nn.GELU,
-}
-
-
 class LinearAdapter(nn.Module):
     """NeMo's, behind a layer whose weights are frozen: a norm, to few features, an activation, and
     back. (B, T, D) -> (B, T, D), which is added to the input."""
@@ -140,7 +129,7 @@ class LinearAdapter(nn.Module):
         d, norm = config.in_features, nn.LayerNorm(config.in_features)
         parts = [
             nn.Linear(d, config.dim, bias=False),
-            ACTIVATIONS[config.activation](),
+            getattr(nn, ADAPTER_ACTIVATIONS[config.activation])(),
             nn.Linear(config.dim, d, bias=False),
         ]
         self.module = nn.Sequential(
