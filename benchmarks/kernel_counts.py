@@ -26,10 +26,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks import commit
+from benchmarks import commit, write_result
 from benchmarks.random_model import SIZES, TOKENIZER, parakeet
 from fastconformer import ModelConfig
-from fastconformer.checkpoint.files import atomic_file
 from fastconformer.decoding.label_loop import LabelLoop, window_frames
 from fastconformer.model import NoInitialisation
 from fastconformer.networks import tiles
@@ -221,8 +220,7 @@ def main(argv: list[str] | None = None) -> int:
         "rows": rows,
     }
     if args.out:
-        with atomic_file(args.out) as temporary:
-            temporary.write_text(json.dumps(result, indent=1) + "\n")
+        write_result(args.out, result)
     print(json.dumps(result))
     return 0
 
