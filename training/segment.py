@@ -46,7 +46,8 @@ def segment(options) -> int:
     from training.data.json_lines import json_line
     from training.data.segments import find_segments
 
-    if options.max_s <= 0 or options.pause_s <= 0 or (options.min_score or 0) > 0:
+    positive = options.max_s > 0 and options.pause_s > 0  # not a number is neither
+    if not positive or not (options.min_score or 0) <= 0:
         raise cli.UsageError("--max-s and --pause-s are seconds, --min-score is 0 or less")
     try:
         text = options.text.read_text(encoding="utf-8-sig")

@@ -115,7 +115,8 @@ def test_a_recording_becomes_a_manifest_that_finetune_takes(tmp_path, capsys):
         "trainer: {max_steps: 1, threads: 1, device: cpu}\n"
     )
     assert finetune([str(recipe)]) == 0 and (tmp_path / "run" / "model.nemo").exists()
-    assert main([*command, "--min-score=7", "-o", str(out)]) == 2
+    for wrong in ("--min-score=7", "--min-score=nan", "--max-s=nan", "--pause-s=0"):
+        assert main([*command, wrong, "-o", str(out)]) == 2
     assert main([*command, "--min-score=-0.001", "-o", str(out)]) == 1
     assert "nothing fits" in capsys.readouterr().err
 
