@@ -92,8 +92,8 @@ def transcribe(
     min_duration_s = model.min_duration_s if min_duration_s is None else min_duration_s
     if not 0 <= min_duration_s < math.inf:
         raise ValueError(f"min_duration_s is {min_duration_s}, expected seconds, 0 or more")
-    if window_s is not None and not 0 < window_s < math.inf:
-        raise ValueError(f"window_s is {window_s}, expected seconds, more than 0")
+    if window_s is not None:
+        _check_window(window_s)
     if long not in longform.MODES:
         raise ValueError(f"long is {long!r}, expected one of {', '.join(longform.MODES)}")
     if errors not in ("raise", "keep"):
@@ -196,6 +196,7 @@ def transcribe_iter(
     """The segments of one recording, with times in seconds, as they come: it is cut in pauses into
     pieces of at most `window_s`, which are transcribed one after another. `item`, `options` and
     errors: see `transcribe`."""
+    _check_window(window_s)
     rate = model.sample_rate
     samples = read_samples(item, rate)
     for first, end in cut_in_pauses(samples, rate, window_s):
@@ -203,6 +204,11 @@ def transcribe_iter(
         start_s = first / rate
         for span in found.segments or ():
             yield dataclasses.replace(span, start=span.start + start_s, end=span.end + start_s)
+
+
+def _check_window(window_s: float) -> None:
+    if not 0 < window_s < math.inf:
+        raise ValueError(f"window_s is {window_s}, expected seconds, more than 0")
 
 
 def _show(done_s: float, all_s: float) -> None:

@@ -250,6 +250,9 @@ def test_segments_and_progress_as_they_come(base, capsys):
     assert len(spans) >= 3 and spans[0].text == whole.segments[0].text
     assert all(a.end <= b.start for a, b in itertools.pairwise(spans))
     assert spans[-1].end <= len(long) / 16000
+    for wrong in (0, float("nan")):
+        with pytest.raises(ValueError, match="expected seconds, more than 0"):
+            next(base.transcribe_iter(long, window_s=wrong))
     base.transcribe(
         [long, clip], long="chunks", window_s=3.0, batch_size=1, progress=lambda *a: told.append(a)
     )
