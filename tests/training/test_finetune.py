@@ -149,6 +149,44 @@ def test_a_killed_run_goes_on_bit_for_bit(corpus, tmp_path, capsys):
         assert (broken / name).read_bytes() == (whole / name).read_bytes(), f"{name}, step {step}"
 
 
+@pytest.mark.slow  # eight minutes on a busy machine
+def test_ten_kills_leave_no_trace(corpus, tmp_path):
+    """Of two stages: a kill falls into the start, a step, an evaluation or a half-written file."""
+    recipe, _ = corpus
+    options = ["stages=[{optim: {lr: 2.0e-3}}, {trainer: {max_steps: 30}}]", "keep.top_k=2"]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+
+    def log_lines() -> int:
+        return sum(log.read_bytes().count(b"\n") for log in broken.glob("stage_*/log.jsonl"))
+
+    chance = random.Random(seed := random.randrange(10**6))
+    kills = []
+    for _ in range(10):
+        killed = start(recipe, broken, *options)
+        before, more = log_lines(), chance.randrange(5)  # 0: while it starts
+        while killed.poll() is None and log_lines() < before + more:
+            time.sleep(0.002)
+        time.sleep(chance.uniform(0, 0.5 if more else 5))
+        killed.kill()
+        killed.communicate()
+        kills.append((log_lines(), killed.returncode))
+    told = f"(lines, exit status) {kills}, seed {seed}"
+    assert {status for _, status in kills} == {-signal.SIGKILL}, told
+    assert kills[-1][0] > 10, told
+    for run in (broken, whole):
+        running = start(recipe, run, *options)
+        problems = running.communicate(timeout=400)[1]
+        assert running.returncode == 0, problems
+    names = {str(path.relative_to(whole)) for path in whole.rglob("*") if path.is_file()}
+    for name in sorted(name for name in names if "tensorboard" not in name):
+        path = broken / name
+        assert path.is_file(), f"no {name}: {told}"
+        if path.name in ("log.jsonl", "model.nemo") or path.suffix == ".safetensors":
+            assert path.read_bytes() == (whole / name).read_bytes(), f"{name}: {told}"
+        if path.name == "ledger.jsonl":
+            assert ledger(path.parent) == ledger((whole / name).parent), f"{name}: {told}"
+
+
 @pytest.mark.parametrize("option", ["optim.name=adamw8bit", "trainer.precision=bf16"])
 def test_every_kind_of_step_resumes_bit_for_bit(corpus, tmp_path, option):
     recipe, run = corpus
