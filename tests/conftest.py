@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from hosts import two_hosts
 from safetensors.torch import load_file
 
 from fastconformer import load_model
@@ -144,3 +145,9 @@ def ledger(run: Path) -> list[dict]:
     """Evaluations, without the time they took."""
     lines = (run / "ledger.jsonl").read_text().splitlines()
     return [{k: v for k, v in json.loads(line).items() if k != "minutes"} for line in lines]
+
+
+@pytest.fixture
+def hosts():
+    with two_hosts() as both:
+        yield both

@@ -7,6 +7,7 @@ which the first process merges at the end, in the order of the clips.
 """
 
 import contextlib
+import datetime
 import hashlib
 import json
 import os
@@ -23,6 +24,8 @@ from .rounds import transcribe_clips
 
 if TYPE_CHECKING:
     from ..model import ASRModel
+
+WAIT = datetime.timedelta(days=1)  # at the end, for the slowest process of several
 
 
 def processes() -> tuple[int, int]:
@@ -44,7 +47,8 @@ def run_job(
 
     made_by: the model and the options, as the lines tell them; on_told: called with each failure
     and each note; options: see `transcribe_clips`. ValueError: another process is writing there, or
-    what is there was made by another model or with other options.
+    what is there was made by another model or with other options, or a process of several ended
+    before it was done.
     """
     if output is None:
         return _append(model, clips, sys.stdout, made_by, on_told, progress, options)
@@ -145,9 +149,16 @@ def _transcribed(done: dict[tuple, str]) -> set[tuple]:
 
 
 def _sum_of_all(number: int) -> int:
+    """Over all processes, once the last of them is done."""
     import torch
     import torch.distributed as dist
 
-    total = torch.tensor(number)
-    dist.all_reduce(total)
+    try:
+        dist.monitored_barrier(timeout=WAIT)
+        total = torch.tensor(number)
+        dist.all_reduce(total)
+    except RuntimeError:  # its connection is gone, with its process or its machine
+        raise ValueError(
+            "another process of this job ended early; what is done is kept, start it again"
+        ) from None
     return int(total)
