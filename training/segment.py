@@ -33,7 +33,10 @@ def main(arguments: list[str] | None = None) -> int:
         help="nats a token, 0 at best, below which a clip is left out, such as -2 (default: what "
         "is unusual in this recording)",
     )
-    parser.add_argument("--lang", help="written into every line")
+    parser.add_argument(
+        "--lang",
+        help="written into every line; picks the tokenizer where each language has one",
+    )
     options = parser.parse_args(arguments)
     return cli.run("segment", lambda: segment(options))
 
@@ -64,6 +67,7 @@ def segment(options) -> int:
         min_score=options.min_score,
         head=options.head,
         batch_size=options.batch_size,
+        lang=options.lang,
     )
     (options.output / "clips").mkdir(parents=True, exist_ok=True)
     kept, left_out = [], []

@@ -12,6 +12,7 @@ from conftest import golden
 
 from training import compare, finetune
 from training.pages.comparison import meaning, peak_lr
+from training.pages.decision import compare_columns
 from training.recipe.recipe import load_recipe
 
 
@@ -151,6 +152,21 @@ def test_statuses_and_the_checklist(recipe, tmp_path, capsys):
     # beside its pretrained model, whose config tells of its own training
     assert compare.main([calm]) == 0
     assert "pretrained" in capsys.readouterr().out
+
+
+def test_what_the_pretrained_model_does_not_tell_is_new():
+    columns = {"pretrained": {"optimizer": "adamw"}, "other: small.nemo": {"optimizer": "adamw"}}
+    columns["stage 1"] = {"optimizer": "adamw", "betas": "0.9, 0.98", "steps": "10"}
+    columns["stage 2"] = columns["stage 1"] | {"steps": "20"}
+    rows = {row.what: row for row in compare_columns(columns, {})}
+    assert [rows[what].status for what in ("optimizer", "betas", "steps")] == ["same", "new", "new"]
+    assert not rows["betas"].note and "how long it learns" in rows["steps"].note
+
+
+def test_skipped_cells_of_the_lattice_are_told(recipe, capsys):
+    for loss, told in (({}, "below 1e-07"), ({"eps": 0.0}, "none")):
+        assert compare.main([recipe(loss=loss)]) == 0
+        assert re.search(rf"lattice cells left out +{told} ", capsys.readouterr().out)
 
 
 def test_stages_are_prepared_one_by_one(recipe, capsys):

@@ -10,8 +10,9 @@ import soundfile
 
 import fastconformer
 from fastconformer.audio.files import load_audio
-from fastconformer.text.tokenizer import CharTokenizer
-from tests.conftest import SAMPLES, TESTS, extra
+from fastconformer.checkpoint.nemo_archive import read_nemo
+from fastconformer.text.tokenizer import AggregateTokenizer, CharTokenizer
+from tests.conftest import SAMPLES, TESTS, extra, golden
 from training.data import segments
 from training.data.passages import quiet_steps, runs, words_of_text
 from training.data.segments import find_segments
@@ -188,6 +189,19 @@ def test_words_are_written_as_the_model_can():
     assert [text[w.start : w.end] for w in words][2:4] == ["said —", "in 1818:"]
     assert [w.clause for w in words] == [True, False, False, True, False, True]
     assert [w.sentence for w in words] == [True, False, False, True, False, True]
+
+
+def test_words_are_written_in_their_language():
+    """Pieces of the second language have ids behind those of the first."""
+    model = read_nemo(golden("hybrid_tdt_ctc_bpe") / "model.nemo").tokenizer_files
+    both = AggregateTokenizer(dict.fromkeys(("en", "es"), model["tokenizer.model"]))
+    half = both.languages["en"].vocab_size
+    tokens = [w.tokens for w in words_of_text("two is it.", both.languages["en"])]
+    for lang, first in (("en", 0), ("es", half)):
+        found = words_of_text("two is it.", both, lang)
+        assert [w.tokens for w in found] == [tuple(first + i for i in ids) for ids in tokens]
+    with pytest.raises(ValueError, match="needs its language, one of en, es"):
+        words_of_text("two", both)
 
 
 def test_pauses_are_found_in_noise_and_digital_silence():

@@ -32,9 +32,11 @@ class Word:
     sentence: bool
 
 
-def words_of_text(text: str, tokenizer) -> list[Word]:
+def words_of_text(text: str, tokenizer, lang: str | None = None) -> list[Word]:
     """Words that the path may part: between spaces, in scripts without them of a few characters.
-    What the tokenizer cannot write (a dash, maybe a number) belongs to the word before it."""
+    What the tokenizer cannot write (a dash, maybe a number) belongs to the word before it. `lang`
+    is asked for where each language has a tokenizer of its own."""
+    own = tokenizer.of_language(lang)
     words: list[Word] = []
     for match in re.finditer(r"\S+", text):
         chunk, at = match.group(), match.start()
@@ -45,7 +47,7 @@ def words_of_text(text: str, tokenizer) -> list[Word]:
             line = last and "\n" in text[match.end() : match.end() + 2]
             clause = line or (mark != "" and mark in _CLAUSE)
             sentence = line or (mark != "" and mark in _SENTENCE)
-            tokens = _writable(tokenizer, piece, not words, number > 0)
+            tokens = _writable(tokenizer, own, piece, not words, number > 0)
             word = Word(at, at + len(piece), tokens, clause, sentence)
             at = word.end
             if tokens:
@@ -57,14 +59,14 @@ def words_of_text(text: str, tokenizer) -> list[Word]:
     return words
 
 
-def _writable(tokenizer, piece: str, is_first: bool, glued: bool) -> tuple[int, ...]:
-    """Ids of a word as the tokenizer can write it: as it stands, else in lower case, else without
-    marks, else what it can of it. `glued`: no space before it."""
+def _writable(tokenizer, own, piece: str, is_first: bool, glued: bool) -> tuple[int, ...]:
+    """Ids of a word as its language's `own` tokenizer can write it: as it stands, else in lower
+    case, else without marks, else what it can of it. `glued`: no space before it."""
     bare = re.sub(r"[^\w']|_", "", piece.replace("’", "'"))
     longest: list[int] = []
     for form in (piece, piece.lower(), bare, bare.lower()):
-        ids = tokenizer.encode_word(form, is_first) if form else []
-        ids = [i for i in ids if i != tokenizer.unk_id]
+        ids = own.encode_word(form, is_first) if form else []
+        ids = [i for i in ids if i != own.unk_id]
         if glued or all(tokenizer.pieces[i] in _SPACES for i in ids):
             ids = [i for i in ids if tokenizer.pieces[i] not in _SPACES]
         if ids and tokenizer.decode(ids).replace(" ", "").casefold() == form.casefold():

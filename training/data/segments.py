@@ -57,6 +57,7 @@ def find_segments(
     joined: bool = True,
     head: str | None = None,
     batch_size: int = 16,
+    lang: str | None = None,
 ) -> list[Segment]:
     """The clips of a recording and what is left out of it and of the text, in order of time.
 
@@ -68,10 +69,11 @@ def find_segments(
         min_score: parts below it are left out; None: DEVIATIONS from what is usual here.
         joined: good parts that follow one another become one clip of at most max_s.
         head, batch_size: as `frame_losses` takes them.
+        lang: of the text, where the model has a tokenizer for each language.
     Raises:
-        ValueError: the model can write no word of the text, or gives no frames.
+        ValueError: the model can write no word of the text, gives no frames, or does not know lang.
     """
-    words = words_of_text(text, model.tokenizer)
+    words = words_of_text(text, model.tokenizer, lang)
     used = sorted({token for word in words for token in word.tokens})
     if not used:
         raise ValueError("the text has no word that the model can write")

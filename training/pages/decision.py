@@ -35,6 +35,7 @@ NOTES = {  # row: the recipe key whose difference it is
     "pieces": "model.tokenizer",
     "sample rate": "model.sample_rate",
     "loss": "loss",
+    "lattice cells left out": "loss.eps",
     "SpecAugment": "spec_augment",
     "other augmentation": "augment",
 }
@@ -71,12 +72,12 @@ def compare_columns(columns: dict[str, dict[str, str]], runs: dict[str, Prepared
         if len(set(told)) <= 1 and len(told) == len(values):
             status = "same"
         elif not values[0]:
-            status = "new" if len(set(values[1:])) <= 1 or len(values) == 1 else "changed"
+            status = "new"
         else:
             status = "changed" if len(set(told)) > 1 else "same"
         if is_dangerous(name, values):
             status = "dangerous"
-        note = "" if status in ("same", "new") else meaning(NOTES[name])
+        note = "" if status != "dangerous" and len(set(told)) <= 1 else meaning(NOTES[name])
         rows.append(Row(name, values, status, note))
     return rows
 

@@ -324,6 +324,7 @@ def _model_class(model: dict) -> str:
 
 def _losses(found: Translation) -> None:
     take = found.take
+    found.set("loss.eps", 0.0, "model.loss (skips no cells)")
     take("model.label_smoothing", "loss.label_smoothing", float)
     take("model.use_loss_mask_for_prompt", "loss.mask_prompt", bool)
     for loss in ("tdt", "warprnnt_numba"):
