@@ -11,7 +11,7 @@ from conftest import SAMPLES, golden
 
 from benchmarks import REPOSITORY, SPEECH, peer_versions
 
-NAMES = ("birwkv7", "cpu_vs_nemo", "exports", "longform", "losses", "rtfx", "wkv7")
+NAMES = ("birwkv7", "cpu_share", "cpu_vs_nemo", "exports", "longform", "losses", "rtfx", "wkv7")
 MODEL = str(golden("hybrid_tdt_ctc_bpe") / "model.nemo")
 
 
@@ -64,6 +64,7 @@ def test_in_small(name, tmp_path, monkeypatch):
         ("longform", ("--model", MODEL, "--audio", "no-such.ogg"), "no-such.ogg"),
         ("losses", ("--nemo-python", "no-such-python"), "no-such-python cannot be run"),
         ("losses", ("--nemo-python", "true"), "true cannot import nemo"),
+        ("cpu_share", ("--nemo-python", "no-such-python"), "no-such-python cannot be run"),
         ("cpu_vs_nemo", ("--nemo-python", "no-such-python"), "no-such-python cannot be run"),
         ("rtfx", ("--model", "no-such.nemo"), "no-such.nemo"),
         ("rtfx", ("--model", MODEL, "--manifest", "no-such.jsonl"), "no-such.jsonl"),
