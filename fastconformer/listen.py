@@ -36,6 +36,7 @@ def parse_arguments(argv=None):
         metavar="FRAMES",
         help="encoder frames that are heard before a text is told (the model's first; 1 s)",
     )
+    parser.add_argument("--target-lang", help="of models that are told a language: de-DE")
     parser.add_argument(
         "--part-s",
         type=float,
@@ -81,7 +82,8 @@ def listen(args) -> int:
     model = cli.load_model(args)
 
     def open_stream():
-        return model.stream(args.head, args.look_ahead, part_s=args.part_s)
+        slots = {} if args.target_lang is None else {"target_lang": args.target_lang}
+        return model.stream(args.head, args.look_ahead, part_s=args.part_s, **slots)
 
     blocks = _blocks(args, model.sample_rate)
     write_lines(blocks, open_stream, args.pause_s, model.sample_rate)

@@ -1,5 +1,6 @@
 """The whole model: holds the parts and gives the stages between audio, text and losses."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from .config import ModelConfig, config_errors
 from .decoding import DecodingOptions, Hypothesis
 from .heads import HEADS, Head, check_vocabulary
 from .networks.conformer import ConformerEncoder
-from .networks.heads import CTCHead
+from .networks.heads import CTCHead, PromptKernel
 from .networks.linear import Int8Weight, share_quantized
 from .networks.subsampling import encoded_length
 from .recordings.align import align
@@ -51,6 +52,8 @@ class ASRModel(nn.Module):
         self.tokenizer_files = tokenizer_files or {}
         self.preprocessor = Preprocessor(config.preprocessor, stft_pad)
         self.encoder = ConformerEncoder(config.encoder)
+        if config.prompts is not None:
+            self.prompt_kernel = PromptKernel(config.prompts.count, config.encoder.d_out)
         for name in config.heads:
             for attribute, module in HEADS[name].networks(config).items():
                 setattr(self, attribute, module)
@@ -108,16 +111,39 @@ class ASRModel(nn.Module):
         frames = self.preprocessor.featurizer.feature_lengths(torch.tensor([n_samples]))
         return encoded_length(self.config.encoder, int(frames))
 
-    def encode(self, features: torch.Tensor, lengths: torch.Tensor):
+    def encode(
+        self,
+        features: torch.Tensor,
+        lengths: torch.Tensor,
+        prompt_indices: int | Sequence[int] | None = None,
+    ):
         """features (B, M, T), lengths (B,) -> encoded (B, T', D) in the model's dtype, lengths.
-        ValueError: shapes that do not fit."""
+        `prompt_indices`: see `conditioned`. ValueError: shapes that do not fit."""
         n_mels = self.config.encoder.feat_in
         if features.shape != (len(lengths), n_mels, features.shape[-1]):
             raise ValueError(
                 f"features are {tuple(features.shape)} and their lengths {tuple(lengths.shape)}, "
                 f"expected (B, {n_mels}, T) and (B,)"
             )
-        return self.encoder(features.to(self.dtype), lengths)
+        encoded, lengths = self.encoder(features.to(self.dtype), lengths)
+        return self.conditioned(encoded, prompt_indices), lengths
+
+    def conditioned(
+        self, encoded: torch.Tensor, prompt_indices: int | Sequence[int] | None = None
+    ) -> torch.Tensor:
+        """What the heads take of the encoder's frames (B, T', D): told which language to write, in
+        a model that has prompts for it.
+
+        prompt_indices: `config.prompts.index` of each clip, or of all; None: of "auto". NeMo passes
+        a stream's frames on without any prompt where none was set: no training ever did.
+        """
+        prompts = self.config.prompts
+        if prompts is None:
+            return encoded
+        if prompt_indices is None:
+            prompt_indices = prompts.index({})
+        indices = torch.as_tensor(prompt_indices, device=encoded.device).expand(len(encoded))
+        return self.prompt_kernel(encoded, indices)
 
     def ctc_log_probs(self, encoded: torch.Tensor) -> torch.Tensor:
         """(B, T', D) -> (B, T', V+1) float32, blank last. ValueError: the model has no CTC head."""
@@ -126,7 +152,8 @@ class ASRModel(nn.Module):
     @property
     def parts(self) -> dict[str, str]:
         """Names of parts that recipes may use -> paths of modules; the heads have theirs."""
-        return {"subsampling": "encoder.pre_encode", "layers": "encoder.layers"}
+        prompts = {} if self.config.prompts is None else {"prompt_kernel": "prompt_kernel"}
+        return {"subsampling": "encoder.pre_encode", "layers": "encoder.layers"} | prompts
 
     @property
     def encoder_blocks(self) -> list[str]:

@@ -106,6 +106,7 @@ class FunASRConfig:
 
     segment_separators = (".", "?", "!", "。", "？", "！")
     segment_gap_frames = None
+    prompts = None  # between encoder and heads, as some of NeMo's models have them
 
     @property
     def record(self) -> dict:

@@ -1,5 +1,6 @@
 """Which heads a model has, and their numbers: a dataclass for each section that a head owns."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from .checks import require
@@ -8,6 +9,8 @@ CTC_CLASSES = ("EncDecCTCModel", "EncDecCTCModelBPE")
 TRANSDUCER_CLASSES = ("EncDecRNNTModel", "EncDecRNNTBPEModel")
 HYBRID_CLASSES = ("EncDecHybridRNNTCTCModel", "EncDecHybridRNNTCTCBPEModel")
 AED_CLASSES = ("EncDecMultiTaskModel",)
+# with a language's prompt between encoder and heads
+PROMPTED_CLASSES = ("EncDecRNNTBPEModelWithPrompt", "EncDecHybridRNNTCTCBPEModelWithPrompt")
 
 # The heads of NeMo's model classes, the default first. "transducer" is "tdt" where its joint gives
 # durations, else "rnnt".
@@ -16,6 +19,7 @@ HEADS_OF_CLASS = {
     **dict.fromkeys(TRANSDUCER_CLASSES, ("transducer",)),
     **dict.fromkeys(HYBRID_CLASSES, ("transducer", "ctc")),
     **dict.fromkeys(AED_CLASSES, ("aed",)),
+    **dict(zip(PROMPTED_CLASSES, (("transducer",), ("transducer", "ctc")), strict=True)),
 }
 
 
@@ -53,6 +57,35 @@ class JointConfig:
 class CTCConfig:
     vocab_size: int
     d_in: int
+
+
+@dataclass(frozen=True)
+class PromptsConfig:
+    """NeMo's prompts behind the encoder: which language is to be written, {name: place in a one-hot
+    vector of `count`}."""
+
+    names: dict[str, int]
+    count: int
+
+    def __post_init__(self):
+        for name, index in self.names.items():
+            require(
+                isinstance(index, int) and 0 <= index < self.count,
+                f"model_defaults.prompt_dictionary.{name} is {index!r}, expected 0 to "
+                f"{self.count - 1}",
+            )
+
+    def index(self, slots: Mapping) -> int:
+        """The prompt of {"target_lang": name}; without it that of "auto", as in NeMo. ValueError:
+        another slot, or no such language; the message lists them."""
+        for slot in slots:
+            if slot != "target_lang":
+                raise ValueError(f"{slot} is no slot of this model's prompt, target_lang is")
+        name = slots.get("target_lang", "auto")
+        if name not in self.names:
+            given = "not given" if "target_lang" not in slots else repr(name)
+            raise ValueError(f"target_lang is {given}, expected one of {', '.join(self.names)}")
+        return self.names[name]
 
 
 @dataclass(frozen=True)

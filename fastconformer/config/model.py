@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from . import nemo
 from .encoder import EncoderConfig
-from .heads import AEDConfig, CTCConfig, JointConfig, LossConfig, PredictionConfig
+from .heads import AEDConfig, CTCConfig, JointConfig, LossConfig, PredictionConfig, PromptsConfig
 from .preprocessor import PreprocessorConfig
 
 
@@ -31,6 +31,7 @@ class ModelConfig:
     joint: JointConfig | None = None
     ctc: CTCConfig | None = None
     aed: AEDConfig | None = None
+    prompts: PromptsConfig | None = None
 
     @property
     def record(self) -> dict:

@@ -14,12 +14,14 @@ from .heads import (
     CTC_CLASSES,
     HEADS_OF_CLASS,
     HYBRID_CLASSES,
+    PROMPTED_CLASSES,
     TRANSDUCER_CLASSES,
     AEDConfig,
     CTCConfig,
     JointConfig,
     LossConfig,
     PredictionConfig,
+    PromptsConfig,
     TransformerConfig,
 )
 from .preprocessor import PreprocessorConfig
@@ -67,6 +69,7 @@ def sections(cfg: dict) -> dict:
         preprocessor=preprocessor,
         encoder=encoder,
         loss=loss,
+        prompts=_prompts(cfg, class_name, encoder),
         **parts,
         **_decoding(cfg.get("decoding") or {}),
     )
@@ -161,6 +164,23 @@ def _adapters(cfg: dict) -> tuple[AdapterConfig, ...]:
         ignored = ("enabled", "adapter_strategy")
         found.append(_parse(AdapterConfig, f"adapters.{name}", {"name": name, **data}, ignored))
     return tuple(found)
+
+
+def _prompts(cfg: dict, class_name: str, encoder: EncoderConfig) -> PromptsConfig | None:
+    """What a class with prompts can be asked for; None: it has none, or does not use them."""
+    defaults = cfg.get("model_defaults") or {}
+    if class_name not in PROMPTED_CLASSES or not defaults.get("initialize_prompt_feature"):
+        return None
+    width, names = defaults.get("enc_hidden"), defaults.get("prompt_dictionary")
+    require(
+        width == encoder.d_out,
+        f"model_defaults.enc_hidden is {width!r}, but the encoder gives {encoder.d_out}",
+    )
+    require(
+        isinstance(names, dict) and bool(names),
+        "model_defaults.prompt_dictionary is empty: the model can be asked for no language",
+    )
+    return PromptsConfig(names, defaults.get("num_prompts", 128))
 
 
 def _decoding(data: dict) -> dict:

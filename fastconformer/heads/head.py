@@ -11,6 +11,8 @@ from ..losses.checks import check_batch, check_targets
 from ..recordings.timestamps import Span, spans_of_tokens, word_spans
 from ..text.tokenizer import Tokenizer
 
+ENCODE_ARGUMENTS = ("prompt_indices",)  # of `asked`'s answer
+
 
 class Head:
     """One head of a model, for as long as the caller asks it something: `model.head(name)` makes it
@@ -30,7 +32,6 @@ class Head:
     decode_arguments: tuple[str, ...] = ()
     refused_options: tuple[str, ...] = ("length_penalty", "max_generation_delta", "max_repeats")
     prompt = None
-    slots: tuple[str, ...] = ()  # of its prompt, by name: what `asked` takes
     aligner = None  # a model with a CTC head that times this head's words
 
     def __init__(self, model, name: str):
@@ -168,13 +169,31 @@ class Head:
         more names it in `decode_arguments`."""
         raise NotImplementedError
 
+    @property
+    def slots(self) -> tuple[str, ...]:
+        """Of its prompt, by name: what `asked` takes."""
+        return () if self.model.config.prompts is None else ("target_lang",)
+
     def for_clips(self, arguments: dict, clips: list[int]) -> dict:
         """Of `asked`'s arguments, which may differ by clip, those of some of the clips."""
-        return arguments
+        return {
+            name: [value[i] for i in clips] if isinstance(value, list) else value
+            for name, value in arguments.items()
+        }
+
+    def parted(self, arguments: dict) -> tuple[dict, dict]:
+        """`asked`'s arguments: those of `ASRModel.encode`, and those of `decode`."""
+        own = {name: value for name, value in arguments.items() if name in ENCODE_ARGUMENTS}
+        return own, {name: value for name, value in arguments.items() if name not in own}
 
     def slots_of(self, line: Mapping) -> dict:
         """The slots of the head's prompt that a manifest line brings."""
-        return {}
+        prompts = self.model.config.prompts
+        if prompts is None:
+            return {}
+        names = (line.get("target_lang"), line.get("lang"))
+        asked = names[0] or (names[1] if names[1] in prompts.names else None)
+        return {"target_lang": asked} if asked else {}
 
     def language_pair(self, slots: Mapping) -> str | None:
         """ "de>en": what is spoken and what is written, of these slots; None: they do not say."""
@@ -199,17 +218,26 @@ class Head:
         raise NotImplementedError
 
     def for_lines(self, lines: Sequence[Mapping]) -> dict:
-        """Arguments of `decode` for clips of manifest lines, each as the line wants it. ValueError:
-        a slot or value that there is not."""
-        return {}
+        """Arguments, as `asked`'s, for clips of manifest lines, each as the line wants it.
+        ValueError: a slot or value that there is not."""
+        if self.model.config.prompts is None:
+            return {}
+        return self.asked({"prompt": [self.slots_of(line) for line in lines]}, False)
 
     def asked(self, slots: Mapping, timestamps: bool) -> dict:
-        """What `decode` needs to be told for a transcription with these slots of a prompt (None:
-        not given), with or without times. ValueError: the head takes no prompt."""
-        for name, value in slots.items():
-            if value is not None:
+        """What `encode` and `decode` need to be told for a transcription with these slots of a
+        prompt (None: not given), with or without times. ValueError: the head takes no prompt, or
+        no such slot or value. `prompt`: slots, or a list of slots for each clip."""
+        given = {name: value for name, value in slots.items() if value is not None}
+        prompts = self.model.config.prompts
+        if prompts is None:
+            for name, value in given.items():
                 raise ValueError(f"{name} is {value!r}, but this model's heads take no prompt")
-        return {}
+            return {}
+        own = given.pop("prompt", {})
+        if isinstance(own, list):
+            return {"prompt_indices": [prompts.index(given | one) for one in own]}
+        return {"prompt_indices": prompts.index(given | own)}
 
     def log_probs(self, encoded: torch.Tensor, lengths: torch.Tensor | None = None):
         """(B, T', D), (B,) -> (B, T', V+1) float32, blank last, of a head that can align. One with

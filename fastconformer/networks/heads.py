@@ -1,7 +1,7 @@
-"""Output heads: CTC, prediction network and joint.
+"""Output heads: CTC, prediction network and joint, and what tells them a language.
 
-Source: NeMo's ConvASRDecoder, RNNTDecoder and RNNTJoint. All return logits or states; losses and
-decoders are functions elsewhere.
+Source: NeMo's ConvASRDecoder, RNNTDecoder, RNNTJoint and PromptStreamingMixin. All return logits or
+states; losses and decoders are functions elsewhere.
 """
 
 import torch
@@ -25,6 +25,21 @@ class CTCHead(nn.Module):
         """(B, T', D) -> logits (B, T', V+1)."""
         layer = self.decoder_layers[0]
         return linear(encoded, layer.weight[..., 0], layer.bias)
+
+
+class PromptKernel(nn.Sequential):
+    """Tells each frame which of `n_prompts` prompts its clip has: a one-hot vector beside it, and
+    two linear layers back to the frame's width."""
+
+    def __init__(self, n_prompts: int, width: int):
+        super().__init__(Linear(width + n_prompts, 2 * width), nn.ReLU(), Linear(2 * width, width))
+        self.n_prompts = n_prompts
+
+    def forward(self, encoded: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+        """(B, T', D), (B,) -> (B, T', D)."""
+        prompt = F.one_hot(indices, self.n_prompts).to(encoded)[:, None]
+        prompt = prompt.expand(-1, encoded.shape[1], -1)
+        return super().forward(torch.cat((encoded, prompt), -1))
 
 
 class LSTM(nn.Module):

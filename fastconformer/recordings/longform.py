@@ -194,6 +194,7 @@ def encoded_windows(
     window_s: float | None = None,
     context_s: float | None = None,
     budget_bytes: int | None = None,
+    **for_encoder,
 ) -> Iterator[torch.Tensor]:
     """features (M, T) of one recording, all valid -> encoded (1, frames of some windows, D) as they
     are done; together as one pass would give where `context_s` (None: `context_seconds`) holds all
@@ -201,7 +202,7 @@ def encoded_windows(
 
     Windows are encoded at most `batch_size` at a time, as the budget allows, so that memory does
     not grow with T but for the result. BiRWKV7 goes through one after another instead, with all of
-    the past in its carried states, and `context_s` of look-ahead.
+    the past in its carried states, and `context_s` of look-ahead. `for_encoder`: of `model.encode`.
     """
     config = model.config
     stride_s = config.preprocessor.hop_samples / model.sample_rate
@@ -212,7 +213,8 @@ def encoded_windows(
         window, ahead = (round(s / config.frame_seconds) for s in (window_s, context_s))
         features = features[None].to(model.dtype)
         lengths = torch.tensor([features.shape[2]], device=features.device)
-        yield from model.encoder.chunks(features, lengths, max(1, window), ahead)
+        for part in model.encoder.chunks(features, lengths, max(1, window), ahead):
+            yield model.conditioned(part, **for_encoder)
         return
     if budget_bytes is not None:
         dtype = model.dtype
@@ -232,6 +234,6 @@ def encoded_windows(
         batch = features.new_zeros(len(group), features.shape[0], int(lengths.max()))
         for row, window in zip(batch, group, strict=True):
             row[:, : window.end - window.start] = features[:, window.start : window.end]
-        encoded, _ = model.encode(batch, lengths)
+        encoded, _ = model.encode(batch, lengths, **for_encoder)
         kept = [e[w.first : w.first + w.count] for e, w in zip(encoded, group, strict=True)]
         yield torch.cat(kept)[None]

@@ -53,8 +53,10 @@ class StreamState:
 class Stream:
     """One stream of a causal model; see `open_stream`."""
 
-    def __init__(self, model, head: str | None = None, state: StreamState | None = None):
-        self.model, self.head = model, model.head(head)
+    def __init__(self, model, head: str | None = None, state: StreamState | None = None, **slots):
+        self.model, self.head, self.slots = model, model.head(head), slots
+        for_encoder, _ = self.head.parted(self.head.asked(slots, True))
+        self.prompt_index = for_encoder.get("prompt_indices")
         self.finished = False
         encoder = model.config.encoder
         self.chunk_frames = encoder.att_contexts[0][1] + 1
@@ -114,7 +116,7 @@ class Stream:
         state = self.state
         if state.n_samples and self._is_short(state.n_samples):
             whole = np.concatenate([_as_float32(part) for part in state.whole])
-            options = {"timestamps": True, "retry": False}
+            options = {"timestamps": True, "retry": False} | self.slots
             (found,) = transcribe(self.model, [whole], self.head.name, **options)
         else:
             self.together([self], to_the_end=True)
@@ -213,6 +215,7 @@ def open_stream(
     state: StreamState | WindowState | None = None,
     part_s: float = 1.0,
     back_s: float = 10.0,
+    **slots,
 ) -> Stream | WindowStream:
     """A stream: `feed(samples)` gives the running text, `finish()` the transcript.
 
@@ -226,20 +229,21 @@ def open_stream(
         state: of an earlier stream of the same model and arguments, to go on from.
         part_s, back_s: of windows: the part that is told at a time, and what the model hears
             before it.
+        slots: of the head's prompt, such as target_lang.
     Raises:
-        ValueError: the head reads a clip as a whole, no such head, no such look-ahead.
+        ValueError: the head reads a clip as a whole, no such head, look-ahead, slot or value.
     """
     chosen = model.head(head)
     if chosen.first_hypothesis() is None:
         raise ValueError(f"the head {chosen.name} reads a clip as a whole and cannot be streamed")
     if why_not_streamed(model) is None:
-        return Stream(with_look_ahead(model, look_ahead), head, state)
+        return Stream(with_look_ahead(model, look_ahead), head, state, **slots)
     if not (part_s > 0 and back_s >= 0 and (look_ahead is None or look_ahead >= 0)):
         raise ValueError(
             f"part_s is {part_s}, back_s {back_s}, look_ahead {look_ahead}: expected more than 0, "
             "and 0 or more"
         )
-    return WindowStream(model, head, look_ahead, state, part_s, back_s)
+    return WindowStream(model, head, look_ahead, state, part_s, back_s, **slots)
 
 
 def _alike(ready):
@@ -264,6 +268,8 @@ def _advance(model, head, group) -> None:
         torch.cat([state.encoder.filled for state in states]),
     )
     encoded, encoder = encode_chunk(model.encoder, x[:, before : before + count], encoder)
+    if model.config.prompts is not None:
+        encoded = model.conditioned(encoded, [stream.prompt_index for stream, *_ in group])
     decoder = None
     if states[0].decoder is not None:
         decoder = [torch.cat(parts, -2) for parts in zip(*(state.decoder for state in states))]

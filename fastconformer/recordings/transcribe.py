@@ -140,6 +140,8 @@ def transcribe(
             window_s,
             device.type == "cpu",
         ):
+            asked = chosen.for_clips(arguments, [recording[i] for i in batch])
+            for_encoder, asked = chosen.parted(asked)
             audio, lengths, shifts = collate([clips[i] for i in batch], min_duration_s, rate)
             if device.type == "cuda":
                 audio = audio.pin_memory()  # else the copy waits for the device
@@ -150,7 +152,8 @@ def transcribe(
             if window is not None and lengths[0]:  # a clip shorter than a frame has no window
                 of_windows = []
                 for part in longform.encoded_windows(
-                    encoder_of, features[0, :, : lengths[0]], batch_size, window, None, budget
+                    *(encoder_of, features[0, :, : lengths[0]], batch_size, window, None, budget),
+                    **for_encoder,
                 ):
                     if told and of_windows:
                         told(done_s + frame_s * sum(p.shape[1] for p in of_windows), all_s)
@@ -158,8 +161,7 @@ def transcribe(
                 encoded = torch.cat(of_windows, 1)
                 lengths = torch.tensor([encoded.shape[1]], device=device)
             else:
-                encoded, lengths = _encode_batch(encoder_of, features, lengths)
-            asked = chosen.for_clips(arguments, [recording[i] for i in batch])
+                encoded, lengths = _encode_batch(encoder_of, features, lengths, chosen, for_encoder)
             found = model.decode(encoded, lengths, head, options, **asked)
             counts = lengths.tolist()  # one wait for the device, not one a clip
             for row, (i, shift, hypothesis) in enumerate(zip(batch, shifts, found)):
@@ -240,16 +242,17 @@ def _keep_errors(model, inputs, head, *arguments, **options) -> list[Transcript]
     ]
 
 
-def _encode_batch(model, features: torch.Tensor, lengths: torch.Tensor):
+def _encode_batch(model, features: torch.Tensor, lengths: torch.Tensor, head, for_encoder: dict):
     """`encode`, on a CPU a few clips at a time, as many as its caches like: they gain nothing
     from one another, and are padded less. Clips come longest first."""
     if features.device.type != "cpu" or model.config.encoder.mixes_clips:
-        return model.encode(features, lengths)
+        return model.encode(features, lengths, **for_encoder)
     parts, rows = [], list(range(len(lengths)))
     while rows:
         longest = max(1, int(lengths[rows[0]]))  # a clip shorter than a frame has none
         group = rows[: max(1, CPU_FRAMES // longest)]
-        parts.append(model.encode(features[group][:, :, :longest], lengths[group]))
+        own = head.for_clips(for_encoder, group)
+        parts.append(model.encode(features[group][:, :, :longest], lengths[group], **own))
         rows = rows[len(group) :]
     encoded = [clip for part, _ in parts for clip in part]
     encoded = nn.utils.rnn.pad_sequence(encoded, batch_first=True)

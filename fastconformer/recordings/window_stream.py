@@ -47,9 +47,17 @@ class WindowStream:
     """One stream of a model; `open_stream` makes it, and its methods are those of `Stream`."""
 
     def __init__(
-        self, model, head: str | None, look_ahead: int | None, state, part_s: float, back_s: float
+        self,
+        model,
+        head: str | None,
+        look_ahead: int | None,
+        state: WindowState | None,
+        part_s: float,
+        back_s: float,
+        **slots,
     ):
-        self.model, self.head = model, model.head(head)
+        self.model, self.head, self.slots = model, model.head(head), slots
+        self.for_encoder, _ = self.head.parted(self.head.asked(slots, True))
         self.finished = False
         config = model.config
         frame_s = config.frame_seconds
@@ -119,7 +127,8 @@ class WindowStream:
         features, lengths = model.featurize(samples[None].to(model.device), lengths)
         n_frames = int(encoded_length(model.config.encoder, lengths))
         if model.config.encoder.self_attention_model != "rwkv7_attn":
-            return model.encode(features, lengths)[0][:, before:n_frames]
+            encoded, _ = model.encode(features, lengths, **self.for_encoder)
+            return encoded[:, before:n_frames]
         if n_frames <= before:
             return samples.new_zeros(1, 0, model.config.encoder.d_out)
         encoder = model.encoder
@@ -128,7 +137,8 @@ class WindowStream:
         x = x[:, before:n_frames]
         no_padding = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
         kept = self.part_frames if is_full else x.shape[1]
-        return encoder.carried(x, no_padding, state.carries, kept)
+        encoded = encoder.carried(x, no_padding, state.carries, kept)
+        return model.conditioned(encoded, **self.for_encoder)
 
     def _decode(self, encoded: torch.Tensor, count: int) -> None:
         state = self.state
@@ -152,7 +162,7 @@ class WindowStream:
         self.take(np.zeros(0, np.float32))
         state, seconds = self.state, self.state.n_samples / self.model.sample_rate
         if state.n_samples and seconds < self.model.min_duration_s:
-            options = {"timestamps": True, "retry": False}
+            options = {"timestamps": True, "retry": False} | self.slots
             (found,) = transcribe(self.model, [state.samples], self.head.name, **options)
         else:
             self.advance(to_the_end=True)

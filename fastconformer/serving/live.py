@@ -19,6 +19,7 @@ import soxr
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from .batcher import Batcher, Full
+from .openai import spoken_in
 
 LARGEST_EVENT = 16 << 20  # bytes, as OpenAI's
 DEFAULT_RATE_HZ = 24000
@@ -39,6 +40,7 @@ class Session:
     def __init__(self, socket: WebSocket, batcher: Batcher, head: str | None, longest_s: float):
         self.socket, self.batcher, self.head, self.longest_s = socket, batcher, head, longest_s
         self.rate_hz, self.wants_words = DEFAULT_RATE_HZ, False
+        self.slots: dict = {}  # of the head's prompt
         self._numbers = itertools.count(1)
         self._items = itertools.count(1)
         self.previous = None  # the item before
@@ -46,7 +48,7 @@ class Session:
 
     def _begin(self) -> None:
         self.item = f"item_{next(self._items)}"
-        self.stream = self.batcher.model.stream(self.head)
+        self.stream = self.batcher.model.stream(self.head, **self.slots)
         self.resampler, self.sent, self.heard_s = None, "", 0.0
         self.n_settled = 0  # words that were told and stay
 
@@ -78,8 +80,22 @@ class Session:
                 "turn_detection is not available; set it to null and commit each utterance",
                 "session.audio.input.turn_detection",
             )
+        language = (audio.get("transcription") or {}).get("language")
+        if language is not None:
+            self._speak(language)
         self.rate_hz = rate
         self.wants_words = "words" in (session.get("include") or ())
+
+    def _speak(self, language) -> None:
+        """Takes a language where the model is told one, from the next utterance on."""
+        before = self.slots
+        self.slots = spoken_in(language, self.batcher.model.head(self.head).slots)
+        if self.slots != before and not self.heard_s:
+            try:
+                self.stream = self.batcher.model.stream(self.head, **self.slots)
+            except ValueError as error:
+                self.slots = before
+                raise Refused(str(error), "session.audio.input.transcription.language") from None
 
     async def append(self, audio) -> None:
         """Takes samples into the utterance, and tells what is new."""

@@ -97,7 +97,7 @@ def read_request(form, model, head: str | None, translate: bool) -> Request:
     slots = model.head(head).slots
     if phrases:  # a head that is asked in words is told them
         options["hotwords" if "hotwords" in slots else "boost"] = phrases
-    if translate and "task" not in slots and "target_lang" not in slots:
+    if translate and "task" not in slots and not {"source_lang", "target_lang"} <= set(slots):
         raise BadRequest("this model transcribes and does not translate", "model", 404)
     if language:
         options |= spoken_in(language, slots)
@@ -125,7 +125,7 @@ def read_request(form, model, head: str | None, translate: bool) -> Request:
 
 def spoken_in(language: str, slots) -> dict:
     """Options that name the language of speech and text, for a head with these slots."""
-    names = ("source_lang", "target_lang") if "source_lang" in slots else ("language",)
+    names = ("source_lang", "target_lang", "language")
     return {name: language for name in names if name in slots}
 
 

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 from fastconformer import ModelConfig, load_model
 from fastconformer.audio import load_audio
-from fastconformer.checkpoint.read import read_checkpoint
 from fastconformer.networks.state import encode_chunk, first_state
 from fastconformer.surgery.look_ahead import with_look_ahead
 from fastconformer.text.metrics import char_errors
@@ -242,16 +241,6 @@ def test_a_head_that_reads_a_clip_as_a_whole_says_so():
     model = load_model(golden("canary_flash_agg") / "model.nemo")
     with pytest.raises(ValueError, match="as a whole"):
         model.stream()
-
-
-@pytest.mark.parametrize(
-    "name", ["EncDecRNNTBPEModelWithPrompt", "EncDecHybridRNNTCTCBPEModelWithPrompt"]
-)
-def test_models_with_a_language_prompt_are_refused_by_name(name):
-    config = read_checkpoint(golden("stream_ctc") / "model.nemo").config
-    config["target"] = f"nemo.collections.asr.models.{name}"
-    with pytest.raises(ValueError, match=f"{name}.*not supported"):
-        ModelConfig.from_nemo(config)
 
 
 @torch.no_grad()

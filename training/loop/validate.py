@@ -53,12 +53,13 @@ def predict(
         batch = batch.to(device)
         features, lengths = model.featurize(batch.audio, batch.audio_lengths)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
-            encoded, lengths = model.encode(features, lengths)
             lines = [utterance.as_line(data.prompt) for utterance in batch.utterances]
             chosen = [model.head(head) for head in heads]
+            arguments = [head.parted(head.for_lines(lines)) for head in chosen]
+            encoded, lengths = model.encode(features, lengths, **arguments[0][0])
             found = [
-                model.decode(encoded, lengths, head.name, **head.for_lines(lines))
-                for head in chosen
+                model.decode(encoded, lengths, head.name, **own)
+                for head, (_, own) in zip(chosen, arguments, strict=True)
             ]
         for utterance, *hypotheses in zip(batch.utterances, *found, strict=True):
             decoded = [head.text(h) for head, h in zip(chosen, hypotheses, strict=True)]

@@ -74,6 +74,11 @@ def objective_of(
     Raises:
         ValueError: a loss that this model cannot have.
     """
+    if model.config.prompts is not None:
+        raise ValueError(
+            f"model.init_from is told a language behind its encoder ({model.config.class_name}), "
+            "and which one each line wants is not trained here yet; fine-tune it in NeMo"
+        )
     heads = trained_heads(model, loss.heads)
     section = model.config.record.get("interctc") or {}
     layers, weights = section.get("apply_at_layers") or (), section.get("loss_weights") or ()

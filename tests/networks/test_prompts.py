@@ -1,0 +1,157 @@
+"""NeMo's language prompts behind the encoder, against NeMo (golden/record_prompts.py)."""
+
+import json
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from conftest import golden, load_case
+from safetensors.torch import load_file
+
+from converters import nemo2st, st2nemo, st2onnx
+from fastconformer import ModelConfig, load_model
+from fastconformer import transcribe as command
+from fastconformer.checkpoint.nemo_archive import read_nemo, write_nemo
+from fastconformer.recordings.stream import Stream
+from fastconformer.surgery.look_ahead import with_look_ahead
+from training.objective.objective import objective_of
+from training.recipe.sections import LossRecipe
+
+FOLDER = golden("stream_chunked_hybrid_rnnt")
+KERNEL = load_file(FOLDER / "prompts.safetensors")
+EXPECTED = json.loads((FOLDER / "prompts.json").read_text())
+CASE = load_case(FOLDER)
+CLIPS = [
+    audio[:n].numpy()
+    for audio, n in zip(CASE.tensors["audio"], CASE.tensors["audio_len"].tolist(), strict=True)
+]
+LANGUAGES = ("auto", "en-US", "de-DE")
+
+
+def write(path, **defaults):
+    checkpoint = read_nemo(FOLDER / "model.nemo")
+    checkpoint.config |= {"target": EXPECTED["target"], "num_prompts": EXPECTED["num_prompts"]}
+    checkpoint.config["model_defaults"] = EXPECTED["model_defaults"] | defaults
+    checkpoint.state_dict |= {k: v for k, v in KERNEL.items() if k != "encoded"}
+    write_nemo(path, checkpoint)
+    return path
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory):
+    return write(tmp_path_factory.mktemp("prompts") / "prompted.nemo")
+
+
+@pytest.fixture(scope="module")
+def model(archive):
+    return load_model(archive)
+
+
+def test_frames_and_losses_are_nemos(model):
+    tensors = CASE.tensors
+    with torch.no_grad():
+        features = model.featurize(tensors["audio"], tensors["audio_len"])
+        encoded, lengths = model.encode(*features, prompt_indices=EXPECTED["mixed"])
+        losses = model.losses(encoded, lengths, tensors["targets"], tensors["targets_len"])
+    n = int(lengths[0])
+    assert (encoded[0, :n] - KERNEL["encoded"]).abs().max() < 1e-4
+    share = model.config.loss.ctc_weight
+    loss = (1 - share) * losses["rnnt"].mean() + share * losses["ctc"].mean()
+    assert float(loss) == pytest.approx(EXPECTED["training_step_eval_mode"], rel=1e-4)
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_offline_and_live_tokens_are_nemos(model, language):
+    tensors, index = CASE.tensors, model.config.prompts.names[language]
+    seen = 0
+    for right, block in EXPECTED["contexts"].items():
+        chosen, wanted = with_look_ahead(model, int(right)), block[language]
+        with torch.no_grad():
+            features = chosen.featurize(tensors["audio"], tensors["audio_len"])
+            encoded, lengths = chosen.encode(*features, prompt_indices=index)
+        found = chosen.decode_greedy(encoded, lengths, "rnnt")
+        assert [h.tokens for h in found] == [w["ids"] for w in wanted["rnnt"]]
+        assert [h.frames for h in found] == [w["timestamp"] for w in wanted["rnnt"]]
+        found = chosen.decode_greedy(encoded, lengths, "ctc")
+        texts = [model.tokenizer.decode(h.tokens) for h in found]
+        assert texts == [w["text"] for w in wanted["ctc"]]
+        for clip, ids in zip(CLIPS, wanted["rnnt"], strict=True):
+            if len(clip) < 16000:
+                continue  # told at its end, padded
+            stream = model.stream(look_ahead=int(right), target_lang=language)
+            tokens = [stream.feed(part).tokens for part in np.array_split(clip, 7)]
+            assert all(ids["ids"][: len(t)] == t for t in tokens)
+            assert stream.finish().tokens == ids["ids"]
+            seen += 1
+        for ids in wanted.get("stream", [])[:-1]:  # NeMo's last chunk is another: golden's page
+            assert wanted["rnnt"][0]["ids"][: len(ids)] == ids
+    assert seen == 6
+
+
+def test_transcribe_in_one_batch_and_by_clip(model, tmp_path):
+    for language in LANGUAGES:
+        found = model.transcribe(CLIPS, target_lang=language, retry=False)
+        assert [t.text for t in found] == EXPECTED["transcribe"][language]
+        windows = model.transcribe(CLIPS[:1], target_lang=language, retry=False, long="chunks")
+        assert windows[0].text == EXPECTED["transcribe"][language][0]
+    assert [t.text for t in model.transcribe(CLIPS, retry=False)] == EXPECTED["transcribe"]["auto"]
+    mixed = [{"target_lang": name} for name in ("de-DE", "auto", "en-US")]
+    found = model.transcribe(CLIPS, prompt=mixed, retry=False)
+    wanted = [EXPECTED["transcribe"][m["target_lang"]][i] for i, m in enumerate(mixed)]
+    assert [t.text for t in found] == wanted
+    # what a manifest's lines say of their language, where the model knows it
+    head = model.head("ctc")
+    assert head.for_lines([{"lang": "de-DE"}, {"lang": "xx"}, {"target_lang": "en"}]) == {
+        "prompt_indices": [3, 5, 0]
+    }
+
+
+def test_streams_of_several_languages_go_together(model):
+    streams = [model.stream(target_lang=language) for language in LANGUAGES]
+    for part in np.array_split(CLIPS[0], 5):
+        for stream in streams:
+            stream.take(part)
+        Stream.together(streams)
+    found = [stream.finish().tokens for stream in streams]
+    assert found == [EXPECTED["contexts"]["6"][name]["rnnt"][0]["ids"] for name in LANGUAGES]
+
+
+def test_there_and_back_and_what_is_refused(archive, model, tmp_path, capsys):
+    with pytest.raises(ValueError, match="target_lang is 'xx', expected one of auto, en-US"):
+        model.transcribe(CLIPS, target_lang="xx")
+    with pytest.raises(ValueError, match="pnc is no slot of this model's prompt"):
+        model.stream(pnc="yes")
+    assert nemo2st.main([str(archive), "-o", str(tmp_path / "folder")]) == 0
+    assert st2nemo.main([str(tmp_path / "folder"), "-o", str(tmp_path / "back.nemo")]) == 0
+    before, after = read_nemo(archive), read_nemo(tmp_path / "back.nemo")
+    assert after.config["target"] == EXPECTED["target"]
+    assert after.config["model_defaults"] == EXPECTED["model_defaults"]
+    assert before.state_dict.keys() == after.state_dict.keys()
+    for name, tensor in before.state_dict.items():
+        assert torch.equal(tensor, after.state_dict[name])
+    for client in ("onnx-asr", "sherpa-onnx"):
+        arguments = [str(archive), "-o", str(tmp_path / client), "--for", client]
+        assert st2onnx.main(arguments) == 1
+        assert "told a language behind its encoder" in capsys.readouterr().err
+    none = load_model(write(tmp_path / "few.nemo", prompt_dictionary={"de-DE": 3}))
+    with pytest.raises(ValueError, match="target_lang is not given, expected one of de-DE"):
+        none.transcribe(CLIPS[:1])
+    with pytest.raises(ValueError, match="prompt_dictionary.xx is 6, expected 0 to 5"):
+        load_model(write(tmp_path / "bad.nemo", prompt_dictionary={"xx": 6}))
+    config = before.config | {"target": EXPECTED["target"].replace("HybridRNNTCTC", "RNNT")}
+    assert ModelConfig.from_nemo(config).heads == ("rnnt",)  # the other class
+
+
+def test_the_command_takes_a_language(archive, tmp_path, capsys):
+    soundfile.write(tmp_path / "clip.wav", CLIPS[0], 16000, subtype="FLOAT")
+    arguments = [str(tmp_path / "clip.wav"), "--model", str(archive)]
+    assert command.main([*arguments, "--target-lang", "en-US"]) == 0
+    assert EXPECTED["transcribe"]["en-US"][0] in capsys.readouterr().out
+    assert command.main([*arguments, "--target-lang", "xx"]) == 2
+    assert "target_lang is 'xx'" in capsys.readouterr().err
+
+
+def test_training_is_refused_by_name(model):
+    with pytest.raises(ValueError, match="not trained here yet"):
+        objective_of(model, LossRecipe())
