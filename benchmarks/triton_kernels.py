@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -156,16 +157,24 @@ def launch_convolution(dtype: torch.dtype, width: int, taps: int, has_bias: bool
     )
 
 
-def launch_step(dtype: torch.dtype, n_tokens: int, durations: int, window: int, biased: bool):
-    """The kernels of a step of greedy decoding, 640 wide."""
+def launch_step(
+    dtype: torch.dtype,
+    n_tokens: int,
+    durations: int,
+    window: int,
+    biased: bool,
+    width: int = 640,
+    activation: str = "relu",
+):
+    """The kernels of a step of greedy decoding."""
 
     def empty(*shape, dtype=dtype):
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    batch, width = 4, 640
+    batch = 4
     frame, on_frame, lengths, starts = (empty(batch, dtype=torch.int64) for _ in range(4))
     place = frame, lengths, starts, window
-    triton_step.window_hidden(empty(99, width), empty(batch, width), *place, "relu")
+    triton_step.window_hidden(empty(99, width), empty(batch, width), *place, activation)
     logits = empty(batch * window, n_tokens + durations)
     read = triton_step.read_logits(logits, empty(n_tokens) if biased else None, n_tokens)
     of_classes = empty(durations, dtype=torch.int64) if durations else None
@@ -181,49 +190,55 @@ def launches(few: bool) -> Iterator[tuple[str, Callable[[], None]]]:
     """(what it is, what launches it)."""
     tdt = (0, 1, 2, 3, 4)
     names = ("bf16",) if few else ("bf16", "fp16", "fp32")
+    sizes = ((8, 128),) if few else tuple((8, k) for k in (128, 16, 32, 44, 64, 80, 96, 256))
     for name, (heads, head), by_query in itertools.product(
-        names, ((8, 128), (8, 64), (4, 44))[: 1 if few else 3], (False,) if few else (False, True)
+        names, sizes, (False,) if few else (False, True)
     ):
         yield (
             f"{name} {heads} heads of {head}" + (" by query" if by_query else ""),
-            lambda d=DTYPES[name], n=heads, k=head, q=by_query: launch_attention(d, n, k, 375, q),
+            partial(launch_attention, DTYPES[name], heads, head, 375, by_query),
         )
-    for name, (width, taps) in itertools.product(names, ((1024, 9), (176, 31))[: 1 if few else 2]):
+    channels = ((1024, 9, True), (176, 31, False), (512, 9, False), (333, 5, True))
+    for name, (width, taps, biased) in itertools.product(names, channels[: 1 if few else None]):
         yield (
             f"{name} {width} channels, {taps} taps",
-            lambda d=DTYPES[name], w=width, n=taps: launch_convolution(d, w, n, n == 9),
+            partial(launch_convolution, DTYPES[name], width, taps, biased),
         )
-    steps = ((1025, 5, 8, False), (8193, 0, 1, True))[: 1 if few else 2]
-    for name, (n_tokens, durations, window, biased) in itertools.product(names, steps):
+    steps = (
+        (1025, 5, 8, False),
+        (8193, 0, 1, True),
+        (38, 3, 4, False, 333, "tanh"),
+        (1025, 0, 8, False, 320, "sigmoid"),
+        (16385, 5, 8, True, 1024),
+    )
+    for name, step in itertools.product(names, steps[: 1 if few else None]):
         yield (
-            f"{name} step of {window}, {n_tokens} tokens",
-            lambda d=DTYPES[name], a=(n_tokens, durations, window, biased): launch_step(d, *a),
+            f"{name} step of {step[2]}, {step[0]} tokens",
+            partial(launch_step, DTYPES[name], *step),
         )
     if few:
         for name, durations, dense in (("bf16", tdt, True), ("fp32", None, False)):
             yield (
                 label(name, durations, dense),
-                lambda d=DTYPES[name], n=durations, e=dense: launch_loss(d, n, dense=e),
+                partial(launch_loss, DTYPES[name], durations, dense=dense),
             )
         return
-    for name, durations, dense in itertools.product(DTYPES, (tdt, None), (True, False)):
-        for what, options in {
-            "": {},
-            " V=8192": {"n_tokens": 8192},
-            " odd": {"n_tokens": 37, "width": 333, "shapes": ((7, 3), (5, 2)), "blank": 0},
-            " tanh dropout": {"activation": "tanh", "dropout": 0.2},
-            " sigmoid": {"activation": "sigmoid"},
-            " long text": {"shapes": ((1500, 1500), (900, 600))},
-            " 100 clips": {"shapes": ((100, 40),) * 100},
-        }.items():
-            yield (
-                label(name, durations, dense) + what,
-                (
-                    lambda d=DTYPES[name], n=durations, e=dense, o=options: launch_loss(
-                        d, n, dense=e, **o
-                    )
-                ),
-            )
+    options = {
+        "": {},
+        " V=8192": {"n_tokens": 8192},
+        " odd": {"n_tokens": 37, "width": 333, "shapes": ((7, 3), (5, 2)), "blank": 0},
+        " tanh dropout": {"activation": "tanh", "dropout": 0.2},
+        " sigmoid": {"activation": "sigmoid"},
+        " long text": {"shapes": ((1500, 1500), (900, 600))},
+        " 100 clips": {"shapes": ((100, 40),) * 100},
+    }
+    for name, durations, dense, what in itertools.product(
+        DTYPES, (tdt, None), (True, False), options
+    ):
+        yield (
+            label(name, durations, dense) + what,
+            partial(launch_loss, DTYPES[name], durations, dense=dense, **options[what]),
+        )
 
 
 def compilations(n_batches: int, target: int = 90) -> int:
@@ -280,25 +295,27 @@ def resources(compiled) -> dict:
     }
 
 
-def measure(targets: list[int], few: bool) -> tuple[list[dict], list[str]]:
-    """Rows of the table, and what went wrong."""
-    rows, errors = [], []
-    for target in targets:
-        for what, launch in launches(few):
-            with compiling(target) as found:
-                try:
-                    launch()
-                except triton.CompilationError as error:
-                    reason = " ".join(str(error.__cause__ or error).split())
-                    errors.append(f"sm_{target}, {what}: {reason}")
-            for name, compiled in found:
-                row = {"target": target, "for": what, "kernel": name, **resources(compiled)}
-                if any(row["kernel"] == r["kernel"] and row | {"for": r["for"]} == r for r in rows):
-                    continue  # the same numbers again
-                rows.append(row)
-                if row["shared"] > SHARED_BYTES[target]:
-                    errors.append(f"sm_{target}, {what}: {name} wants {row['shared']} shared bytes")
-    return rows, errors
+def measure(targets: list[int], few: bool) -> Iterator[tuple[list[dict], list[str]]]:
+    """Rows of the table so far and what went wrong, after each launch. A row stands for all
+    launches whose kernel came out with the same numbers."""
+    rows, errors, known = {}, [], {}
+    for target, (what, launch) in itertools.product(targets, launches(few)):
+        with compiling(target) as found:
+            try:
+                launch()
+            except triton.CompilationError as error:
+                reason = " ".join(str(error.__cause__ or error).split())
+                errors.append(f"sm_{target}, {what}: {reason}")
+        for name, compiled in found:
+            key = target, compiled.hash
+            if key not in known:
+                known[key] = resources(compiled)
+            numbers = known[key]
+            row = {"target": target, "for": what, "launches": 0, "kernel": name, **numbers}
+            rows.setdefault((target, name, str(numbers)), row)["launches"] += 1
+            if numbers["shared"] > SHARED_BYTES[target]:
+                errors.append(f"sm_{target}, {what}: {name} wants {numbers['shared']} shared bytes")
+        yield list(rows.values()), errors
 
 
 def table(rows: list[dict]) -> str:
@@ -334,21 +351,17 @@ def main(argv: list[str] | None = None) -> int:
         print(json.dumps({"batches": args.batches, "compilations": compilations(args.batches)}))
         return 0
     begun = time.monotonic()
-    rows, errors = measure(args.target or list(SHARED_BYTES), args.few)
+    result = {"benchmark": "triton_kernels", "commit": commit(), "triton": triton.__version__}
+    for rows, errors in measure(args.target or list(SHARED_BYTES), args.few):
+        result |= {"seconds": round(time.monotonic() - begun, 1), "errors": errors, "kernels": rows}
+        if args.out:  # after each launch: all of them take an hour
+            lines = ",\n  ".join(json.dumps(row) for row in rows)
+            head = json.dumps(result | {"kernels": []}, indent=1).removesuffix("[]\n}")
+            with atomic_file(args.out) as temporary:
+                temporary.write_text(f"{head}[\n  {lines}\n ]\n}}\n")
     print(table(rows))
     for error in errors:
         print(f"error: {error}", file=sys.stderr)
-    result = {
-        "benchmark": "triton_kernels",
-        "commit": commit(),
-        "triton": triton.__version__,
-        "seconds": round(time.monotonic() - begun, 1),
-        "kernels": rows,
-        "errors": errors,
-    }
-    if args.out:
-        with atomic_file(args.out) as temporary:
-            temporary.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result))
     return 1 if errors else 0
 

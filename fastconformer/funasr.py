@@ -31,6 +31,7 @@ from .recordings.transcribe import transcribe, transcribe_iter
 from .recordings.transcript import transcript
 from .text.byte_bpe import QwenTokenizer, TiktokenTokenizer
 from .text.chat import context_header, instruction
+from .transfers import sent
 
 HEADS = {"llm": LLM, "ctc": AttendedCTC}
 CTC_PARTS = ("ctc_decoder.", "ctc.")
@@ -158,6 +159,7 @@ class FunASRNano(nn.Module):
     def featurize(self, audio: Tensor, audio_lengths: Tensor):
         """audio (B, L) float32 in [-1, 1] or int16, lengths (B,) in samples -> features
         (B, 560, T) float32, of 60 ms each, lengths (B,). ValueError: shapes that do not fit."""
+        audio_lengths = sent(audio_lengths, audio.device)
         return self.preprocessor(checked_batch(audio, audio_lengths), audio_lengths)
 
     def encoded_frames(self, n_samples: int) -> int:

@@ -25,6 +25,7 @@ from .recordings.stream import open_stream
 from .recordings.transcribe import transcribe, transcribe_iter
 from .recordings.transcript import transcript
 from .text.tokenizer import Tokenizer
+from .transfers import sent
 
 
 class ASRModel(nn.Module):
@@ -103,8 +104,13 @@ class ASRModel(nn.Module):
 
     def featurize(self, audio: torch.Tensor, audio_lengths: torch.Tensor):
         """audio (B, L) float32 in [-1, 1] or int16, lengths (B,) in samples -> features (B, M, T)
-        float32, lengths (B,) in frames. ValueError: shapes that do not fit."""
-        return self.preprocessor(checked_batch(audio, audio_lengths), audio_lengths)
+        float32, lengths (B,) in frames. Lengths may be on the host, here and in `encode`, and come
+        back there: nobody waits for a device to know them. ValueError: shapes that do not fit."""
+        there = sent(audio_lengths, audio.device)
+        features, lengths = self.preprocessor(checked_batch(audio, there), there)
+        if there is not audio_lengths:
+            lengths = self.preprocessor.featurizer.feature_lengths(audio_lengths)
+        return features, lengths
 
     def encoded_frames(self, n_samples: int) -> int:
         """Frames that `encode` gives for a clip of so many samples."""
@@ -125,8 +131,11 @@ class ASRModel(nn.Module):
                 f"features are {tuple(features.shape)} and their lengths {tuple(lengths.shape)}, "
                 f"expected (B, {n_mels}, T) and (B,)"
             )
-        encoded, lengths = self.encoder(features.to(self.dtype), lengths)
-        return self.conditioned(encoded, prompt_indices), lengths
+        there = sent(lengths, features.device)
+        encoded, counts = self.encoder(features.to(self.dtype), there)
+        if there is not lengths:
+            counts = encoded_length(self.config.encoder, lengths)
+        return self.conditioned(encoded, prompt_indices), counts
 
     def conditioned(
         self, encoded: torch.Tensor, prompt_indices: int | Sequence[int] | None = None

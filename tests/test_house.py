@@ -29,7 +29,7 @@ STORIES = (
     {"decoding", "losses", "surgery"},
     {"checkpoint"},
     {"networks", "audio"},
-    {"config", "text", "compiled", "process_memory"},
+    {"config", "text", "compiled", "process_memory", "transfers"},
 )
 HEADS = {"ctc", "rnnt", "tdt", "aed", "llm"}
 

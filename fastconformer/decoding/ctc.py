@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 import torch
 
+from ..transfers import on_host
 from .confidence import Confidence
 from .hypothesis import Hypothesis
 
@@ -18,8 +19,8 @@ def ctc_greedy(
 ) -> list[Hypothesis]:
     """log_probs (B, T', V+1), blank last; lengths (B,). They may come in pieces, in the order of
     time, of which one at a time is looked at: a day of them would not fit. Runs are found on the
-    device, and come to the host in one transfer. The score sums the best log-probability of every
-    frame that is not blank, as NeMo's greedy CTC does.
+    host, which the best classes reach in one transfer. The score sums the best log-probability of
+    every frame that is not blank, as NeMo's greedy CTC does.
 
     Args:
         bias: (V+1,) added to the log-probabilities, -inf for tokens that must not occur.
@@ -38,7 +39,11 @@ def ctc_greedy(
     valid = torch.arange(labels.shape[1], device=labels.device) < lengths[:, None]
     labels = labels.masked_fill(~valid, blank)
     spoken = labels != blank
-    scores = (best.float() * spoken).sum(-1).tolist()
+    scores = (best.float() * spoken).sum(-1)
+    if confidence is not None:
+        of_frame = [torch.cat(of_frame, dim=1)]
+    labels, scores, *of_frame = on_host(labels, scores, *of_frame)
+    spoken, scores = labels != blank, scores.tolist()
     rows = torch.arange(len(labels), device=labels.device)[:, None].expand_as(labels)
     # one run a clip boundary at least: the row is part of what must be equal within a run
     runs, run_lengths = torch.unique_consecutive(
@@ -52,7 +57,7 @@ def ctc_greedy(
     tokens, frames, spans = torch.stack(fields).tolist()
     sure = None
     if confidence is not None:
-        of_frame = torch.cat(of_frame, dim=1)[spoken].tolist()  # runs, back to back
+        of_frame = of_frame[0][spoken].tolist()  # runs, back to back
         sure, at = [], 0
         for span in spans:
             sure.append(confidence.aggregate(of_frame[at : at + span]))

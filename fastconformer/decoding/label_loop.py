@@ -12,6 +12,7 @@ Source: label looping (arXiv:2406.06220) and TDT (arXiv:2304.06795).
 import numpy as np
 import torch
 
+from ..transfers import sent
 from . import fused_step
 
 
@@ -34,7 +35,7 @@ class LabelLoop:
         self.confidence, self.durations, self.n_steps = confidence, durations, n_steps
         weight = joint.pred.weight
         device = weight.device
-        self.steps = torch.tensor(durations, device=device) if durations else None
+        self.steps = sent(torch.tensor(durations), device) if durations else None
         longest = max(1, *durations) if durations else 1
         self.bias = None if bias is None else bias.to(weight)
         self.rows = torch.arange(batch, device=device)

@@ -53,7 +53,8 @@ def transducer_greedy(
         return loop.run(projected, lengths)
 
     compiled = _compiled_loop() if encoded.device.type == "cpu" and graphs is None else None
-    if max(lengths.tolist(), default=0) > LONG_FRAMES:
+    # what fits is not asked for its lengths, for which the host would wait
+    if encoded.shape[1] > LONG_FRAMES and max(lengths.tolist(), default=0) > LONG_FRAMES:
         arcs = in_segments(encoded, lengths, options, run)
     elif compiled is not None and compiled.fits(decoder, joint):
         arcs = compiled.run(joint.enc(encoded), lengths, *options)

@@ -26,6 +26,7 @@ from ..networks.transformer_decoder import (
 from ..recordings.timestamps import Span
 from ..text.prompt import Prompt
 from ..text.tokenizer import Tokenizer
+from ..transfers import sent
 from .head import Head
 
 # a word between the frames of its start and end, as tokens
@@ -293,6 +294,10 @@ class AED(Head):
         smoothing = smoothing if label_smoothing is None else label_smoothing
         if not 0 <= smoothing < 1:
             raise ValueError(f"label_smoothing is {smoothing}, expected 0 to below 1")
+        device = encoded.device
+        encoded_lengths, targets = sent(encoded_lengths, device), sent(targets, device)
+        target_lengths = sent(target_lengths, device)
+        prompt_lengths = None if prompt_lengths is None else sent(prompt_lengths, device)
         counts = self.counts(targets, target_lengths, prompt_lengths)
         inputs = targets[:, :-1].clamp(0, self.config.vocab_size - 1)
         hidden = self.model.transf_decoder(inputs, *self.states(encoded, encoded_lengths))

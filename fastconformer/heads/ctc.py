@@ -15,6 +15,7 @@ from ..decoding.ctc import LOG_PROBS
 from ..networks.heads import CTCHead
 from ..recordings.timestamps import Span, spans_of_tokens
 from ..text.tokenizer import Tokenizer
+from ..transfers import sent
 from .head import Head
 
 
@@ -62,7 +63,7 @@ class CTC(Head):
     def loss(self, encoded, encoded_lengths, targets, target_lengths) -> torch.Tensor:
         return F.ctc_loss(
             self.log_probs(encoded).transpose(0, 1),
-            targets,
+            sent(targets, encoded.device),
             encoded_lengths,
             target_lengths,
             blank=self.model.blank_id,

@@ -22,6 +22,7 @@ from ..losses import fused_transducer_loss
 from ..networks.heads import Joint, PredictionNetwork
 from ..recordings.timestamps import Span
 from ..text.tokenizer import Tokenizer
+from ..transfers import sent
 from .head import Head
 
 
@@ -101,7 +102,8 @@ class Transducer(Head):
         """The joint's logits are never all in memory; `eps` and `report` as in
         `fused_transducer_loss`."""
         loss, joint = self.model.config.loss, self.model.joint
-        predicted = self.model.decoder(_without_padding(targets, target_lengths))
+        there = sent(targets, encoded.device), sent(target_lengths, encoded.device)
+        predicted = self.model.decoder(_without_padding(*there))
         return fused_transducer_loss(
             joint.enc(encoded),
             joint.pred(predicted),

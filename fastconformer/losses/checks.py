@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..transfers import on_host
+
 
 def check_reduction(reduction: str | None):
     if reduction not in ("mean_batch", "mean", "mean_volume", "sum", "none", None):
@@ -25,13 +27,6 @@ def reduce(losses: Tensor, target_lengths: Tensor, reduction: str | None) -> Ten
     if reduction == "mean_volume":
         return losses.sum() / target_lengths.sum()
     return losses.sum() if reduction == "sum" else losses
-
-
-def on_host(*lengths: Tensor) -> list[Tensor]:
-    """Lengths (B,) each, on the CPU: in one transfer, for which a device is waited for once."""
-    if all(x.device.type == "cpu" for x in lengths) or len({x.shape for x in lengths}) > 1:
-        return [x.cpu() for x in lengths]
-    return list(torch.stack([x.to(lengths[0].device) for x in lengths]).cpu().unbind())
 
 
 def check_batch(

@@ -61,13 +61,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..transfers import on_host, sent
 from .checks import (
     check_classes,
     check_durations,
     check_options,
     check_reduction,
     describe,
-    on_host,
     reduce,
 )
 from .fused_cells import Options
@@ -191,7 +191,7 @@ def fused_transducer_loss(
     )
     if report is not None:
         report["active_share"], report["skipped_occupancy"] = activity.detach().unbind()
-    return reduce(losses, target_lengths.to(device), reduction)
+    return reduce(losses, sent(target_lengths, device), reduction)
 
 
 def _check_inputs(enc_proj, pred_proj, weight, bias, activation, dropout, eps, tile_cells):

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..transfers import sent
+
 # Logits of a tile: large enough for full speed of the products, small beside everything else, and
 # within the device's caches.
 _TILE_BYTES = {"cpu": 16 << 20, "cuda": 32 << 20}
@@ -90,11 +92,11 @@ def make_job(
     weight, bias = weight.to(dtype), bias.to(dtype)
     if more := -len(weight) % PADDED_TO.get(device.type, 1):
         weight, bias = F.pad(weight, (0, 0, 0, more)), F.pad(bias, (0, more))
-    frames = logit_lengths.to(device, torch.int64)
-    rows = target_lengths.to(device, torch.int64) + 1
+    frames = sent(logit_lengths.to(torch.int64), device)
+    rows = sent(target_lengths.to(torch.int64), device) + 1
     ends = (frames * rows).cumsum(0)
     shapes = tuple((t, u + 1) for t, u in zip(logit_lengths.tolist(), target_lengths.tolist()))
-    targets = F.pad(targets.to(device, torch.int64), (0, max(0, n_rows - targets.shape[1])))
+    targets = F.pad(sent(targets.to(torch.int64), device), (0, max(0, n_rows - targets.shape[1])))
     none = torch.arange(n_rows, device=device) >= rows[:, None] - 1
     # As they are, also under autocast: rounded before their sum, a ReLU might take the other side.
     states = torch.promote_types(enc.dtype, pred.dtype)
@@ -151,16 +153,20 @@ def tiles(
             yield Tile(torch.arange(first, last + 1, device=job.enc.device), first, last)
         return
     before = F.pad((~skipped).cumsum(0, dtype=torch.int32), (1, 0))
-    visited = (~skipped).nonzero()[:, 0] + lo
-    if not len(visited):
-        return
-    starts = range(0, len(visited), tile_cells)
-    ends = visited[tile_cells - 1 :: tile_cells]
-    # One wait for the device, not one a tile.
-    bounds = torch.cat((visited[::tile_cells], ends, visited[-1:])).tolist()
-    firsts, lasts = bounds[: len(starts)], bounds[len(starts) :]
-    for start, first, last in zip(starts, firsts, lasts):
-        yield Tile(visited[start : start + tile_cells], first, last, start, before)
+
+    def cells(numbers: Tensor) -> Tensor:
+        """The visited cells of these numbers, counted from 0."""
+        return torch.searchsorted(before, numbers.to(torch.int32) + 1) - 1 + lo
+
+    # One wait for the device, not one a tile: for how many cells there are, and where as many tiles
+    # as there may be begin and end.
+    count = before[-1:].long()
+    starts = torch.arange(0, hi - lo, tile_cells, device=before.device)
+    lasts = torch.minimum(starts + tile_cells, count) - 1
+    count, *bounds = torch.cat((count, cells(starts), cells(lasts))).tolist()
+    for i, start in enumerate(range(0, count, tile_cells)):
+        numbers = torch.arange(start, min(start + tile_cells, count), device=before.device)
+        yield Tile(cells(numbers), bounds[i], bounds[len(starts) + i], start, before)
 
 
 def empty_cells(enc, size, n_durations, dtype) -> Cells:

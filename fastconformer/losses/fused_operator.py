@@ -79,7 +79,7 @@ def transducer_forward(
             for tile in tiles(job, tile_cells, logits=backend.scores_write_logits(job)):
                 backend.scores(job, tile, cells)
             log_likelihood = backend.lattice(job, cells, needs_grad)
-    activity = cells.top.new_tensor([[1.0], [0.0]]).repeat(1, batch)
+    activity = torch.stack((cells.top.new_ones(batch), cells.top.new_zeros(batch)))
     if needs_grad and options.eps > 0.0:
         passing = (cells.blank + cells.label)[: job.n_cells]
         skipped = passing < options.eps

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..transfers import sent
 from .triton_cells import SIZES, clip_block, clip_of, clips_of
 
 
@@ -20,7 +21,7 @@ def lattice(job, cells, needs_grad) -> Tensor:
     rnnt = job.durations is None
     # One that leads out of any clip is as good as any other, and has no sum beyond 32 bits.
     durations = (0, 1) if rnnt else [min(d, job.n_frames + 1) for d in job.durations]
-    durations = torch.tensor(durations, dtype=torch.int32, device=device)
+    durations = sent(torch.tensor(durations, dtype=torch.int32), device)
     n_diagonals = job.n_frames + job.n_rows
     # By diagonal and row: neighbouring rows of a diagonal lie side by side.
     a, b = torch.empty(2, n_clips, n_diagonals, job.n_rows, dtype=torch.float64, device=device)

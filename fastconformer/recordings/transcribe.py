@@ -13,6 +13,7 @@ from torch import nn
 from ..decoding import DecodingOptions
 from ..surgery.local_attention import with_local_attention
 from ..surgery.look_ahead import with_look_ahead
+from ..transfers import sent
 from . import longform
 from .cuts import cut_in_pauses, join_pieces
 from .modes import evaluating
@@ -143,11 +144,9 @@ def transcribe(
             asked = chosen.for_clips(arguments, [recording[i] for i in batch])
             for_encoder, asked = chosen.parted(asked)
             audio, lengths, shifts = collate([clips[i] for i in batch], min_duration_s, rate)
-            if device.type == "cuda":
-                audio = audio.pin_memory()  # else the copy waits for the device
             # without `pad_to`, as in NeMo's `transcribe`: norms over time would see it
             features, lengths = model.preprocessor(
-                as_float(audio.to(device, non_blocking=True)), lengths.to(device), pad=False
+                as_float(sent(audio, device)), sent(lengths, device), pad=False
             )
             if window is not None and lengths[0]:  # a clip shorter than a frame has no window
                 of_windows = []

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
-from fastconformer.losses import checks, fused_cells, products
+from fastconformer.losses import fused_cells, products
+from fastconformer.transfers import on_host
 
 
 @pytest.mark.parametrize(
@@ -39,11 +40,11 @@ def test_lengths_reach_the_host_in_one_transfer(monkeypatch):
     transfers, true = [], torch.Tensor.cpu
     monkeypatch.setattr(torch.Tensor, "cpu", lambda x: transfers.append(x.device.type) or true(x))
     here = torch.tensor([3, 4])
-    assert [x.tolist() for x in checks.on_host(here, here + 1)] == [[3, 4], [4, 5]]
+    assert [x.tolist() for x in on_host(here, here + 1)] == [[3, 4], [4, 5]]
     assert "cuda" not in transfers
     with FakeTensorMode():
         there = [torch.empty(2, dtype=torch.int64, device="cuda") for _ in range(2)]
-        found = checks.on_host(*there)
+        found = on_host(*there)
     assert [x.device.type for x in found] == ["cpu", "cpu"] and transfers.count("cuda") == 1
 
 

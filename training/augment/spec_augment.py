@@ -10,6 +10,8 @@ SpecAugment, draw for draw where torch's generator is the same, and its SpecCuto
 import torch
 from torch import Tensor
 
+from fastconformer.transfers import sent
+
 
 def spec_augment(
     features: Tensor,
@@ -76,7 +78,7 @@ def spec_augment(
         frames = _each_band(starts, widths, n_frames)  # (B, n, T)
         for rect in range(rect_masks):
             mask = mask | (bins[:, rect, :, None] & frames[:, rect, None, :])
-    return features.masked_fill(mask.to(features.device), 0.0)
+    return features.masked_fill(sent(mask, features.device), 0.0)
 
 
 def _bands(starts: Tensor, widths: Tensor, size: int) -> Tensor:

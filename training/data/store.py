@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fastconformer.audio.files import audio_duration, load_audio
 from fastconformer.formats.manifest import DURATION_MISMATCH
+from fastconformer.transfers import sent
 from training.augment.waveform import WaveAugment, change_speed
 from training.data.batching import Draw
 from training.data.tarred import TarReader
@@ -45,11 +46,11 @@ class Batch:
         if not self.utterances:
             return None
         lengths = [utterance.prompt_length for utterance in self.utterances]
-        return torch.tensor(lengths, device=self.targets.device)
+        return torch.tensor(lengths)
 
     def to(self, device: torch.device) -> "Batch":
-        tensors = (self.audio, self.audio_lengths, self.targets, self.target_lengths)
-        return Batch(self.utterances, *(t.to(device, non_blocking=True) for t in tensors))
+        """With the sound on a device; lengths and targets stay on the host, which asks for them."""
+        return dataclasses.replace(self, audio=sent(self.audio, device))
 
 
 class Unreachable(OSError):

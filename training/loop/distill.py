@@ -14,6 +14,7 @@ from torch import nn
 from fastconformer import ASRModel, load_model
 from fastconformer.checkpoint.files import atomic_file
 from fastconformer.checkpoint.folder import write_folder
+from fastconformer.transfers import sent
 from training.data.json_lines import append_line, keep_lines_until
 from training.data.sources import TrainingSet, load_data
 from training.data.store import AudioStore
@@ -164,7 +165,7 @@ class StageLoop:
                 raise
             optimizer.zero_grad(set_to_none=True)
             batch = batch.to(device)
-            losses = self.backward(teacher, student, batch.audio, batch.audio_lengths)
+            losses = self.backward(teacher, student, batch.audio, sent(batch.audio_lengths, device))
             norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
             if torch.isfinite(norm):
                 if trainer.clip_grad_norm is not None:

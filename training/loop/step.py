@@ -63,7 +63,7 @@ def gradients(
         for parameter in parameters:
             parameter.grad = None
         statistics.start(by_hand=ranks.world > 1 or n_pieces > 1)
-        sums, suspects, trouble, batch = Counter(), [], "", None
+        sums, clips, finite_clips, trouble, batch = Counter(), [], [], "", None
         try:
             for micro, batch in zip(share.mine, batches, strict=True):
                 seed_step(seed, step, micro)
@@ -81,8 +81,8 @@ def gradients(
                     statistics.add_piece(n_batches - 1 - micro, counts * len(finite) / n_clips)
                     for name, value in {"loss": total, **parts}.items():
                         sums[name] += counts * value.detach().double() / n_batches
-                    bad = (~finite).nonzero().flatten().tolist()
-                    suspects += [piece.batch.utterances[row].name for row in bad]
+                    clips += piece.batch.utterances
+                    finite_clips.append(finite)
         except RuntimeError as error:
             if share.synced or not is_out_of_memory(error):
                 raise ValueError(_failure(step, batch, error)) from error
@@ -100,7 +100,10 @@ def gradients(
         release_memory()
     statistics.finish(n_batches, ranks)
     names = ("loss", *objective.parts)
-    values = ranks.total(*(float(sums[name]) for name in names))
+    # All that the host wants to know of the forward pass, in one wait for the device.
+    known = torch.cat((torch.stack([sums[name] for name in names]), *finite_clips)).tolist()
+    values = ranks.total(*known[: len(names)])
+    suspects = [u.name for u, finite in zip(clips, known[len(names) :]) if not finite]
     if not math.isfinite(values[0]):
         suspects = [name for names in ranks.gather(suspects) for name in names]
     return StepResult(dict(zip(names, values, strict=True)), suspects, splits)

@@ -11,6 +11,7 @@ import torch
 
 from fastconformer.text.metrics import align, char_errors, word_errors
 from fastconformer.text.tokenizer import Tokenizer
+from fastconformer.transfers import sent
 from training.data.store import AudioStore, batches_ahead
 from training.data.utterances import Utterance
 from training.loop.ranks import ONE, Ranks
@@ -51,7 +52,7 @@ def predict(
         if batch is None:
             continue
         batch = batch.to(device)
-        features, lengths = model.featurize(batch.audio, batch.audio_lengths)
+        features, lengths = model.featurize(batch.audio, sent(batch.audio_lengths, device))
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
             lines = [utterance.as_line(data.prompt) for utterance in batch.utterances]
             chosen = [model.head(head) for head in heads]

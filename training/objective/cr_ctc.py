@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastconformer.transfers import sent
+
 
 def time_warp(features: Tensor, lengths: Tensor, reach: int) -> Tensor:
     """Stretch what is before a random frame of each clip, and squeeze what is after, or the other
@@ -59,6 +61,6 @@ def consistency(log_probs: Tensor, lengths: Tensor) -> Tensor:
     distance = F.kl_div(first, second.detach(), reduction="none", log_target=True)
     distance = distance + F.kl_div(second, first.detach(), reduction="none", log_target=True)
     frames = torch.arange(log_probs.shape[1], device=log_probs.device)
-    padding = frames >= lengths.chunk(2)[0][:, None]
+    padding = frames >= sent(lengths, frames.device).chunk(2)[0][:, None]
     per_clip = 0.5 * distance.sum(-1).masked_fill(padding, 0.0).sum(-1)
     return per_clip.repeat(2)

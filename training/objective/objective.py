@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fastconformer import ASRModel
 from fastconformer.heads import HEADS
+from fastconformer.transfers import sent
 from training.augment.spec_augment import spec_augment
 from training.data.store import Batch
 from training.objective.cr_ctc import consistency, time_warp
@@ -191,13 +192,15 @@ class Views:
         """Only these clips."""
         n_clips = len(self.batch.target_lengths)
         both = torch.cat([rows + start for start in range(0, len(self.lengths), n_clips)])
+        device = self.features.device
+        there = sent(rows, device)
         batch = Batch(
             tuple(self.batch.utterances[i] for i in rows.tolist()) if self.batch.utterances else (),
-            *(getattr(self.batch, name)[rows] for name in ("audio", "audio_lengths")),
-            *(getattr(self.batch, name)[rows] for name in ("targets", "target_lengths")),
+            self.batch.audio[there],
+            *(getattr(self.batch, n)[rows] for n in ("audio_lengths", "targets", "target_lengths")),
         )
-        weights = {name: values[rows] for name, values in self.weights.items()}
-        return Views(self.features[both], self.lengths[both], batch, weights)
+        weights = {name: values[there] for name, values in self.weights.items()}
+        return Views(self.features[sent(both, device)], self.lengths[both], batch, weights)
 
 
 def make_views(model: ASRModel, batch: Batch, objective: Objective) -> Views:
@@ -212,6 +215,7 @@ def make_views(model: ASRModel, batch: Batch, objective: Objective) -> Views:
     weights = {"mean_batch": clip_weights(batch.target_lengths, "mean_batch")}
     for head in map(model.head, model.heads):
         weights[head.name] = clip_weights(head.target_counts(batch), head.reduction)
+    weights = {name: sent(values, features.device) for name, values in weights.items()}
     return Views(features, lengths, batch, weights)
 
 

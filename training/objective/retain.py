@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from fastconformer import ASRModel
 from fastconformer.surgery.vocabulary import Change
+from fastconformer.transfers import sent
 from training.data.store import Batch
 from training.objective.objective import Objective
 from training.recipe.sections import RetainRecipe
@@ -124,9 +125,12 @@ class Retain:
         chosen = torch.tensor(old * (len(encoded) // max(1, len(old))), dtype=torch.bool)
         if not chosen.any():
             return found
-        chosen = chosen.nonzero()[:, 0].to(encoded.device)
+        chosen = chosen.nonzero()[:, 0]
+        feature_lengths = feature_lengths[chosen]
+        chosen = sent(chosen, encoded.device)
         with torch.no_grad():
-            teacher, lengths = self.original.encode(features[chosen], feature_lengths[chosen])
+            teacher, lengths = self.original.encode(features[chosen], feature_lengths)
+        lengths = sent(lengths, encoded.device)
         student = encoded[chosen]
         if "distill_encoder" in found:
             values = encoder_distillation(teacher, student, lengths)

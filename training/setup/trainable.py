@@ -3,6 +3,8 @@ gradients that should be there and are not."""
 
 import re
 
+import torch
+
 from fastconformer import ASRModel
 from training.setup.freeze import Freezing, ancestors
 
@@ -110,9 +112,13 @@ class GradientWatch:
         missing = [name for name, parameter in moving.items() if parameter.grad is None]
         if missing:
             raise ValueError(_no_gradient(missing, "no gradient at all"))
-        for name in list(self.silent):
-            if name not in moving or moving[name].grad.count_nonzero():
-                self.silent.discard(name)
+        self.silent &= moving.keys()
+        if self.silent:
+            names = sorted(self.silent)
+            counts = [moving[name].grad.count_nonzero() for name in names]
+            counts = [x.full_tensor() if hasattr(x, "full_tensor") else x for x in counts]
+            counts = torch.stack(counts).tolist()  # one wait for the device
+            self.silent -= {name for name, count in zip(names, counts, strict=True) if count}
         if not self.silent:
             self.left = 0
         elif not self.left:

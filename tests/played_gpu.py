@@ -1,0 +1,82 @@
+"""A CPU that plays a GPU, to count how often the host would wait for it."""
+
+import traceback
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+GPU = torch.device("cuda:0")
+READS = {"item", "tolist", "cpu", "numpy", "nonzero", "masked_select", "unique"}
+READS |= {"__bool__", "__int__", "__float__", "__index__", "__contains__", "equal"}
+SENDS = {"to", "cuda", "tensor", "as_tensor", "new_tensor", "copy_", "__getitem__", "__setitem__"}
+SENDS |= {"index_select", "index_put", "index_put_", "type_as"}
+
+
+class PlayedGpu(TorchFunctionMode):
+    """Tensors that were sent to the GPU, and what is made of them, say that they are there. Noted
+    is each look at their values, and each time that memory which is not pinned is sent, with the
+    line of these packages that did it."""
+
+    def __init__(self, model, *packages: str):
+        super().__init__()
+        self.waits, self.packages = [], packages
+        for x in (*model.parameters(), *model.buffers()):
+            x.there = True
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs, name = kwargs or {}, getattr(function, "__name__", "")
+        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        there = any(getattr(x, "there", False) for x in given)
+        if function == torch.Tensor.is_cuda.__get__:
+            return there
+        if function == torch.Tensor.device.__get__:
+            return GPU if there else function(*args)
+        if name == "pin_memory":
+            pinned = args[0].view_as(args[0])
+            pinned.pinned = True
+            return pinned
+        sent = any(x in (GPU, "cuda", "cuda:0") for x in (*args, *kwargs.values()) if _is_place(x))
+        back = name == "cpu" or (name == "to" and any(x == "cpu" for x in args[1:]))
+        if there and (name in READS or back or _by_mask(name, args)):
+            self._note(f"{name} waits")
+        elif name in SENDS and (sent or there) and self._from_pageable(args, kwargs):
+            self._note(f"{name} sends")
+        result = function(*tree_map(_here, args), **tree_map(_here, kwargs))
+        if (there or sent) and not back:
+            for x in tree_leaves(result):
+                if isinstance(x, torch.Tensor):
+                    x.there = True
+        elif back:  # a new one: on a CPU it is the same
+            result = result.clone()
+        return result
+
+    def _from_pageable(self, args, kwargs) -> bool:
+        """Whether a copy begins in memory of the host that a GPU cannot read by itself."""
+        first, *others = args
+        if not isinstance(first, torch.Tensor) or any(isinstance(x, list) for x in others):
+            return True  # a number or a list
+        tensors = [x for x in tree_leaves(args) if isinstance(x, torch.Tensor)]
+        from_host = [x for x in tensors if not getattr(x, "there", False) and x.ndim]
+        pinned = all(getattr(x, "pinned", False) for x in from_host)
+        return bool(from_host) and not (pinned and kwargs.get("non_blocking"))
+
+    def _note(self, what: str) -> None:
+        stack = traceback.extract_stack()
+        frames = [f for f in stack if any(f.filename.startswith(p) for p in self.packages)]
+        self.waits.append(f"{frames[-1].filename}:{frames[-1].lineno} {what}")
+
+
+def _is_place(x) -> bool:
+    return isinstance(x, torch.device | str)
+
+
+def _by_mask(name: str, args) -> bool:
+    if name not in ("__getitem__", "__setitem__"):
+        return False
+    keys = tree_leaves(args[1])
+    return any(isinstance(x, torch.Tensor) and x.dtype == torch.bool for x in keys)
+
+
+def _here(x):
+    return torch.device("cpu") if isinstance(x, torch.device) else x
