@@ -25,11 +25,16 @@ import torch
 from fastconformer import cli
 from training.loop.console import Lines, Stopped
 from training.loop.evaluations import show_report
-from training.loop.ranks import join, leave
+from training.loop.ranks import join, leave, lost_peer
 from training.loop.stages import finetune
 from training.recipe.recipe import load_recipe
 
 log = logging.getLogger("finetune")
+
+LOST = (
+    "another process of this run, its machine or the network is gone; the last checkpoint stands: "
+    "start the same command again, on as many processes as there are"
+)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -62,6 +67,10 @@ def job(options, is_main: bool) -> int | None:
     except torch.OutOfMemoryError as error:  # outside of a step's passes, which are split
         words = " ".join(str(error).split())[:200]
         raise cli.Failed(f"{words}; lower data.batch_duration_s or batch_size") from None
+    except RuntimeError as error:
+        if not lost_peer(error):
+            raise
+        raise cli.Failed(LOST) from None
     except KeyboardInterrupt:  # the second Ctrl-C, or one before the first step
         print("interrupted; the last checkpoint stands", file=sys.stderr)
         return 130

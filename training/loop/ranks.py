@@ -77,6 +77,14 @@ def join() -> Ranks:
     return Ranks(dist.get_rank(), world)
 
 
+def lost_peer(error: RuntimeError) -> bool:
+    """Whether an error says that another process, its machine or the network between is gone.
+
+    NCCL and torch's store have classes of their own; gloo's is a bare RuntimeError that names it.
+    """
+    return dist.is_initialized() and (isinstance(error, dist.DistError) or "gloo" in str(error))
+
+
 def leave() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
