@@ -13,13 +13,17 @@ import io
 import os
 import re
 import shutil
+import sys
 import tarfile
 import tempfile
 import zlib
 from pathlib import Path, PurePosixPath
+from typing import BinaryIO
 
 import torch
 
+from ..config import ModelConfig
+from ..config.checks import config_errors
 from .contents import (
     ALIGNER,
     CONFIG_FILE,
@@ -37,9 +41,11 @@ from .yaml_config import CONFIG_MEMBER, dump_config, load_config
 WEIGHTS_MEMBER = "model_weights.ckpt"
 ALIGNER_MEMBERS = f"{ALIGNER}_config.yaml", f"{ALIGNER}_weights.ckpt"
 MAX_CONFIG_BYTES = 64 << 20
-MAX_FILE_BYTES = 256 << 20  # of a tokenizer
-MOST_UNPACKED = 20  # times an archive's size; more, of weights, is a trap
-SMALL_WEIGHTS = 64 << 20  # bytes that are unpacked from any archive
+MAX_FILE_BYTES = 256 << 20  # of all tokenizers
+MOST_UNPACKED = 20  # times an archive's size: weights are hardly compressible, more is a trap
+SMALL_ARCHIVE = 64 << 20  # bytes that any archive may unpack to
+BYTES_OF_WEIGHT = 8  # twice those of float32, what torch.save writes about them included
+COPY_BYTES = 1 << 20
 
 
 def read_nemo(path: str | os.PathLike) -> Checkpoint:
@@ -57,13 +63,12 @@ def read_nemo(path: str | os.PathLike) -> Checkpoint:
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such .nemo file or folder")
     try:
-        with path.open("rb") as file:
-            mode = "r:gz" if file.read(2) == b"\x1f\x8b" else "r:"
         with (
-            tarfile.open(path, mode) as tar,
+            _opened(path) as file,
+            tarfile.open(fileobj=file, mode="r:") as tar,
             tempfile.TemporaryDirectory(prefix="nemo-", ignore_cleanup_errors=True) as folder,
         ):
-            return _read_members(tar, Path(folder))
+            return _read_members(tar, Path(folder), path.stat().st_size)
     except (tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise ValueError(f"{path} is truncated or not a tar archive: {error}") from error
     except (ValueError, RecursionError) as error:
@@ -71,12 +76,29 @@ def read_nemo(path: str | os.PathLike) -> Checkpoint:
         raise ValueError(f"{path}: {reason}") from error
 
 
-def _read_members(tar: tarfile.TarFile, folder: Path) -> Checkpoint:
-    members = _safe_members(tar)
-    checkpoint, read = _read_model(tar, members, folder, CONFIG_MEMBER, WEIGHTS_MEMBER)
+class _Unzipped(gzip.GzipFile):
+    """What tarfile reads at once it holds in memory: the header of a member, above all."""
+
+    def read(self, size=-1):
+        if not 0 <= size <= COPY_BYTES:
+            raise ValueError(f"refusing a header of {size >> 10} KiB")
+        return super().read(size)
+
+
+def _opened(path: Path) -> BinaryIO:
+    with path.open("rb") as file:
+        is_zipped = file.read(2) == b"\x1f\x8b"
+    return _Unzipped(path) if is_zipped else path.open("rb")
+
+
+def _read_members(tar: tarfile.TarFile, folder: Path, packed: int) -> Checkpoint:
+    """packed: bytes of the archive."""
+    members = _safe_members(tar, packed)
+    checkpoint, read = _read_model(tar, members, folder, packed)
     if any(name in members for name in ALIGNER_MEMBERS):
         try:
-            checkpoint.aligner, more = _read_model(tar, members, folder, *ALIGNER_MEMBERS)
+            aligner = _read_model(tar, members, folder, packed, *ALIGNER_MEMBERS)
+            checkpoint.aligner, more = aligner
         except ValueError as error:
             raise ValueError(f"the CTC model for times: {error}") from error
         read |= more
@@ -85,7 +107,12 @@ def _read_members(tar: tarfile.TarFile, folder: Path) -> Checkpoint:
 
 
 def _read_model(
-    tar: tarfile.TarFile, members: dict, folder: Path, config_member: str, weights_member: str
+    tar: tarfile.TarFile,
+    members: dict,
+    folder: Path,
+    packed: int,
+    config_member: str = CONFIG_MEMBER,
+    weights_member: str = WEIGHTS_MEMBER,
 ) -> tuple[Checkpoint, set[str]]:
     """One model of the archive, and the members that were read for it."""
     for name in (config_member, weights_member):
@@ -108,7 +135,10 @@ def _read_model(
             'tokenizer names no file of the archive (expected tokenizer.model_path: "nemo:...")'
         )
 
-    _check_sizes(tar, members, weights_member, wanted.values())
+    _check_size(members[weights_member], packed, _most_bytes(config), ", which its config allows")
+    n_bytes = sum(members[name].size for name in set(wanted.values()))
+    if n_bytes > MAX_FILE_BYTES:
+        raise ValueError(f"its tokenizers unpack to {n_bytes >> 20} MiB")
     clean = _clean_names(wanted.values())
     needed = {weights_member, *clean}
     # In the archive's order: a compressed one is read once, not once a member.
@@ -124,22 +154,32 @@ def _read_model(
     return Checkpoint(config, weights, files), needed | {config_member}
 
 
-def _check_sizes(tar: tarfile.TarFile, members: dict, weights_member: str, files) -> None:
-    """ValueError of members that would fill the disk: weights are hardly compressible, so that
-    megabytes which unpack to many times as much hold none."""
-    packed = os.path.getsize(tar.name)
-    most = max(MOST_UNPACKED * packed, SMALL_WEIGHTS)
-    for name, limit in [(weights_member, most), *((name, MAX_FILE_BYTES) for name in files)]:
-        if members[name].size > limit:
-            raise ValueError(
-                f"{name} unpacks to {members[name].size >> 20} MiB, out of an archive of "
-                f"{packed >> 10} KiB; refusing more than {limit >> 20} MiB"
-            )
+def _most_bytes(config: dict) -> int:
+    """Of the weights that a model of this config has."""
+    try:
+        with config_errors():
+            return int(BYTES_OF_WEIGHT * ModelConfig.from_nemo(config).most_weights) + COPY_BYTES
+    except ValueError:  # no model of ours: refused later, by what it is
+        return sys.maxsize
 
 
-def _safe_members(tar: tarfile.TarFile) -> dict[str, tarfile.TarInfo]:
-    members = {}
+def _check_size(member: tarfile.TarInfo, packed: int, most: int, why: str = "") -> None:
+    """ValueError of a member that would fill the disk: it is larger than `most`, and more than the
+    archive itself."""
+    if member.size > max(most, packed):
+        raise ValueError(
+            f"{member.name} unpacks to {member.size >> 20} MiB, out of an archive of "
+            f"{packed >> 10} KiB; refusing more than {most >> 20} MiB{why}"
+        )
+
+
+def _safe_members(tar: tarfile.TarFile, packed: int) -> dict[str, tarfile.TarInfo]:
+    """The plain files by name. ValueError of others, and of more than the archive can hold, told
+    before that is unpacked."""
+    members, left = {}, max(MOST_UNPACKED * packed, SMALL_ARCHIVE)
     for member in tar:
+        _check_size(member, packed, left)
+        left -= member.size
         name = PurePosixPath(member.name)
         if name.is_absolute() or ".." in name.parts:
             raise ValueError(f"refusing member {member.name!r}: it points outside the archive")
@@ -166,7 +206,7 @@ def _missing(name: str, members: dict) -> str:
 
 def _extract(tar: tarfile.TarFile, member: tarfile.TarInfo, target: Path) -> None:
     with tar.extractfile(member) as source, target.open("wb") as sink:
-        shutil.copyfileobj(source, sink, 1 << 20)
+        shutil.copyfileobj(source, sink, COPY_BYTES)
         if sink.tell() != member.size:
             raise ValueError(f"truncated inside {member.name}")
 

@@ -8,7 +8,7 @@ import re
 
 import yaml
 
-from .interpolation import escape, resolve
+from .interpolation import MAX_CONFIG_VALUES, escape, resolve
 
 CONFIG_MEMBER = "model_config.yaml"
 MAX_YAML_DEPTH = 100
@@ -63,14 +63,16 @@ for _class in (_Loader, _Dumper):
 
 
 def check_yaml_depth(text: bytes) -> None:
-    """Raises YAMLError where the text is none, or is nested so deeply that loading it, which takes
-    the C stack, could end the process."""
+    """Raises YAMLError where the text is none, is nested so deeply that loading it, which takes
+    the C stack, could end the process, or has more values than memory is for."""
     depth = 0
-    for event in yaml.parse(text, _Loader):  # takes no stack
+    for n_events, event in enumerate(yaml.parse(text, _Loader)):  # takes no stack and no memory
         depth += isinstance(event, yaml.CollectionStartEvent)
         depth -= isinstance(event, yaml.CollectionEndEvent)
         if depth > MAX_YAML_DEPTH:
             raise yaml.YAMLError(f"nested too deeply, in more than {MAX_YAML_DEPTH} levels")
+        if n_events > 2 * MAX_CONFIG_VALUES:  # a mapping has an event for a key, too
+            raise yaml.YAMLError(f"too long, with more than {MAX_CONFIG_VALUES} values")
 
 
 def load_config(text: bytes, name: str = CONFIG_MEMBER) -> dict:

@@ -51,6 +51,46 @@ class ModelConfig:
         hop_s = pre.n_window_stride / pre.sample_rate if pre.n_window_stride else pre.window_stride
         return hop_s * self.encoder.frame_factor
 
+    @property
+    def most_weights(self) -> int:
+        """Numbers in the model's tensors, at most: of each part those of its largest form, so that
+        an archive can be told from a trap before it is unpacked."""
+        pre, enc = self.preprocessor, self.encoder
+        d, expansion = enc.d_model, enc.ff_expansion_factor
+        # attention of 5 d^2 with its positions, BiRWKV7 of 4 d^2 with ranks of about 12 sqrt(d);
+        # the convolution 3 d^2; then biases, norms and what grows with the kernel
+        layer = (4 * expansion + 11) * d**2 + (4 * expansion + enc.conv_kernel_size + 320) * d
+        layer += sum(2 * d * adapter.dim + adapter.dim + 4 * d for adapter in enc.adapters)
+        total = enc.n_layers * layer + d * abs(enc.feat_out)
+        channels = enc.subsampling_conv_channels if enc.subsampling_conv_channels > 0 else d
+        for width, features, n_channels in (
+            (enc.subsampling_factor, enc.feat_in, channels),
+            (enc.reduction_factor if enc.reduces else 1, d, d),
+        ):
+            n_convolutions = width.bit_length() - 1
+            total += n_convolutions * (9 * n_channels**2 + 11 * n_channels)
+            total += d * n_channels * (features // width + 2) if n_convolutions else 0
+        total += pre.n_features * (pre.fft_size + 2) + pre.window_samples
+        if self.decoder:
+            width = self.decoder.pred_hidden
+            total += (self.decoder.vocab_size + 1) * width
+            total += self.decoder.pred_rnn_layers * 8 * (width**2 + width)
+        if self.joint:
+            joint, n_outputs = self.joint, self.joint.vocab_size + 1 + self.joint.n_durations
+            total += (joint.encoder_hidden + joint.pred_hidden + n_outputs + 3) * joint.joint_hidden
+            total += n_outputs
+        if self.ctc:
+            total += (self.ctc.vocab_size + 1) * (self.ctc.d_in + 1)
+        if self.aed:
+            rows = 2 * self.aed.vocab_size + self.aed.max_sequence_length + 8
+            total += rows * (self.aed.decoder.hidden_size + 1) + d * self.aed.decoder.hidden_size
+            for stack in (self.aed.decoder, self.aed.encoder):
+                if stack:
+                    width = stack.hidden_size
+                    each = 8 * width**2 + (2 * width + 1) * stack.inner_size + 16 * width
+                    total += stack.num_layers * each + 2 * width
+        return total
+
     @staticmethod
     def from_nemo(cfg: dict) -> "ModelConfig":
         """Reads NeMo's resolved model config.

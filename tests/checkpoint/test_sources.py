@@ -18,9 +18,10 @@ from conftest import golden
 
 import fastconformer
 from converters import nemo2st
-from fastconformer.checkpoint import hub
+from fastconformer.checkpoint import hub, nemo_archive
 from fastconformer.checkpoint.nemo_archive import write_nemo
 from fastconformer.checkpoint.read import read_checkpoint
+from fastconformer.config import ModelConfig
 from training.average import main as average
 
 ROOT = Path(__file__).parents[2]
@@ -112,29 +113,101 @@ def test_archives_of_adapter_training_without_adapters(tmp_path):
     fastconformer.load_model(tmp_path / "a.nemo")
 
 
-def test_a_bomb_does_not_fill_the_disk(tmp_path, monkeypatch):
-    """Two gigabytes of zeros where the weights should be, in a few megabytes."""
-    with tarfile.open(NEMO) as tar:
-        member = next(m for m in tar.getmembers() if m.name.endswith("model_config.yaml"))
-        config = tar.extractfile(member).read()
-    path = tmp_path / "bomb.nemo"
-    size = 1 << 31
-    with gzip.open(path, "wb", 1) as out:
-        for name, length in (("model_config.yaml", len(config)), ("model_weights.ckpt", size)):
+def bomb(path: Path, members: list[tuple[str, bytes, int]]) -> Path:
+    """A gzipped archive of (name, content, zeros behind it), whatever that is unpacked."""
+    block = gzip.compress(bytes(1 << 20))
+    with path.open("wb") as out:
+        for name, content, n_zeros in members:
             header = tarfile.TarInfo(name)
-            header.size = length
-            out.write(header.tobuf())
-            if length == size:
-                for _ in range(size >> 24):
-                    out.write(bytes(1 << 24))
-            else:
-                out.write(config + bytes(-length % 512))
-        out.write(bytes(1024))
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    with pytest.raises(ValueError, match=r"model_weights.ckpt unpacks to 2048 MiB|names"):
+            header.size = len(content) + n_zeros
+            out.write(gzip.compress(header.tobuf() + content))
+            out.write(block * (n_zeros >> 20))
+            out.write(gzip.compress(bytes(n_zeros % (1 << 20) + -header.size % 512)))
+        out.write(gzip.compress(bytes(1024)))
+    return path
+
+
+def parts_of(archive: Path) -> dict[str, bytes]:
+    with tarfile.open(archive) as tar:
+        files = [member for member in tar if member.isfile()]
+        return {m.name.removeprefix("./"): tar.extractfile(m).read() for m in files}
+
+
+def longest(kind: str) -> tuple[list, str]:
+    """Members of a trap, and what is said of it."""
+    parts = parts_of(NEMO)
+    config, weights = parts.pop("model_config.yaml"), parts.pop("model_weights.ckpt")
+    others = [(name, content, 0) for name, content in parts.items()]
+    yaml = ("model_config.yaml", config, 0)
+    inflated = ("model_weights.ckpt", weights, 40 << 20)
+    if kind == "two gigabytes":
+        return [yaml, *others, ("model_weights.ckpt", b"", 1 << 31)], "unpacks to 2048 MiB"
+    if kind == "more than the config":
+        return [yaml, *others, inflated], "unpacks to 41 MiB, .* 4 MiB, which its config allows"
+    if kind == "weights first":
+        return [inflated, yaml, *others], "unpacks to 41 MiB, .* 4 MiB, which its config allows"
+    if kind == "many":
+        return [*((f"{n}.bin", b"", 30 << 20) for n in range(9)), yaml], "refusing more than 4 MiB"
+    if kind == "YAML":
+        yaml = ("model_config.yaml", config + b"more: [" + b"0," * (4 << 20) + b"0]\n", 0)
+        return [yaml, *others, ("model_weights.ckpt", weights, 0)], "more than 500000 values"
+    names = "\n".join(f"  path{n}: nemo:{n}.txt" for n in range(9))
+    yaml = ("model_config.yaml", config + f"\nmore:\n{names}\n".encode(), 0)
+    files = [(f"{n}.txt", os.urandom(3 << 20), 29 << 20) for n in range(9)]
+    return [yaml, *others, *files, ("model_weights.ckpt", weights, 0)], "tokenizers unpack to 288"
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["two gigabytes", "more than the config", "weights first", "many", "YAML", "tokenizers"],
+)
+def test_a_bomb_does_not_fill_the_disk(tmp_path, monkeypatch, kind):
+    members, said = longest(kind)
+    path = bomb(tmp_path / "bomb.nemo", members)
+    written = []
+    extract = nemo_archive._extract
+    monkeypatch.setattr(
+        nemo_archive, "_extract", lambda *args: (written.append(args[1].size), extract(*args))
+    )
+    with pytest.raises(ValueError, match=said):
         fastconformer.load_model(path)
-    assert sum(p.stat().st_size for p in tmp_path.rglob("*") if p.is_file()) < 1 << 25
+    assert sum(written) <= len(members[0][1])  # the config, at most
+
+
+def test_a_long_header_is_no_bomb(tmp_path):
+    """tarfile reads one whole, into memory."""
+    header = tarfile.TarInfo("more")
+    header.size, header.type = 1 << 30, tarfile.XHDTYPE
+    path = tmp_path / "bomb.nemo"
+    path.write_bytes(gzip.compress(header.tobuf()) + gzip.compress(bytes(1 << 20)) * 1024)
+    with pytest.raises(ValueError, match="refusing a header of 1048576 KiB"):
+        fastconformer.load_model(path)
+
+
+@pytest.mark.parametrize("weights_first", [False, True])
+def test_weights_of_zeros_are_no_bomb(tmp_path, weights_first):
+    """They are packed to a hundredth, and not to more than the model has."""
+    checkpoint = read_checkpoint(NEMO)
+    for tensor in checkpoint.state_dict.values():
+        tensor.zero_()
+    write_nemo(tmp_path / "plain.nemo", checkpoint)
+    parts = [(name, content, 0) for name, content in parts_of(tmp_path / "plain.nemo").items()]
+    parts.sort(key=lambda part: part[0].endswith(".ckpt") != weights_first)
+    path = bomb(tmp_path / "zeros.nemo", parts)
+    assert path.stat().st_size < (tmp_path / "plain.nemo").stat().st_size / 5
+    model = fastconformer.load_model(path)
+    assert all(not p.any() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    "archive",
+    [BASE, *sorted((ROOT / "tests" / "golden").glob("*/*.nemo"))],
+    ids=lambda p: p.parent.name,
+)
+def test_a_config_tells_how_large_its_weights_are(archive):
+    checkpoint = read_checkpoint(archive)
+    n = sum(tensor.numel() for tensor in checkpoint.state_dict.values())
+    assert n <= ModelConfig.from_nemo(checkpoint.config).most_weights <= 1.8 * n
 
 
 # --- the hub -----------------------------------------------------------------------------------
