@@ -4,8 +4,9 @@
     python -m fastconformer.listen --model model.nemo --input talk.wav
     arecord -t raw -f S16_LE -r 16000 | python -m fastconformer.listen --model model.nemo --input -
 
-A line is one utterance: it ends where nothing was recognised for a while, and at Ctrl-C. In a
-terminal, what may still change stands dim at its end; elsewhere only words are written that stay.
+A line is one utterance: it ends where the model says so (<EOU>), where nothing was recognised for a
+while, and at Ctrl-C. In a terminal, what may still change stands dim at its end; elsewhere only
+words are written that stay.
 """
 
 import contextlib
@@ -81,8 +82,14 @@ def listen(args) -> int:
         raise cli.UsageError("--input takes the microphone's place: leave out --microphone")
     model = cli.load_model(args)
 
+    slots = {} if args.target_lang is None else {"target_lang": args.target_lang}
+    if slots:
+        try:
+            model.head(args.head).asked(slots, True)
+        except ValueError as error:
+            raise cli.UsageError(str(error)) from None
+
     def open_stream():
-        slots = {} if args.target_lang is None else {"target_lang": args.target_lang}
         return model.stream(args.head, args.look_ahead, part_s=args.part_s, **slots)
 
     blocks = _blocks(args, model.sample_rate)
@@ -101,7 +108,7 @@ def write_lines(blocks: Iterator[np.ndarray], open_stream, pause_s: float, rate_
             is_new = len(partial.tokens) != n_tokens
             quiet_s = 0.0 if is_new else quiet_s + len(samples) / rate_hz
             n_tokens = len(partial.tokens)
-            if n_tokens and quiet_s >= pause_s:
+            if partial.ended_s is not None or (n_tokens and quiet_s >= pause_s):
                 line.end(stream.finish().text)
                 stream, n_tokens, quiet_s = open_stream(), 0, 0.0
     line.end(stream.finish().text)

@@ -259,6 +259,7 @@ class Head:
     def words(self, hypothesis: Hypothesis, aggregate=min) -> list[Span]:
         """Words with their encoder frames; aggregate: confidences of tokens -> the word's."""
         tokenizer = self.tokenizer
-        pieces = tokenizer.ids_to_pieces(hypothesis.tokens)
         spans = self.token_spans(hypothesis, tokenizer)
-        return word_spans(spans, pieces, tokenizer, aggregate)
+        said = [i for i, t in enumerate(hypothesis.tokens) if t not in tokenizer.utterance_ends]
+        pieces = tokenizer.ids_to_pieces([hypothesis.tokens[i] for i in said])
+        return word_spans([spans[i] for i in said], pieces, tokenizer, aggregate)

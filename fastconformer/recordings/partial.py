@@ -19,13 +19,15 @@ KEPT = 24  # tokens at the end that are never settled
 class Partial:
     """What a stream has heard so far.
 
-    stable: how many of the tokens, from the first, will not change; duration: seconds heard; text,
-    tokens, the encoder frame of each (token_frames), and words with times in seconds are made when
-    asked for.
+    stable: how many of the tokens, from the first, will not change; duration: seconds heard;
+    ended_s: when the last utterance ended, in seconds, where the model says so by a token (`<EOU>`)
+    and it is stable, else None; text, tokens, the encoder frame of each (token_frames), and words
+    with times in seconds are made when asked for.
     """
 
     stable: int
     duration: float
+    ended_s: float | None
     _head: object = field(repr=False)
     _found: Hypothesis = field(repr=False)  # goes on growing: its first `stable` tokens are meant
     _ahead: Hypothesis = field(repr=False)  # after them, and may change
@@ -47,9 +49,12 @@ class Partial:
     @property
     def stable_text(self) -> str:
         """The words at the text's beginning that will not change. The last stable one is left out:
-        it may still go on, so that its end is told with what comes after it."""
+        it may still go on, so that its end is told with what comes after it, be it the utterance's.
+        """
         n_stable = len(self._end.tokens) - len(self._ahead.tokens)
         text = self._text_to(n_stable)
+        if n_stable and self._end.tokens[n_stable - 1] in self._head.tokenizer.utterance_ends:
+            return text
         last = max(text.rfind(" "), 0)
         if has_spaceless(text[last:]):  # as Chinese, where a word is what a token writes
             words = self._head.words(self._end.part(0, n_stable))
@@ -100,10 +105,12 @@ class RunningText:
     def __init__(self, head):
         self.head, self.settled = head, Settled()
         self._next_try = 2 * KEPT  # tokens after the settled ones
+        self._n_looked_at, self._ended_s = 0, None  # for an utterance's end
 
     def partial(self, found: Hypothesis, ahead: Hypothesis | None, duration_s: float) -> Partial:
         """found: tokens that stay; ahead: more, that may change."""
         self._settle(found)
+        self._look_for_ends(found)
         ahead = ahead or Hypothesis(durations=None if found.durations is None else [])
         settled = self.settled
         end = found.part(settled.first)
@@ -111,7 +118,15 @@ class RunningText:
         end.frames += ahead.frames
         if end.durations is not None:
             end.durations += ahead.durations
-        return Partial(len(found.tokens), duration_s, self.head, found, ahead, end, settled)
+        n_stable, ended_s = len(found.tokens), self._ended_s
+        return Partial(n_stable, duration_s, ended_s, self.head, found, ahead, end, settled)
+
+    def _look_for_ends(self, found: Hypothesis) -> None:
+        ends, first = self.head.tokenizer.utterance_ends, self._n_looked_at
+        self._n_looked_at = len(found.tokens)
+        for token, frame in zip(found.tokens[first:], found.frames[first:]):
+            if token in ends:
+                self._ended_s = frame * self.head.model.config.frame_seconds
 
     def _settle(self, found: Hypothesis) -> None:
         while len(found.tokens) - self.settled.n_tokens >= self._next_try:

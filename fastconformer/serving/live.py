@@ -2,8 +2,10 @@
 
 The client sends `input_audio_buffer.append` with base64 of 16-bit PCM and hears
 `...transcription.delta` as text becomes stable; `input_audio_buffer.commit` ends an utterance with
-`...transcription.completed`. A session that asks for `include: ["words"]` also hears, after every
-append, what may still change and the times of words (`transcript.partial`, ours).
+`...transcription.completed`. With `turn_detection: {"type": "semantic_vad"}` a model that tells
+where utterances end (`<EOU>`) commits them itself. A session that asks for `include: ["words"]`
+also hears, after every append, what may still change and the times of words (`transcript.partial`,
+ours).
 
 Source: the OpenAI API reference, Realtime, and the `openai` client 3.57.
 """
@@ -40,6 +42,7 @@ class Session:
     def __init__(self, socket: WebSocket, batcher: Batcher, head: str | None, longest_s: float):
         self.socket, self.batcher, self.head, self.longest_s = socket, batcher, head, longest_s
         self.rate_hz, self.wants_words = DEFAULT_RATE_HZ, False
+        self.commits_itself = False  # where the model tells an utterance's end
         self.slots: dict = {}  # of the head's prompt
         self._numbers = itertools.count(1)
         self._items = itertools.count(1)
@@ -58,7 +61,8 @@ class Session:
 
     def described(self) -> dict:
         """The session as events show it."""
-        audio = {"format": {"type": "audio/pcm", "rate": self.rate_hz}, "turn_detection": None}
+        audio = {"format": {"type": "audio/pcm", "rate": self.rate_hz}}
+        audio["turn_detection"] = {"type": "semantic_vad"} if self.commits_itself else None
         return {
             "type": "transcription",
             "object": "realtime.transcription_session",
@@ -75,18 +79,23 @@ class Session:
         rate = form.get("rate", self.rate_hz)
         if not isinstance(rate, int) or not 8000 <= rate <= 96000:
             raise Refused(f"the rate is {rate!r}, expected 8000 to 96000", "session.audio")
-        if audio.get("turn_detection") is not None:
+        turns = audio.get("turn_detection")
+        tells = bool(self.stream.head.tokenizer.utterance_ends)
+        by_model = isinstance(turns, dict) and turns.get("type") == "semantic_vad"
+        if turns is not None and not (tells and by_model):
             raise Refused(
-                "turn_detection is not available; set it to null and commit each utterance",
+                f"turn_detection is {turns!r}; set it to null and commit each utterance"
+                + (", or its type to semantic_vad" if tells else ""),
                 "session.audio.input.turn_detection",
             )
-        language = (audio.get("transcription") or {}).get("language")
-        if language is not None:
-            self._speak(language)
+        self.commits_itself = turns is not None
+        wanted = audio.get("transcription")
+        if isinstance(wanted, dict) and wanted.get("language") is not None:
+            self._speak(str(wanted["language"]))
         self.rate_hz = rate
         self.wants_words = "words" in (session.get("include") or ())
 
-    def _speak(self, language) -> None:
+    def _speak(self, language: str) -> None:
         """Takes a language where the model is told one, from the next utterance on."""
         before = self.slots
         self.slots = spoken_in(language, self.batcher.model.head(self.head).slots)
@@ -106,12 +115,15 @@ class Session:
         if len(data) % 2:
             raise Refused(f"audio has {len(data)} bytes, expected 16-bit samples", "audio")
         samples = np.frombuffer(data, "<i2").astype(np.float32) / 32768
-        self.heard_s += len(samples) / self.rate_hz
-        if self.heard_s > self.longest_s:
+        if self.heard_s + len(samples) / self.rate_hz > self.longest_s:
             raise Refused(f"an utterance is at most {self.longest_s:g} s long; commit it", "audio")
         for start in range(0, len(samples), self.rate_hz):  # others may speak in between
             part = samples[start : start + self.rate_hz]
-            await self._tell(await self._hear(part, last=False))
+            self.heard_s += len(part) / self.rate_hz
+            partial = await self._hear(part, last=False)
+            await self._tell(partial)
+            if self.commits_itself and partial.ended_s is not None:
+                await self.commit()
 
     async def _hear(self, samples: np.ndarray, last: bool):
         model_hz = self.batcher.model.sample_rate

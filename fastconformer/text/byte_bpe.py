@@ -56,6 +56,7 @@ class ByteTokenizer:
 
     kind = "bytes"
     unk_id = None
+    utterance_ends = frozenset()
 
     def __init__(self, token_bytes: list[bytes]):
         self.token_bytes = token_bytes

@@ -7,17 +7,24 @@ import sentencepiece
 
 from .sentencepiece_model import CONTROL, UNKNOWN, USER_DEFINED, SentencePieceModel
 
+# Pieces by which a model says that a speaker has finished, or only confirmed. Source: NeMo 3.0's
+# end-of-utterance models (audio_to_eou_label_lhotse.py, parakeet_realtime_eou).
+UTTERANCE_ENDS = ("<EOU>", "<EOB>")
+
 
 class Tokenizer:
-    """Common to all kinds: `pieces` (list of str), `vocab_size`, `unk_id` (None: cannot occur), and
-    the ids of an attention decoder's marks (None: the tokenizer has none)."""
+    """Common to all kinds: `pieces` (list of str), `vocab_size`, `unk_id` (None: cannot occur),
+    the ids of an attention decoder's marks (None: the tokenizer has none), and of the pieces that
+    end an utterance and are no text."""
 
+    utterance_ends: frozenset[int] = frozenset()
     bos_id: int | None = None
     eos_id: int | None = None
     pad_id: int | None = None
 
     def __init__(self, pieces: list[str], unk_id: int | None):
         self.pieces, self.vocab_size, self.unk_id = pieces, len(pieces), unk_id
+        self.utterance_ends = frozenset(i for i, p in enumerate(pieces) if p in UTTERANCE_ENDS)
         # the marks that are glued to the word before them, as NeMo finds them
         special = re.compile(r"^\[.*\]$|^<.*>$|^##|^▁|^\s*$")
         self.punctuation = {
@@ -31,8 +38,10 @@ class Tokenizer:
         self._space_before_mark = re.compile(rf"\s({marks})") if marks else None
 
     def decode(self, ids: list[int]) -> str:
-        """Text of `ids`, without a space before punctuation marks (as NeMo's decoders give it)."""
-        text = self.join([self.pieces[i] for i in ids])
+        """Text of `ids`, without a space before punctuation marks (as NeMo's decoders give it).
+        Ends of utterances are left out, as in NeMo where they are control pieces; as user-defined
+        ones NeMo writes their names."""
+        text = self.join([self.pieces[i] for i in ids if i not in self.utterance_ends])
         return self._space_before_mark.sub(r"\1", text) if self._space_before_mark else text
 
     def encode_word(self, word: str, is_first: bool) -> list[int]:
