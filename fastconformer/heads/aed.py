@@ -189,8 +189,10 @@ class AED(Head):
         return {"prompt": [self.prompt.ids(**self.slots_of(line)) for line in lines]}
 
     def for_clips(self, arguments: dict, clips: list[int]) -> dict:
-        prompts = arguments["prompt"]
-        return {"prompt": [prompts[i] for i in clips] if _is_nested(prompts) else prompts}
+        prompts = arguments.get("prompt")
+        if prompts is None or not _is_nested(prompts):
+            return arguments
+        return arguments | {"prompt": [prompts[i] for i in clips]}
 
     def _prompts(self, prompt, n_clips: int) -> list[list[int]]:
         if prompt is None or isinstance(prompt, Mapping):
