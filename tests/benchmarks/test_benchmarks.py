@@ -11,7 +11,10 @@ from conftest import SAMPLES, golden
 
 from benchmarks import REPOSITORY, SPEECH, peer_versions
 
-NAMES = ("birwkv7", "cpu_share", "cpu_vs_nemo", "exports", "longform", "losses", "rtfx", "wkv7")
+NAMES = (
+    *("birwkv7", "cpu_share", "cpu_vs_nemo", "exports", "long_windows", "longform", "losses"),
+    *("rtfx", "wkv7"),
+)
 MODEL = str(golden("hybrid_tdt_ctc_bpe") / "model.nemo")
 
 
@@ -32,6 +35,7 @@ SMALL = {
     name: (*words.split(), *more)
     for name, words, *more in (
         ("longform", "--seconds 12 --window 5 --sweep 0.2 --model", MODEL),
+        ("long_windows", "--minutes 0.1 0.1 0.2 --modes full 3 --near 1 --model", MODEL),
         (
             "losses",
             "--parts cpu --sides fused --repeats 1 --threads 1 --cpu-shape",
@@ -47,6 +51,8 @@ FILES = {"wkv7": "wkv7_cpu.json"}
 
 @pytest.mark.parametrize("name", SMALL)
 def test_in_small(name, tmp_path, monkeypatch):
+    if name == "long_windows":
+        pytest.importorskip("espeakng_loader", reason="eSpeak NG is not installed")
     published = {p: p.read_bytes() for p in (REPOSITORY / "benchmarks" / "results").iterdir()}
     monkeypatch.chdir(tmp_path)
     assert main(name, *SMALL[name]) == 0
