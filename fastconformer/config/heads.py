@@ -25,18 +25,29 @@ HEADS_OF_CLASS = {
 
 @dataclass(frozen=True)
 class PredictionConfig:
-    """NeMo's RNNTDecoder: an LSTM over the emitted tokens."""
+    """NeMo's RNNTDecoder, an LSTM over the emitted tokens; with a context_size its
+    StatelessTransducerDecoder, embeddings of the last tokens, `normalized` together or not."""
 
     vocab_size: int
     pred_hidden: int
     pred_rnn_layers: int = 1
     dropout: float = 0.0
     blank_as_pad: bool = True
+    context_size: int | None = None
+    normalized: bool = False
+
+    def __post_init__(self):
+        size = self.context_size
+        require(
+            size is None or (isinstance(size, int) and 0 < size <= 64),
+            f"decoder.context_size is {size!r}, expected 1 to 64 tokens",
+        )
 
 
 @dataclass(frozen=True)
 class JointConfig:
-    """NeMo's RNNTJoint. The output holds V tokens, blank, then `n_durations` duration classes."""
+    """NeMo's RNNTJoint. The output holds V tokens, blank, then `n_durations` duration classes.
+    `hat`: its HATJoint, where blank is a decision before the tokens'."""
 
     vocab_size: int
     encoder_hidden: int
@@ -45,8 +56,13 @@ class JointConfig:
     activation: str = "relu"
     dropout: float = 0.0
     n_durations: int = 0
+    hat: bool = False
 
     def __post_init__(self):
+        require(
+            not (self.hat and self.n_durations),
+            f"joint.num_extra_outputs is {self.n_durations}; a HATJoint has no durations",
+        )
         require(
             self.activation in ("relu", "sigmoid", "tanh"),
             f"joint.jointnet.activation is {self.activation!r}, expected relu, sigmoid or tanh",

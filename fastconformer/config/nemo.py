@@ -347,9 +347,10 @@ def _joint_section(data: dict, d_encoder: int, decoder: dict) -> JointConfig:
     ]
     for key in data:
         require(key in ignored, f"joint.{key} is not a known option (its value is {data[key]!r})")
+    kind = str(data.get("_target_", "RNNTJoint")).rpartition(".")[2]
     require(
-        str(data.get("_target_", "RNNTJoint")).endswith(".RNNTJoint") or "_target_" not in data,
-        f"joint._target_ {data.get('_target_')!r} is not supported",
+        kind in ("RNNTJoint", "HATJoint"),
+        f"joint._target_ {data['_target_']!r} is not supported, only RNNTJoint and HATJoint are",
     )
     require("joint_hidden" in net, "joint.jointnet.joint_hidden is missing")
     return JointConfig(
@@ -360,16 +361,20 @@ def _joint_section(data: dict, d_encoder: int, decoder: dict) -> JointConfig:
         activation=str(net.get("activation", "relu")).lower(),
         dropout=net.get("dropout") or 0.0,
         n_durations=data.get("num_extra_outputs") or 0,
+        hat=kind == "HATJoint",
     )
 
 
 def _prediction_section(data: dict, vocab_size: int) -> PredictionConfig:
     net = data.get("prednet") or {}
     require("pred_hidden" in net, "decoder.prednet.pred_hidden is missing")
+    kind = str(data.get("_target_", "RNNTDecoder")).rpartition(".")[2]
     require(
-        str(data.get("_target_", ".RNNTDecoder")).endswith(".RNNTDecoder"),
-        f"decoder._target_ {data.get('_target_')!r} is not supported, only RNNTDecoder is",
+        kind in ("RNNTDecoder", "StatelessTransducerDecoder"),
+        f"decoder._target_ {data.get('_target_')!r} is not supported, only RNNTDecoder and "
+        "StatelessTransducerDecoder are",
     )
+    stateless = kind == "StatelessTransducerDecoder"
     off = {"rnn_hidden_size": (-1, 0), "normalization_mode": ()}
     known = (
         "pred_hidden",
@@ -386,14 +391,16 @@ def _prediction_section(data: dict, vocab_size: int) -> PredictionConfig:
             f"decoder.prednet.{key} is {value!r}, which is not supported",
         )
     known = "_target_ prednet vocab_size blank_as_pad normalization_mode random_state_sampling"
+    known += " context_size" * stateless
     for key in data:
         require(
             key in known.split(),
             f"decoder.{key} is not a known option (its value is {data[key]!r})",
         )
+    norm = data.get("normalization_mode")
     require(
-        data.get("normalization_mode") is None,
-        f"decoder.normalization_mode {data.get('normalization_mode')!r} is not supported",
+        norm is None or (stateless and norm == "layer"),
+        f"decoder.normalization_mode {norm!r} is not supported",
     )
     # random_state_sampling: NeMo acts on it only while training
     size = data.get("vocab_size")
@@ -406,7 +413,9 @@ def _prediction_section(data: dict, vocab_size: int) -> PredictionConfig:
         pred_hidden=net["pred_hidden"],
         pred_rnn_layers=net.get("pred_rnn_layers", 1),
         dropout=net.get("dropout") or 0.0,
-        blank_as_pad=data.get("blank_as_pad", True),
+        blank_as_pad=stateless or data.get("blank_as_pad", True),
+        context_size=data.get("context_size", 1) if stateless else None,
+        normalized=norm is not None,
     )
 
 

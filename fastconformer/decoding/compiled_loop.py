@@ -25,6 +25,7 @@ import torch
 from numba import njit
 
 from ..compiled import REORDER, exp_of, kept, wide
+from ..networks.heads import PredictionNetwork
 from ..networks.linear import Int8Weight
 from .confidence import Confidence
 
@@ -67,6 +68,8 @@ _lock = threading.Lock()
 def fits(decoder, joint) -> bool:
     """Whether the weights are of kinds that the kernel knows, and lie still between calls."""
     if getattr(joint, "weights_in_shards", False):
+        return False
+    if joint.blank_pred is not None or not isinstance(decoder, PredictionNetwork):
         return False
     weights = [joint.pred.weight, joint.joint_net[-1].weight, *_matrices(decoder)]
     kinds = (torch.float32, torch.bfloat16, torch.int8)

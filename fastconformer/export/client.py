@@ -27,8 +27,13 @@ def vocabulary_lines(model: ASRModel, spoken_unknown: bool = False, blank: bool 
     return "".join(lines) + (f"{BLANK} {model.blank_id}\n" if blank else "")
 
 
-def check_durations(config: ModelConfig) -> None:
-    """ValueError: TDT durations that clients, which take the class's index for it, get wrong."""
+def check_heads(config: ModelConfig) -> None:
+    """ValueError: TDT durations that clients, which take the class's index for it, get wrong; a
+    stateless prediction network or a HAT joint, which none of them has."""
+    if config.decoder and config.decoder.context_size:
+        raise ValueError("decoder: clients have an LSTM there, not a StatelessTransducerDecoder")
+    if config.joint and config.joint.hat:
+        raise ValueError("joint: clients have no HATJoint")
     durations = config.loss.durations
     if durations != tuple(range(len(durations))):
         raise ValueError(

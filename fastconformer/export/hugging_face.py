@@ -16,7 +16,7 @@ from ..config import ModelConfig
 from ..model import ASRModel
 from ..text.sentencepiece_model import SentencePieceModel
 from ..text.tokenizer_json import tokenizer_json
-from .client import check_durations, check_encoder, check_front_end
+from .client import check_encoder, check_front_end, check_heads
 
 BLANK = "<blank>"
 # By the head's family: names of its tensors, and of model classes, which end in the head's name.
@@ -112,8 +112,9 @@ def _tensors(model: ASRModel, head: str, names) -> dict:
 
 
 def _check_transducer(model: ASRModel) -> None:
-    config, embed = model.config, model.decoder.prediction["embed"]
-    check_durations(config)
+    config = model.config
+    check_heads(config)
+    embed = model.decoder.prediction["embed"]
     if config.decoder.pred_hidden != config.joint.joint_hidden:
         raise ValueError(
             f"pred_hidden is {config.decoder.pred_hidden} and joint_hidden "

@@ -10,7 +10,7 @@ from pathlib import Path
 from ..checkpoint.files import filled_folder
 from ..model import ASRModel
 from .aed_graphs import aed_decoder_graph, aed_encoder_graph
-from .client import check_durations, check_front_end, vocabulary_lines
+from .client import check_front_end, check_heads, vocabulary_lines
 from .graphs import ctc_graph, decoder_joint_graph, encoder_graph
 from .onnx_files import require_packages, write_graph
 
@@ -58,7 +58,7 @@ def export(model: ASRModel, head: str, folder: Path, int8: bool = False) -> None
     if family not in GRAPHS:
         raise ValueError(f"onnx-asr takes heads of {' and '.join(GRAPHS)}, {head} is none")
     check_front_end("onnx-asr", config.preprocessor, FRONT_END)
-    check_durations(config)
+    check_heads(config)
     if config.aed:
         lacking = [piece for piece in PROMPT if piece not in model.tokenizer.pieces]
         if lacking:

@@ -10,7 +10,7 @@ from pathlib import Path
 from ..checkpoint.files import filled_folder
 from ..config import ModelConfig
 from ..model import ASRModel
-from .client import check_durations, check_front_end, vocabulary_lines
+from .client import check_front_end, check_heads, vocabulary_lines
 from .graphs import ctc_graph, decoder_graph, encoder_graph, joiner_graph
 from .onnx_files import require_packages, write_graph
 from .streaming import streaming_ctc_graph, streaming_encoder_graph, windows_of
@@ -51,7 +51,7 @@ def export(
         raise ValueError(f"sherpa-onnx takes heads of {' and '.join(GRAPHS)}, {head} is none")
     config = model.config
     check_front_end("sherpa-onnx", config.preprocessor, FRONT_END)
-    check_durations(config)
+    check_heads(config)
     vocabulary = vocabulary_lines(model)
     metadata = _metadata(config, head, CLASSES[family])
     online = is_online(config) and not offline

@@ -18,8 +18,8 @@ from ..decoding import (
     transducer_greedy,
     transducer_next,
 )
-from ..losses import fused_transducer_loss
-from ..networks.heads import Joint, PredictionNetwork
+from ..losses import fused_transducer_loss, rnnt_loss
+from ..networks.heads import Joint, PredictionNetwork, StatelessNetwork
 from ..recordings.timestamps import Span
 from ..text.tokenizer import Tokenizer
 from ..transfers import sent
@@ -37,13 +37,14 @@ class Transducer(Head):
 
     @staticmethod
     def networks(config: ModelConfig) -> dict[str, nn.Module]:
-        decoder, joint = PredictionNetwork(config.decoder), Joint(config.joint)
+        network = StatelessNetwork if config.decoder.context_size else PredictionNetwork
+        decoder, joint = network(config.decoder), Joint(config.joint)
         joint.graphs = GraphCache()  # decoding's steps as CUDA graphs, kept between calls
         return {"decoder": decoder, "joint": joint}
 
     @staticmethod
     def n_layers(config: ModelConfig) -> int:
-        return config.decoder.pred_rnn_layers
+        return config.decoder.context_size or config.decoder.pred_rnn_layers
 
     @staticmethod
     def frame_bytes(config: ModelConfig, itemsize: int) -> int:
@@ -64,9 +65,10 @@ class Transducer(Head):
         return {"prediction": "decoder", "joint": "joint"}
 
     def token_layers(self) -> dict[str, nn.Module]:
-        joint = self.model.joint
+        joint, decoder = self.model.joint, self.model.decoder
+        embeddings = decoder.embeddings()
         return {
-            "decoder.prediction.embed": self.model.decoder.prediction["embed"],
+            **{f"decoder.prediction.{name}": layer for name, layer in embeddings.items()},
             f"joint.joint_net.{len(joint.joint_net) - 1}": joint.joint_net[-1],
         }
 
@@ -99,10 +101,21 @@ class Transducer(Head):
         eps: float = 0.0,
         report: dict[str, torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """The joint's logits are never all in memory; `eps` and `report` as in
-        `fused_transducer_loss`."""
+        """The joint's logits are never all in memory, but for a HAT joint, whose gradient skips no
+        cells; `eps` and `report` as in `fused_transducer_loss`."""
         loss, joint = self.model.config.loss, self.model.joint
         there = sent(targets, encoded.device), sent(target_lengths, encoded.device)
+        if joint.blank_pred is not None:
+            if report is not None:
+                report["active_share"] = torch.ones_like(encoded_lengths, dtype=torch.float32)
+            targets, target_lengths = there
+            return rnnt_loss(
+                self.lattice_logits(encoded, targets, target_lengths),
+                *(targets, encoded_lengths, target_lengths, self.model.blank_id),
+                fastemit_lambda=loss.fastemit_lambda,
+                clamp=loss.clamp,
+                reduction="none",
+            )
         predicted = self.model.decoder(_without_padding(*there))
         return fused_transducer_loss(
             joint.enc(encoded),

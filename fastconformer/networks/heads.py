@@ -1,7 +1,7 @@
-"""Output heads: CTC, prediction network and joint, and what tells them a language.
+"""Output heads: CTC, prediction networks and joint, and what tells them a language.
 
-Source: NeMo's ConvASRDecoder, RNNTDecoder, RNNTJoint and PromptStreamingMixin. All return logits or
-states; losses and decoders are functions elsewhere.
+Source: NeMo's ConvASRDecoder, RNNTDecoder, StatelessTransducerDecoder, RNNTJoint, HATJoint and
+PromptStreamingMixin. All return logits or states; losses and decoders are functions elsewhere.
 """
 
 import torch
@@ -89,6 +89,10 @@ class PredictionNetwork(nn.Module):
             }
         )
 
+    def embeddings(self) -> dict[str, nn.Embedding]:
+        """The layers with a row for each token, by their names in `prediction`."""
+        return {"embed": self.prediction["embed"]}
+
     def add_embedding_norm(self) -> None:
         """For a checkpoint that has one. No config says so: only its tensors do."""
         embed = self.prediction["embed"]
@@ -141,20 +145,87 @@ def _cell(x, h, c, weight_ih, weight_hh, bias_ih, bias_hh):
 lstm_weight_names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 
+class StatelessNetwork(nn.Module):
+    """Embeddings of the last tokens, side by side, in the place of `PredictionNetwork`; the last
+    token has more than half of the width. Before the first token all is zero.
+
+    What a token adds to later outputs is added up as soon as it is known: `state` has a pair for
+    each of these outputs, the sum and zeros (an LSTM has a second tensor).
+    """
+
+    def __init__(self, config: PredictionConfig):
+        super().__init__()
+        self.hidden, size = config.pred_hidden, config.context_size
+        self.n_layers = max(1, size - 1)
+        least = config.pred_hidden // 2 // size
+        widths = [config.pred_hidden - least * (size - 1)] + [least] * (size - 1)
+        rows, padding = config.vocab_size + 1, config.vocab_size
+        self.prediction = nn.ModuleDict(
+            {
+                "embeds": nn.ModuleList(nn.Embedding(rows, n, padding) for n in widths),
+                "dropout": nn.Dropout(config.dropout),
+            }
+        )
+        if config.normalized:
+            self.prediction["norm"] = nn.LayerNorm(config.pred_hidden, elementwise_affine=False)
+
+    def forward(self, targets: torch.Tensor) -> torch.Tensor:
+        """targets (B, U) -> states (B, U+1, H); row 0 follows the start, a zero vector."""
+        length = targets.shape[1] + 1
+        parts = [
+            F.pad(embed(targets), (0, 0, place + 1, 0))[:, :length]
+            for place, embed in enumerate(self.prediction["embeds"])
+        ]
+        return self._normalized(self.prediction["dropout"](torch.cat(parts, -1)))
+
+    def embeddings(self) -> dict[str, nn.Embedding]:
+        """As `PredictionNetwork.embeddings`."""
+        return {f"embeds.{i}": embed for i, embed in enumerate(self.prediction["embeds"])}
+
+    def start(self, batch: int):
+        """As `PredictionNetwork.start`."""
+        zeros = self.prediction["embeds"][0].weight.new_zeros(batch, self.hidden)
+        return zeros, [(zeros, zeros)] * self.n_layers
+
+    def step(self, tokens: torch.Tensor, state):
+        """tokens (B,), state of the step before -> (output (B, H), state)."""
+        rows, first = [], 0
+        for embed in self.prediction["embeds"]:
+            behind = self.hidden - first - embed.embedding_dim
+            rows.append(F.pad(embed(tokens), (first, behind)))
+            first += embed.embedding_dim
+        none = torch.zeros_like(rows[0])
+        sums = [*(h for h, _ in state), none]
+        later = [row + before for row, before in zip(rows[1:], sums[1:])] or [none]
+        return self._normalized(rows[0] + sums[0]), [(after, none) for after in later]
+
+    def _normalized(self, states: torch.Tensor) -> torch.Tensor:
+        return self.prediction["norm"](states) if "norm" in self.prediction else states
+
+
 class Joint(nn.Module):
-    """Combines encoder frames and prediction states: V tokens, blank, then duration classes."""
+    """Combines encoder frames and prediction states: V tokens, blank, then duration classes.
+
+    HAT (Variani et al. 2020, arXiv:2003.07705): `blank_pred` gives log p(blank), and the others
+    share what is left: log(1 - p(blank)) + log_softmax(token logits). What it returns then are
+    log-probabilities.
+    """
 
     def __init__(self, config: JointConfig):
         super().__init__()
         self.pred = Linear(config.pred_hidden, config.joint_hidden)
         self.enc = Linear(config.encoder_hidden, config.joint_hidden)
         self.activation = config.activation
-        n_out = config.vocab_size + 1 + config.n_durations
+        n_out = config.vocab_size + (not config.hat) + config.n_durations
         # NeMo has no Dropout module where dropout is 0, which moves the output layer's index
         dropout = [nn.Dropout(config.dropout)] if config.dropout else []
         self.joint_net = nn.Sequential(
             _ACTIVATIONS[config.activation](), *dropout, Linear(config.joint_hidden, n_out)
         )
+        self.blank_pred = None
+        if config.hat:
+            layers = nn.Tanh(), nn.Dropout(config.dropout), Linear(config.joint_hidden, 1)
+            self.blank_pred = nn.Sequential(*layers, nn.LogSigmoid())
 
     @property
     def dropout(self) -> float:
@@ -164,8 +235,14 @@ class Joint(nn.Module):
 
     def forward(self, encoded: torch.Tensor, predicted: torch.Tensor) -> torch.Tensor:
         """(B, T', D), (B, U+1, H) -> logits (B, T', U+1, V+1+N)."""
-        return self.joint_net(self.enc(encoded)[:, :, None] + self.pred(predicted)[:, None])
+        return self.step(self.enc(encoded)[:, :, None], self.pred(predicted)[:, None])
 
     def step(self, encoded: torch.Tensor, predicted: torch.Tensor) -> torch.Tensor:
         """Already projected frames and states (..., J) -> logits (..., V+1+N)."""
-        return self.joint_net(encoded + predicted)
+        summed = encoded + predicted
+        logits = self.joint_net(summed)
+        if self.blank_pred is None:
+            return logits
+        blank = self.blank_pred(summed).float()
+        rest = (1 - blank.exp()).clamp(min=1e-6).log()  # as NeMo bounds it
+        return torch.cat((rest + logits.float().log_softmax(-1), blank), -1)
