@@ -106,6 +106,7 @@ class FunASRConfig:
 
     segment_separators = (".", "?", "!", "。", "？", "！")
     segment_gap_frames = None
+    looks_at_all = True  # its encoder does: silence at a clip's ends would be heard
     prompts = None  # between encoder and heads, as some of NeMo's models have them
 
     @property

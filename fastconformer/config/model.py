@@ -43,6 +43,11 @@ class ModelConfig:
         return self.preprocessor.sample_rate
 
     @property
+    def looks_at_all(self) -> bool:
+        """Whether the features of a moment depend on the whole clip."""
+        return self.preprocessor.normalize in ("per_feature", "all_features")
+
+    @property
     def frame_seconds(self) -> float:
         """Seconds between two encoder frames."""
         pre = self.preprocessor
@@ -81,6 +86,8 @@ class ModelConfig:
             total += n_outputs
         if self.ctc:
             total += (self.ctc.vocab_size + 1) * (self.ctc.d_in + 1)
+        if self.prompts:
+            total += enc.d_out * (4 * enc.d_out + 2 * self.prompts.count + 3)
         if self.aed:
             rows = 2 * self.aed.vocab_size + self.aed.max_sequence_length + 8
             total += rows * (self.aed.decoder.hidden_size + 1) + d * self.aed.decoder.hidden_size

@@ -37,7 +37,7 @@ def transcribe_in_windows(
         raise ValueError(f"the head {chosen.name} reads a clip as a whole, not window by window")
     rate, frame_s = model.sample_rate, model.config.frame_seconds
     samples = read_samples(samples, rate)
-    first, end = sounding(samples, rate, round(frame_s * rate))
+    first, end = sounding(model, samples)
     heard = samples[first : max(first + 1, end)]
     running, heard_s, n_frames = RunningText(chosen), len(heard) / rate, 0
     audio = torch.from_numpy(np.ascontiguousarray(heard))[None].to(model.device)

@@ -1,8 +1,8 @@
 """Where a recording sounds at all, and whether what sounds can be speech.
 
-Digital silence at a recording's ends is not heard: features are normalised over the clip, so that
-zeros around speech would change what is made of it. Noise, hum and tones keep a level; speech does
-not, and loses 10 dB and more between syllables.
+Digital silence at a recording's ends is not heard where features are normalised over the clip, so
+that zeros around speech would change what is made of it. Noise, hum and tones keep a level; speech
+does not, and loses 10 dB and more between syllables.
 """
 
 from dataclasses import replace
@@ -19,29 +19,44 @@ STEADY_DB = 4.0  # deviation of the level in 20 ms: noise 0.3 to 2, tones 0 to 4
 LIVELY_DB, UNSURE = 8.0, -1.0  # music; the mean log-probability of a token that was guessed
 
 
-def sounding(samples: np.ndarray, rate_hz: int, frame_samples: int) -> tuple[int, int]:
-    """(first, end) of the samples between the digital silence at both ends, first a multiple of
-    `frame_samples`; (0, 0) where nothing sounds."""
-    most = STEPS if samples.dtype.kind == "i" else STEPS / 32768  # of either byte order
-    loud = (samples > most) | (samples < -most)
+def sounding(model, samples: np.ndarray) -> tuple[int, int]:
+    """(first, end) of the samples that the model is to hear: between the digital silence at both
+    ends, first at the start of an encoder frame, or all where that silence changes nothing else;
+    (0, 0) where nothing sounds."""
+    rate_hz = model.sample_rate
+    frame_samples = round(model.config.frame_seconds * rate_hz)
+    loud = _loud(samples)
     first = int(loud.argmax())
     if not loud[first]:
         return 0, 0
+    if not model.config.looks_at_all:
+        return 0, len(samples)
     end = len(samples) - int(loud[::-1].argmax())
     shortest = int(SHORTEST_S * rate_hz)
     first = first // frame_samples * frame_samples if first >= shortest else 0
     return first, end if len(samples) - end >= shortest else len(samples)
 
 
+def sounds(samples: np.ndarray) -> bool:
+    """Whether not all of the samples are digital silence."""
+    return bool(_loud(samples).any())
+
+
+def _loud(samples: np.ndarray) -> np.ndarray:
+    most = STEPS if samples.dtype.kind == "i" else STEPS / 32768  # of either byte order
+    return (samples > most) | (samples < -most)
+
+
 def judged(transcript: Transcript, sounds: bool, samples: np.ndarray, rate_hz: int) -> Transcript:
     """The transcript of a recording, of which `samples` were heard: without a text where nothing
     sounds, else with the reason why its text is doubtful."""
     if not sounds:
-        return _silent(transcript)
+        return silent(transcript)
     return replace(transcript, doubtful=doubt(transcript, samples, rate_hz))
 
 
-def _silent(transcript: Transcript) -> Transcript:
+def silent(transcript: Transcript) -> Transcript:
+    """The transcript without what was found."""
     with_durations = transcript.token_durations is not None
     return replace(
         transcript,

@@ -17,11 +17,10 @@ from ..networks.subsampling import output_length
 from ..surgery.look_ahead import with_look_ahead
 from .partial import Partial, RunningText
 from .samples import as_float, read_samples
+from .silence import silent, sounds
 from .transcribe import evaluating, transcribe
 from .transcript import Transcript, transcript
 from .window_stream import WindowState, WindowStream
-
-NORMS_OVER_A_CLIP = ("per_feature", "all_features")  # they need its end
 
 
 @dataclass
@@ -31,7 +30,8 @@ class StreamState:
     samples (n,): padded and pre-emphasised, from the first that the next feature frame needs; last:
     the sample before, for the pre-emphasis; features (M, n): from the first that the next encoder
     frame needs, the `first_feature`th; n_features, n_encoded: frames made so far. whole: the
-    samples, as long as the clip is shorter than what is padded.
+    samples, as long as the clip is shorter than what is padded. sounds: not all of them were
+    digital silence.
     """
 
     samples: torch.Tensor
@@ -45,6 +45,7 @@ class StreamState:
     n_encoded: int = 0
     decoder: list[torch.Tensor] | None = None
     whole: list[np.ndarray] = field(default_factory=list)
+    sounds: bool = False
 
     def copy(self) -> "StreamState":
         return copy.deepcopy(self)
@@ -92,6 +93,7 @@ class Stream:
         samples = read_samples(samples, self.model.sample_rate)
         state, preprocessor = self.state, self.model.config.preprocessor
         state.n_samples += len(samples)
+        state.sounds = state.sounds or sounds(samples)
         if self._is_short(state.n_samples - len(samples)):
             state.whole.append(samples)
         if not self._is_short(state.n_samples):
@@ -104,9 +106,11 @@ class Stream:
         state.samples = torch.cat((state.samples, x))
 
     def partial(self) -> Partial:
-        """What has been heard so far; nothing of it changes later."""
-        seconds = self.state.n_samples / self.model.sample_rate
-        return self._running.partial(self.state.hypothesis, None, seconds)
+        """What has been heard so far; nothing of it changes later. As long as all is digital
+        silence, nothing is told: the text of such a clip is empty."""
+        state, seconds = self.state, self.state.n_samples / self.model.sample_rate
+        found = state.hypothesis if state.sounds else self.head.first_hypothesis()
+        return self._running.partial(found, None, seconds)
 
     @torch.no_grad()
     def finish(self) -> Transcript:
@@ -122,6 +126,7 @@ class Stream:
             self.together([self], to_the_end=True)
             seconds = state.n_samples / self.model.sample_rate
             found = transcript(self.model, state.hypothesis, self.head.name, seconds, True)
+            found = found if state.sounds else silent(found)
         self.finished = True
         return found
 
@@ -199,7 +204,7 @@ class Stream:
 def why_not_streamed(model) -> str | None:
     """What keeps a model from going chunk by chunk, None where nothing does."""
     config = model.config.preprocessor
-    if config.normalize in NORMS_OVER_A_CLIP:
+    if model.config.looks_at_all:
         return f"its features are normalised over the clip ({config.normalize})"
     if config.exact_pad or config.frame_splicing > 1:
         return "its features are padded or spliced"

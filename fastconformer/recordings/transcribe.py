@@ -109,7 +109,7 @@ def transcribe(
         return _keep_errors(model, inputs, *arguments, progress=progress, **decoding)
     recordings = [read_samples(item, rate) for item in inputs]
     frame_s = model.config.frame_seconds
-    bounds = [sounding(clip, rate, round(frame_s * rate)) for clip in recordings]
+    bounds = [sounding(model, clip) for clip in recordings]
     # of silence a frame goes through as well, so that its transcript is like the others
     whole = [clip[a : max(a + 1, b)] for clip, (a, b) in zip(recordings, bounds, strict=True)]
     cuts, overlap = [[(0, len(clip))] for clip in whole], False

@@ -21,6 +21,7 @@ from ..networks.birwkv7 import Carry
 from ..networks.subsampling import encoded_length
 from .partial import Partial, RunningText
 from .samples import as_float, read_samples
+from .silence import silent, sounds
 from .transcribe import evaluating, transcribe
 from .transcript import Transcript, transcript
 
@@ -28,7 +29,8 @@ from .transcript import Transcript, transcript
 @dataclass
 class WindowState:
     """All that such a stream keeps: samples from the `first_frame`th encoder frame on, frames kept
-    so far, the decoder's state, what was found, and what the look-ahead adds to it."""
+    so far, the decoder's state, what was found, what the look-ahead adds to it, and whether not all
+    was digital silence."""
 
     hypothesis: Hypothesis
     samples: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
@@ -38,6 +40,7 @@ class WindowState:
     decoder: list[torch.Tensor] | None = None
     carries: list[Carry] | None = None  # BiRWKV7's
     tentative: Hypothesis | None = None
+    sounds: bool = False
 
     def copy(self) -> "WindowState":
         return copy.deepcopy(self)
@@ -75,9 +78,12 @@ class WindowStream:
         return self.partial()
 
     def partial(self) -> Partial:
-        """What has been heard so far; what only the look-ahead holds is not stable."""
-        seconds = self.state.n_samples / self.model.sample_rate
-        return self._running.partial(self.state.hypothesis, self.state.tentative, seconds)
+        """What has been heard so far; what only the look-ahead holds is not stable. As long as
+        nothing sounds at all, nothing is told."""
+        state, seconds = self.state, self.state.n_samples / self.model.sample_rate
+        if not state.sounds:
+            return self._running.partial(self.head.first_hypothesis(), None, seconds)
+        return self._running.partial(state.hypothesis, state.tentative, seconds)
 
     @staticmethod
     def together(streams: "list[WindowStream]", to_the_end: bool = False) -> None:
@@ -94,6 +100,7 @@ class WindowStream:
             return
         samples = read_samples(samples, self.model.sample_rate)
         self.state.n_samples += len(samples)
+        self.state.sounds = self.state.sounds or sounds(samples)
         heard = as_float(torch.from_numpy(np.ascontiguousarray(samples)))
         self.state.samples = torch.cat((self.state.samples, heard))
 
@@ -167,5 +174,6 @@ class WindowStream:
         else:
             self.advance(to_the_end=True)
             found = transcript(self.model, state.hypothesis, self.head.name, seconds, True)
+            found = found if state.sounds else silent(found)
         self.finished = True
         return found

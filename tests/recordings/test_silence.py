@@ -1,6 +1,7 @@
 """Recordings without speech, and silence around speech."""
 
 import json
+import types
 from pathlib import Path
 
 import numpy as np
@@ -94,15 +95,20 @@ def test_silence_around_speech_changes_nothing(base, path, kind):
 def test_only_long_digital_silence_is_cut_off():
     rng = np.random.default_rng(0)
     speech = rng.standard_normal(RATE).astype(np.float32) / 10
+    config = types.SimpleNamespace(frame_seconds=640 / RATE, looks_at_all=True)
+    model = types.SimpleNamespace(sample_rate=RATE, config=config)
 
     def bounds(before_s, after_s, of=0.0):
         pad = [np.full(int(s * RATE), of, np.float32) for s in (before_s, after_s)]
-        return sounding(np.concatenate((pad[0], speech, pad[1])), RATE, 640)
+        return sounding(model, np.concatenate((pad[0], speech, pad[1])))
 
     assert bounds(0.4, 0.4) == (0, int(1.8 * RATE))
     assert bounds(0.51, 0.6) == (int(0.51 * RATE) // 640 * 640, int(1.51 * RATE))
     assert bounds(0.6, 0.6, of=1e-4) == (0, int(2.2 * RATE))  # a quiet room
-    assert sounding(np.zeros(100, np.float32), RATE, 640) == (0, 0)
+    assert sounding(model, np.zeros(100, np.float32)) == (0, 0)
+    model.config.looks_at_all = False  # features are not normalised over the clip
+    assert bounds(0.51, 0.6) == (0, int(2.11 * RATE))
+    assert sounding(model, np.zeros(100, np.float32)) == (0, 0)
 
 
 def test_speech_is_not_doubtful():

@@ -114,6 +114,28 @@ def test_look_aheads_offline_too(case):
             transcribe(look_ahead=99)
 
 
+@pytest.mark.parametrize(("before", "after"), [(9000, 0), (0, 20000), (16000, 16000)])
+def test_digital_silence_around_speech_is_heard_as_offline(case, before, after):
+    case, model = case
+    clip = np.pad(clips(case)[0], (before, after))
+    for head in model.heads:
+        stream = model.stream(head)
+        for start in range(0, len(clip), 5000):
+            stream.feed(clip[start : start + 5000])
+        [wanted] = model.transcribe([clip], head, retry=False)
+        assert (stream.finish().tokens, wanted.text != "") == (wanted.tokens, True)
+
+
+@pytest.mark.parametrize("name", [*CASES, "birwkv7_encoder"])
+def test_of_digital_silence_nothing_is_told(name):
+    model = load_model(golden(name) / "model.nemo")
+    stream, silence = model.stream(), np.zeros(40000, np.int16)
+    partials = [stream.feed(part) for part in np.array_split(silence, 4)]
+    [wanted] = model.transcribe([silence], retry=False)
+    assert stream.finish().text == wanted.text == ""
+    assert [p.text for p in partials] == [""] * 4 and partials[-1].duration == 2.5
+
+
 @settings(max_examples=8, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1))
 def test_nothing_depends_on_the_pieces(seed):
