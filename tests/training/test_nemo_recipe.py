@@ -45,7 +45,7 @@ model:
 trainer:
   devices: -1
   accelerator: cpu
-  max_epochs: 50
+  max_epochs: -1
   max_steps: 2000
   accumulate_grad_batches: 2
   gradient_clip_val: 0.0
@@ -56,7 +56,7 @@ exp_manager:
   name: ${name}
   ema: {enable: true, decay: 0.999}
   create_early_stopping_callback: true
-  early_stopping_callback_params: {patience: 4}
+  early_stopping_callback_params: {monitor: val_wer, patience: 4}
   checkpoint_callback_params: {monitor: val_wer, mode: min, save_top_k: 3}
 """
 
@@ -133,6 +133,7 @@ def test_no_key_is_lost():
     quiet |= {
         "model.train_ds.shuffle",
         "exp_manager.create_early_stopping_callback",
+        "trainer.max_epochs",  # -1
         "exp_manager.early_stopping_callback",
     }
     missing = [key for key in leaves(tree) if key not in told and key not in quiet]
@@ -158,6 +159,37 @@ def test_no_key_is_lost():
         (("  tokenizer: {update", "  adapter: {dim: 3}\n  tokenizer: {update"), "lora.rank=32"),
         (("monitor: val_wer", "monitor: val_loss"), "'val_loss' is not measured here"),
         (("min_lr: 1e-6", "min_lr: 1e-6, constant_ratio: 0.1"), "give constant_steps"),
+        (("min_lr: 1e-6", "min_lr: 1e-6, last_epoch: 7"), "last_epoch: a schedule starts at"),
+        (("max_epochs: -1", "max_epochs: 3"), "max_epochs: NeMo ends at it or at trainer.max_st"),
+        (("max_epochs: -1", "max_time: '00:01:00:00'"), "trainer.max_time: '00:01:00:00' has no"),
+        (("accelerator: cpu", "accelerator: tpu"), "accelerator: is one of gpu, cuda, cpu, auto"),
+        (("max_epochs: -1", "gradient_clip_algorithm: value"), "only the norm is clipped here"),
+        (("mode: min", "mode: max"), "checkpoint_callback_params.mode: the lowest is kept here"),
+        (("{monitor: val_wer, patience: 4}", "{patience: 4}"), "'val_loss' is not measured here"),
+        (("{monitor: val_wer, patience: 4}", "{monitor: val_cer}"), "'val_cer', but models are ke"),
+        (("patience: 4", "stopping_threshold: 0.1"), "stopping_threshold: has no counterpart"),
+        (("decay: 0.999}", "every_n_steps: 5}"), "every_n_steps: the average moves at every"),
+        (("shuffle: true", "channel_selector: 0"), "channel_selector: channels are mixed here"),
+        (("shuffle: true", "normalize_transcripts: true"), "texts are tokenized as they stand"),
+        (("shuffle: true", "bucket_batch_size: [8, 4]"), "bucket_batch_size: has no counterpart"),
+        (("shuffle: true", "bucketing_weights: [2, 1]"), "bucketing_weights: has no counterpart"),
+        (("shuffle: true", "drop_last: true"), "train_ds.drop_last: has no counterpart"),
+        (
+            ("shuffle: true", "augmentor: {impulse: {manifest_path: a, normalize_impulse: true}}"),
+            "augmentor.impulse.normalize_impulse: has no counterpart",
+        ),
+        (
+            ("shuffle: true", "augmentor: {noise: {manifest_path: a, max_gain_db: 10}}"),
+            "augmentor.noise.max_gain_db: a noise is scaled without a limit",
+        ),
+        (
+            ('{manifest_filepath: "dev.json,other.json",', "{input_cfg: [{type: nemo}],"),
+            "validation_ds.input_cfg: give plain NeMo manifests",
+        ),
+        (
+            ("  encoder: {", "  variational_noise: {start_step: 0, std: 0.1}\n  encoder: {"),
+            "variational_noise.std: noise on gradients",
+        ),
         (("min_lr: 1e-6", "min_lr: 1e-6, max_steps: 77"), "sched.max_steps: is 77, the run has 20"),
         (("CosineAnnealing", "PolynomialHoldDecayAnnealing"), "needs hold_steps"),
         (("shuffle: true", "augmentor: {transcode_aug: {prob: 1.0}}"), "transcode_aug: has no c"),
@@ -309,6 +341,13 @@ def test_input_cfg(tmp_path):
         assert [s.weight for s in sources] == pytest.approx([0.7, 0.15, 0.15])
         assert [s.lang for s in sources] == ["en", None, None]
         assert sources[1].tarred_audio_filepaths == "t__OP_0..3_CL_.tar"
+    members = [{"type": "nemo", "manifest_filepath": name} for name in "ab"]
+    groups = [{"type": "group", "weight": 0.2, "input_cfg": members[:1]}, members[1]]
+    groups[1] = groups[1] | {"weight": 0.6}
+    assert [s.weight for s in data_of({"input_cfg": groups}).sources] == pytest.approx([0.25, 0.75])
+    groups[0]["input_cfg"] = members
+    with pytest.raises(ValueError, match=r"input_cfg\[0\]: the group has a weight; give one to ea"):
+        data_of({"input_cfg": groups})
     for kind, why in (
         ("lhotse", "Lhotse cuts are not read here; write a NeMo manifest"),
         ("lhotse_shar", "Lhotse Shar is not read here, where clips are counted"),
@@ -380,6 +419,16 @@ def test_products_are_taken_as_nemos_scripts_give_them(nemo_yaml):
         FINETUNE.replace("batch_size: 8\n", "batch_size: ${multiply:${sum:1,2},4}\n")
     )
     assert load_recipe(nemo_yaml).data.batch_size == 12
+
+
+def test_what_a_switch_leaves_out_has_nemos_defaults(nemo_yaml):
+    text = FINETUNE.replace(", decay: 0.999", "").replace(
+        "monitor: val_wer, patience: 4", "monitor: val_wer"
+    )
+    nemo_yaml.write_text(text)
+    recipe = load_recipe(nemo_yaml)
+    assert recipe.trainer.ema_decay == 0.999
+    assert (recipe.keep.patience, recipe.keep.min_delta) == (10, 0.001)
 
 
 LABELS = [" ", "a", "b", "'"]

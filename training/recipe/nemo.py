@@ -36,17 +36,16 @@ WITHOUT_EFFECT = {
     "model.train_ds.shuffle_buffer_size": "tarred sets mix neighbouring tars",
     "model.train_ds.tarred_shard_strategy": "every process reads the tars that it needs",
     "model.train_ds.shard_": "every process reads what it needs",
+    "model.train_ds.max_open_streams": "no data set is kept open",
+    "model.train_ds.force_": "an epoch is every clip once, or the weights' share",
     "model.train_ds.defer_setup": "there is nothing to put off",
     "model.train_ds.pin_memory": "no loader processes",
     "model.train_ds.persistent_workers": "no loader processes",
-    "model.train_ds.channel_selector": "channels are mixed, as in transcription",
     "model.train_ds.use_start_end_token": "no start and end tokens are added",
     "model.train_ds.return_sample_id": "clips are named by their manifest lines",
     "model.train_ds.skip_missing_manifest_entries": "a line that cannot be used is left out",
-    "model.train_ds.drop_last": "an epoch's last batch is kept",
     "model.train_ds.labels": "the vocabulary's",
     "model.train_ds.parser": "texts are tokenized as they stand",
-    "model.train_ds.normalize": "texts are tokenized as they stand",
     "model.train_ds.concat_sampling": "see reweight_temperature",
     "model.data_": "of Hugging Face data sets, which train_ds.hf_data_cfg would name",
     "model.audio_key": "of Hugging Face data sets, which train_ds.hf_data_cfg would name",
@@ -80,7 +79,7 @@ WITHOUT_EFFECT = {
     "model.model_defaults": CHECKPOINTS,
     "model.target": CHECKPOINTS,
     "model.nemo_version": CHECKPOINTS,
-    "model.variational_noise": "is off",
+    "model.variational_noise.start_step": "its std is 0",
     "model.tokenizer": "the checkpoint's tokenizer stays (update_tokenizer is false)",
     "model.char_labels": "the checkpoint's vocabulary stays (update_labels is false)",
     "model.decoding": "training decodes greedily",
@@ -90,8 +89,6 @@ WITHOUT_EFFECT = {
     "model.use_cer": "both rates are always measured; see keep.metric",
     "model.ctc_reduction": CHECKPOINTS,
     "model.rnnt_reduction": CHECKPOINTS,
-    "trainer.max_epochs": "trainer.max_steps decides",
-    "trainer.max_time": "see trainer.max_steps",
     "trainer.devices": "start the command with torchrun for several GPUs",
     "trainer.num_nodes": "start the command with torchrun for several machines",
     "trainer.strategy": "torchrun gives DDP; see trainer.parallel",
@@ -108,8 +105,7 @@ WITHOUT_EFFECT = {
     "trainer.profiler": "there is none",
     "trainer.default_root_dir": "is output",
     "trainer.amp_": "see trainer.precision",
-    "trainer.gradient_clip_algorithm": "is the norm",
-    "exp_manager.resume": "the same command always goes on; see resume",
+    "exp_manager.resume_i": "the same command always goes on; see resume",
     "exp_manager.name": "is in output",
     "exp_manager.explicit_log_dir": "is output",
     "exp_manager.version": "a run folder has no versions",
@@ -216,6 +212,8 @@ def translate(tree: dict, where: str = "recipe") -> Translation:
                 if section == "model.adapter"
                 else "self-supervised training is not done here",
             )
+    if take("model.variational_noise.std"):
+        found.refuse("model.variational_noise.std", "noise on gradients is not done here")
     loss = str(found.left.get("model.loss._target_", "")).rpartition(".")[2]
     if loss not in ("", *LOSS_CLASSES):
         found.refuse("model.loss", f"{loss} is of another task than speech recognition")
@@ -377,13 +375,20 @@ def _freezing(found: Translation) -> None:
 
 def _trainer(found: Translation) -> None:
     take = found.take
-    steps = found.left.get("trainer.max_steps")
-    if steps is not None and int(steps) > 0:
-        take("trainer.max_steps", "trainer.max_steps", int)
-    else:
-        found.left.pop("trainer.max_steps", None)
-        take("trainer.max_epochs", "trainer.epochs", int)
+    ends = {"trainer.max_steps": "trainer.max_steps", "trainer.max_epochs": "trainer.epochs"}
+    for key in ends:  # -1: not by this one
+        if int(found.left.get(key) or 0) < 1:
+            found.left.pop(key, None)
+    if ends.keys() <= found.left.keys():
+        found.refuse(
+            "trainer.max_epochs",
+            "NeMo ends at it or at trainer.max_steps, whichever comes first; set one to null",
+        )
+    for key, ours in ends.items():
+        take(key, ours, int)
     take("trainer.accumulate_grad_batches", "trainer.accumulate")
+    if take("trainer.gradient_clip_algorithm") not in (None, "norm"):
+        found.refuse("trainer.gradient_clip_algorithm", "only the norm is clipped here")
     clip = take("trainer.gradient_clip_val")
     clip = float(clip) if clip else None
     found.set("trainer.clip_grad_norm", clip)
@@ -394,6 +399,8 @@ def _trainer(found: Translation) -> None:
         raise ValueError(f"{found.where}: trainer.precision is {precision!r}; known: {known}")
     take("trainer.precision", "trainer.precision", lambda v: PRECISIONS[str(v)])
     devices = {"gpu": "cuda", "cuda": "cuda", "cpu": "cpu", "auto": "auto"}
+    if found.left.get("trainer.accelerator") not in (None, *devices):
+        found.refuse("trainer.accelerator", f"is one of {', '.join(devices)} here")
     take("trainer.accelerator", "trainer.device", devices.get)
     take("trainer.sync_batchnorm", "trainer.sync_batchnorm")
     take("trainer.log_every_n_steps", "trainer.log_every_steps")
@@ -421,13 +428,38 @@ def _keeping(found: Translation) -> None:
         known = ", ".join(metrics)
         found.refuse(f"{section}.monitor", f"{monitor!r} is not measured here; known: {known}")
     take(f"{section}.monitor", "keep.metric", metrics.get)
+    if found.left.get(f"{section}.mode") not in (None, "min"):
+        found.refuse(f"{section}.mode", "the lowest is kept here")
     take(f"{section}.save_top_k", "keep.top_k", lambda v: max(1, int(v)))
     take(f"{section}.every_n_train_steps", "trainer.save_every_steps")
     if take("exp_manager.create_early_stopping_callback"):
-        take("exp_manager.early_stopping_callback_params.patience", "keep.patience")
-        take("exp_manager.early_stopping_callback_params.min_delta", "keep.min_delta", float)
+        _early_stopping(monitor, metrics, found)
     if take("exp_manager.ema.enable"):
-        take("exp_manager.ema.decay", "trainer.ema_decay", float)
+        if take("exp_manager.ema.decay", "trainer.ema_decay", float) is None:
+            found.set("trainer.ema_decay", 0.999, "exp_manager.ema.decay (left out)")
+        if take("exp_manager.ema.every_n_steps") not in (None, 1):
+            found.refuse("exp_manager.ema.every_n_steps", "the average moves at every step here")
+        take("exp_manager.ema.cpu_offload")  # the same average elsewhere
     else:
         for key in [key for key in found.left if key.startswith("exp_manager.ema.")]:
             del found.left[key]  # switched off
+
+
+def _early_stopping(kept_by: str | None, metrics: dict[str, str], found: Translation) -> None:
+    """What is left out has NeMo's default; one metric keeps models and stops the run here."""
+    section, take = "exp_manager.early_stopping_callback_params", found.take
+    monitor = take(f"{section}.monitor") or "val_loss"
+    if monitor not in metrics:
+        known = ", ".join(metrics)
+        found.refuse(f"{section}.monitor", f"{monitor!r} is not measured here; known: {known}")
+    if kept_by not in (None, monitor):
+        found.refuse(f"{section}.monitor", f"is {monitor!r}, but models are kept by {kept_by!r}")
+    found.set("keep.metric", metrics[monitor], f"{section}.monitor")
+    if found.left.get(f"{section}.mode") not in (None, "min"):
+        found.refuse(f"{section}.mode", "the lowest is kept here")
+    for key in ("stopping_threshold", "divergence_threshold"):
+        if take(f"{section}.{key}") is not None:
+            found.refuse(f"{section}.{key}", "has no counterpart here; set it to null")
+    for key, default in (("patience", 10), ("min_delta", 0.001)):
+        if take(f"{section}.{key}", f"keep.{key}", type(default)) is None:
+            found.set(f"keep.{key}", default, f"{section}.{key} (left out)")

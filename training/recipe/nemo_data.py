@@ -33,9 +33,20 @@ def translate_data(tree: dict, found) -> None:
     for key, why in ELSEWHERE.items():
         if train.get(key):
             found.refuse(f"{SECTION}.{key}", why)
-    for key in ("is_concat", "batch_augmentor", "bucketing_batch_size"):
+    for key in (
+        *("is_concat", "batch_augmentor", "bucketing_batch_size", "bucket_batch_size"),
+        *("bucketing_weights", "drop_last"),
+    ):
         if train.get(key):
             found.refuse(f"{SECTION}.{key}", "has no counterpart here; delete it")
+    for key in ("normalize", "normalize_transcripts"):
+        if take(f"{SECTION}.{key}"):
+            found.refuse(f"{SECTION}.{key}", ELSEWHERE["normalize_text"])
+    if take(f"{SECTION}.channel_selector") not in (None, "average"):
+        found.refuse(
+            f"{SECTION}.channel_selector",
+            "channels are mixed here; write the one that is meant to files of its own",
+        )
     sources = _sources(train, found)
     if sources:
         found.set("data.train", sources, f"{SECTION}.manifest_filepath")
@@ -44,6 +55,9 @@ def translate_data(tree: dict, found) -> None:
         manifests = [path for path, _ in _paths(found.left.pop(key, None), key, found)]
         if manifests:
             found.set(ours, manifests, key)
+        for name in ("input_cfg", "tarred_audio_filepaths", "datasets", *ELSEWHERE):
+            if found.left.get(f"model.{section}.{name}"):
+                found.refuse(f"model.{section}.{name}", "give plain NeMo manifests by name")
     duration = take(f"{SECTION}.batch_duration", "data.batch_duration_s", float)
     size = take(f"{SECTION}.batch_size")
     if size is not None and int(size) > 0:
@@ -94,7 +108,7 @@ def _sources(train: dict, found) -> list:
     manifests = found.left.pop(f"{SECTION}.manifest_filepath", None)
     tars = found.left.pop(f"{SECTION}.tarred_audio_filepaths", None)
     if config:
-        return _group(config, f"{SECTION}.input_cfg", found, 1.0, {})
+        return _group(config, f"{SECTION}.input_cfg", found, None, {})
     paths = _paths(manifests, f"{SECTION}.manifest_filepath", found)
     shards = [path for path, _ in _paths(tars, f"{SECTION}.tarred_audio_filepaths", found)]
     if shards and len(shards) != len(paths):
@@ -128,9 +142,9 @@ def _is_number(value) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _group(config, key: str, found, share: float, tags: dict) -> list[dict]:
-    """Sources of an `input_cfg`: a list, or the YAML file that holds it. A group's weight is shared
-    by its members in proportion to theirs."""
+def _group(config, key: str, found, share: float | None, tags: dict) -> list[dict]:
+    """Sources of an `input_cfg`: a list, or the YAML file that holds it. A group's weight, `share`,
+    is shared by its members in proportion to theirs."""
     if isinstance(config, str):
         config = _read_list(config, key, found)
     if not isinstance(config, list) or not all(isinstance(item, dict) for item in config):
@@ -139,11 +153,13 @@ def _group(config, key: str, found, share: float, tags: dict) -> list[dict]:
     if any(weight is not None for weight in weights) and None in weights:
         found.refuse(key, "give every member a weight, or none")
     weighted = bool(weights) and None not in weights
+    if share is not None and not weighted and len(config) > 1:
+        found.refuse(key, "the group has a weight; give one to each of its members")
     total = sum(weights) if weighted else 0.0
     sources = []
     for number, item in enumerate(config):
         name, kind = f"{key}[{number}]", item.get("type")
-        part = share * weights[number] / total if weighted and total else None
+        part = (share or 1.0) * weights[number] / total if weighted and total else share
         own_tags = tags | (item.get("tags") or {})
         known = {"type", "weight", "tags", "input_cfg", "manifest_filepath"}
         known |= {"tarred_audio_filepaths", "reweight_temperature"}
@@ -151,8 +167,7 @@ def _group(config, key: str, found, share: float, tags: dict) -> list[dict]:
         if unknown:
             found.refuse(f"{name}.{unknown[0]}", "has no counterpart here; delete it")
         if kind == "group":
-            members = _group(item.get("input_cfg"), name, found, part or share, own_tags)
-            sources += members
+            sources += _group(item.get("input_cfg"), name, found, part, own_tags)
         elif kind in ("nemo", "nemo_tarred"):
             sources += _nemo_sources(item, name, found, part, own_tags)
         else:
@@ -215,6 +230,9 @@ def _augmentor(section: dict, found) -> None:
         if name not in PERTURBATIONS:
             known = ", ".join(PERTURBATIONS)
             found.refuse(key, f"has no counterpart here (those that have: {known}); delete it")
+        for option, value in options.items():
+            if option not in OPTIONS[name] and value not in (None, False):
+                found.refuse(f"{key}.{option}", "has no counterpart here; delete it")
         if probability > 0:
             PERTURBATIONS[name](options, probability, key, found)
 
@@ -245,6 +263,8 @@ def _noise(options: dict, probability: float, key: str, found) -> None:
     ]
     snr = [float(options.get("min_snr_db", 10)), float(options.get("max_snr_db", 50))]
     mine = {"manifests": manifests, "probability": probability, "snr_db": snr}
+    if float(options.get("max_gain_db") or 300) < 300:
+        found.refuse(f"{key}.max_gain_db", "a noise is scaled without a limit here; delete it")
     if not manifests:
         found.refuse(f"{key}.manifest_path", "is missing; name a manifest of noises")
     found.set("augment.noise", mine)
@@ -276,6 +296,15 @@ def _shift(options: dict, probability: float, key: str, found) -> None:
     found.set("augment.shift_s", high / 1000, key)
 
 
+RANDOM = {"rng", "shuffle_n"}  # draws are this project's own
+OPTIONS = {
+    "white_noise": RANDOM | {"min_level", "max_level"},
+    "speed": RANDOM | {"min_speed_rate", "max_speed_rate", "num_rates", "sr", "resample_type"},
+    "noise": RANDOM | {"manifest_path", "min_snr_db", "max_snr_db", "max_gain_db", "orig_sr"},
+    "impulse": RANDOM | {"manifest_path", "shift_impulse"},
+    "gain": RANDOM | {"min_gain_dbfs", "max_gain_dbfs"},
+    "shift": RANDOM | {"min_shift_ms", "max_shift_ms"},
+}
 PERTURBATIONS = {
     "white_noise": _white_noise,
     "speed": _speed,

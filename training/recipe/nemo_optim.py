@@ -87,7 +87,9 @@ def _schedule(sched: dict, found) -> None:
     steps, run = take(f"{section}.max_steps"), found.left.get("trainer.max_steps")
     if steps is not None and int(steps) > 0 and int(steps) != int(run or 0):
         found.refuse(f"{section}.max_steps", f"is {steps}, the run has {run}; leave it out")
-    for key in ("last_epoch", "monitor", "reduce_on_plateau", "iters_per_batch", "t_max_epochs"):
+    if take(f"{section}.last_epoch") not in (None, -1):
+        found.refuse(f"{section}.last_epoch", "a schedule starts at its first step here")
+    for key in ("monitor", "reduce_on_plateau", "iters_per_batch", "t_max_epochs"):
         take(f"{section}.{key}")  # of NeMo's own machinery
 
 
