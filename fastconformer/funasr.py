@@ -27,7 +27,7 @@ from .recordings.align import align
 from .recordings.retry import retry_stuck
 from .recordings.samples import checked_batch
 from .recordings.stream import open_stream
-from .recordings.transcribe import transcribe, transcribe_iter
+from .recordings.transcribe import transcribe, transcribe_each, transcribe_iter
 from .recordings.transcript import transcript
 from .text.byte_bpe import QwenTokenizer, TiktokenTokenizer
 from .text.chat import context_header, instruction
@@ -258,6 +258,7 @@ class FunASRNano(nn.Module):
         return chosen.decode(encoded, lengths, options, **arguments)
 
     transcribe = transcribe
+    transcribe_each = transcribe_each
     transcribe_iter = transcribe_iter
     stream = open_stream
     align = align

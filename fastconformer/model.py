@@ -22,7 +22,7 @@ from .recordings.align import align
 from .recordings.retry import retry_stuck
 from .recordings.samples import checked_batch
 from .recordings.stream import open_stream
-from .recordings.transcribe import transcribe, transcribe_iter
+from .recordings.transcribe import transcribe, transcribe_each, transcribe_iter
 from .recordings.transcript import transcript
 from .text.tokenizer import Tokenizer
 from .transfers import sent
@@ -279,6 +279,7 @@ class ASRModel(nn.Module):
         return chosen.decode(encoded, lengths, options, **arguments)
 
     transcribe = transcribe
+    transcribe_each = transcribe_each
     transcribe_iter = transcribe_iter
     align = align
     stream = open_stream

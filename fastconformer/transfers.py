@@ -4,6 +4,10 @@ A copy from ordinary memory, or back, makes the host wait until the device has d
 given; a GPU that is waited for so has nothing to do afterwards.
 """
 
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
 import torch
 from torch import Tensor
 
@@ -26,3 +30,48 @@ def on_host(*tensors: Tensor) -> list[Tensor]:
         x if x.device.type == "cpu" else next(parts).clone().view(x.dtype).view(x.shape)
         for x in tensors
     ]
+
+
+def ahead(
+    items: Iterable, make: Callable, device: torch.device
+) -> Iterator[tuple[object, tuple[Tensor, ...]]]:
+    """Of each item, in order, what `make` gives of it: (anything, tensors), those on a device.
+
+    A thread makes the next one meanwhile; a GPU gets it on a stream of its own, while it computes.
+    What `make` raises comes out here. An item alone is made by the caller.
+    """
+    items = list(items)
+    if len(items) < 2:
+        for known, tensors in map(make, items):
+            yield known, tuple(sent(x, device) for x in tensors)
+        return
+    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def sent_by_the_way(item):
+        known, tensors = make(item)
+        if stream is None:
+            return known, tuple(x.to(device) for x in tensors), None
+        with torch.cuda.stream(stream):
+            there = tuple(sent(x, device) for x in tensors)
+            return known, there, stream.record_event()
+
+    def arrived(future: Future):
+        known, tensors, event = future.result()
+        if event is not None:
+            current = torch.cuda.current_stream(device)
+            current.wait_event(event)
+            for x in tensors:  # their memory was taken on the other stream
+                x.record_stream(current)
+        return known, tensors
+
+    coming: deque[Future] = deque()
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            for item in items:
+                coming.append(pool.submit(sent_by_the_way, item))
+                if len(coming) > 1:
+                    yield arrived(coming.popleft())
+            yield arrived(coming.popleft())
+        finally:
+            for future in coming:
+                future.cancel()

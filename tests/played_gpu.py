@@ -42,7 +42,11 @@ class PlayedGpu(TorchFunctionMode):
             self._note(f"{name} waits")
         elif name in SENDS and (sent or there) and self._from_pageable(args, kwargs):
             self._note(f"{name} sends")
+        pins = kwargs.get("pin_memory")
+        kwargs = {k: v for k, v in kwargs.items() if k != "pin_memory"}
         result = function(*tree_map(_here, args), **tree_map(_here, kwargs))
+        if pins:
+            result.pinned = True
         if (there or sent) and not back:
             for x in tree_leaves(result):
                 if isinstance(x, torch.Tensor):

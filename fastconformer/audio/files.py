@@ -221,6 +221,19 @@ def resample(
     return np.ascontiguousarray(samples, dtype=np.float32)
 
 
+def as_int16(samples: np.ndarray) -> np.ndarray:
+    """float32 samples as int16 where 16 bits hold each of them, as in most files; else as they are.
+    Divided by 32768 they are the same numbers again."""
+    found = np.empty(len(samples), np.int16)
+    for first in range(0, len(samples), 1 << 16):  # the first of another kind ends it
+        scaled = samples[first : first + (1 << 16)] * np.float32(32768)
+        whole = np.clip(np.rint(scaled), -32768, 32767)
+        if not np.array_equal(whole, scaled):
+            return samples
+        found[first : first + len(whole)] = whole
+    return found
+
+
 def _open(source: str | bytes, name: str, stack: contextlib.ExitStack, track: int = 0) -> Sound:
     """Opens a path or a content with what reads it. ValueError: nothing does."""
     with _file(source) as file:

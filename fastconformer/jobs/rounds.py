@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from ..audio.files import read_audio
+from ..audio.files import as_int16, read_audio
 from ..formats.manifest import Clip
 
 if TYPE_CHECKING:
@@ -98,10 +98,13 @@ def _read(clip: Clip, sample_rate_hz: int, channels: Channels, track: int) -> li
         return [Read(clip, None, str(error))]
     clip = dataclasses.replace(clip, notes=tuple(audio.notes))
     if not apart:
-        return [Read(clip, audio.samples, "")]
+        return [Read(clip, as_int16(audio.samples), "")]  # half the memory
     numbers = wanted or range(len(audio.samples))
     reads = [
-        Read(dataclasses.replace(clip, channel=(number,), n_channels=len(numbers)), samples, "")
+        Read(
+            dataclasses.replace(clip, channel=(number,), n_channels=len(numbers)),
+            *(as_int16(samples), ""),
+        )
         for number, samples in zip(numbers, audio.samples)
     ]
     later = [dataclasses.replace(read.clip, notes=()) for read in reads[1:]]  # said once
@@ -117,23 +120,35 @@ def _transcribe_round(model, reads: list[Read], batch_size: int, options) -> Ite
     }
     order = [k for k, read in enumerate(reads) if read.samples is not None]
     order.sort(key=lambda k: -len(reads[k].samples))
-    for first in range(0, len(order), batch_size):
-        batch = order[first : first + batch_size]
-        found = _transcribe_batch(model, [reads[k] for k in batch], options)
-        yield dict(zip(batch, found, strict=True))
+    left = dict.fromkeys(order)
+    try:
+        for k, transcript in _each(model, [reads[k] for k in order], batch_size, options):
+            place = order[k]
+            del left[place]
+            yield {place: Result(reads[place].clip, transcript, "")}
+    except (RuntimeError, ValueError):  # out of memory, mostly: batch by batch, then one by one
+        order = list(left)
+        for first in range(0, len(order), batch_size):
+            batch = order[first : first + batch_size]
+            found = _transcribe_batch(model, [reads[k] for k in batch], options)
+            yield dict(zip(batch, found, strict=True))
+
+
+def _each(model, reads: list[Read], batch_size: int, options):
+    own = own_prompts(model, [read.clip for read in reads], options)
+    samples = [read.samples for read in reads]
+    return model.transcribe_each(samples, batch_size=batch_size, **options, **own)
 
 
 def _transcribe_batch(model, reads: list[Read], options) -> list[Result]:
     try:
-        samples = [read.samples for read in reads]
-        own = own_prompts(model, [read.clip for read in reads], options)
-        transcripts = model.transcribe(samples, batch_size=len(reads), **options, **own)
-    except (RuntimeError, ValueError) as error:  # out of memory, mostly: then one by one
+        transcripts = dict(_each(model, reads, len(reads), options))
+    except (RuntimeError, ValueError) as error:
         if len(reads) == 1:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             return [Result(reads[0].clip, None, f"transcription failed: {reason}")]
         return [result for read in reads for result in _transcribe_batch(model, [read], options)]
-    return [Result(read.clip, t, "") for read, t in zip(reads, transcripts, strict=True)]
+    return [Result(read.clip, transcripts[k], "") for k, read in enumerate(reads)]
 
 
 def own_prompts(model: "ASRModel", clips: list[Clip], options: dict) -> dict:

@@ -67,7 +67,7 @@ class RelPositionMultiHeadAttention(nn.Module):
         drops = self.training and self.dropout > 0
         q, k, v = self.linear_q(x), self.linear_k(x), self.linear_v(x)
         p = self._project(pos_emb)
-        if kernels.usable(x) and not drops:
+        if kernels.usable(x) and not drops and self.d_head <= kernels.WIDEST_HEAD:
             biases = self.pos_bias_u.to(q.dtype), self.pos_bias_v.to(q.dtype)
             return self.linear_out(kernels.rel_pos_attention(q, k, v, p, *biases, hidden))
         q, k, v = (self._heads(y) for y in (q, k, v))

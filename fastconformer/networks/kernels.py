@@ -10,6 +10,8 @@ import importlib.util
 import torch
 from torch import Tensor
 
+WIDEST_HEAD = 128  # of attention's kernel: wider ones, compiled, spill a thousand registers
+
 
 def usable(x: Tensor) -> bool:
     """Whether the kernels take `x`: on a GPU, without gradients, in a type of theirs."""

@@ -15,7 +15,7 @@ from torch import Tensor
 LOG2_E = 1.4426950408889634
 # (frames of a block, blocks on their way, warps), the best first. As compiled, 64 spill no register
 # where the card has shared memory enough for two stages, which is where its products are wide, too.
-BLOCKS = ((64, 2, 8), (32, 2, 4), (32, 1, 4), (16, 1, 4))
+BLOCKS = ((64, 2, 8), (32, 2, 4), (32, 1, 4), (16, 2, 4), (16, 1, 4))
 WIDE_SHARED_BYTES = 200_000
 
 
@@ -51,7 +51,10 @@ def _block(block_k: int, dtype: torch.dtype, by_query: bool) -> tuple[int, int, 
     properties = active.utils.get_device_properties(active.get_current_device())
     shared = properties["max_shared_mem"]
     many = dtype == torch.float32 or (by_query and block_k > 64)  # registers, in blocks of 64
-    for choice in BLOCKS[many or shared < WIDE_SHARED_BYTES :]:
+    first = int(many or shared < WIDE_SHARED_BYTES)
+    if dtype == torch.float32 and block_k > 64:
+        first = 3
+    for choice in BLOCKS[first:]:
         block, stages, _ = choice
         if (1 + 3 * stages) * block * block_k * dtype.itemsize + 16_384 <= shared:
             break

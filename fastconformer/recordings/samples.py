@@ -44,14 +44,18 @@ def read_samples(item, sample_rate_hz: int) -> np.ndarray:
     return samples
 
 
-def collate(clips: list[np.ndarray], min_duration_s: float, sample_rate_hz: int):
+def collate(
+    clips: list[np.ndarray], min_duration_s: float, sample_rate_hz: int, pinned: bool = False
+):
     """Clips as `read_samples` gives them -> (audio (B, L) float32 or int16, lengths (B,), seconds
     of silence put in front of each): shorter ones than `min_duration_s` get silence on both sides.
+    `pinned`: in memory that a GPU reads by itself.
     """
     shortest = int(min_duration_s * sample_rate_hz)
     lengths = [max(len(clip), shortest) for clip in clips]
     all_int16 = all(clip.dtype == np.int16 for clip in clips)
-    audio = torch.zeros(len(clips), max(lengths), dtype=torch.int16 if all_int16 else torch.float32)
+    dtype = torch.int16 if all_int16 else torch.float32
+    audio = torch.zeros(len(clips), max(lengths), dtype=dtype, pin_memory=pinned)
     shifts = []
     # Through numpy: torch takes no array that is read-only or runs backwards.
     for row, clip, length in zip(audio.numpy(), clips, lengths):

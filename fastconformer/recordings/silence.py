@@ -25,13 +25,12 @@ def sounding(model, samples: np.ndarray) -> tuple[int, int]:
     (0, 0) where nothing sounds."""
     rate_hz = model.sample_rate
     frame_samples = round(model.config.frame_seconds * rate_hz)
-    loud = _loud(samples)
-    first = int(loud.argmax())
-    if not loud[first]:
+    first = _first_loud(samples)
+    if first is None:
         return 0, 0
     if not model.config.looks_at_all:
         return 0, len(samples)
-    end = len(samples) - int(loud[::-1].argmax())
+    end = len(samples) - _first_loud(samples[::-1])
     shortest = int(SHORTEST_S * rate_hz)
     first = first // frame_samples * frame_samples if first >= shortest else 0
     return first, end if len(samples) - end >= shortest else len(samples)
@@ -39,12 +38,19 @@ def sounding(model, samples: np.ndarray) -> tuple[int, int]:
 
 def sounds(samples: np.ndarray) -> bool:
     """Whether not all of the samples are digital silence."""
-    return bool(_loud(samples).any())
+    return _first_loud(samples) is not None
 
 
-def _loud(samples: np.ndarray) -> np.ndarray:
+def _first_loud(samples: np.ndarray) -> int | None:
+    """The first sample that is no silence; looked for a second at a time, as most begin at once."""
     most = STEPS if samples.dtype.kind == "i" else STEPS / 32768  # of either byte order
-    return (samples > most) | (samples < -most)
+    for start in range(0, len(samples), 1 << 14):
+        piece = samples[start : start + (1 << 14)]
+        loud = (piece > most) | (piece < -most)
+        first = int(loud.argmax())
+        if loud[first]:
+            return start + first
+    return None
 
 
 def judged(transcript: Transcript, sounds: bool, samples: np.ndarray, rate_hz: int) -> Transcript:

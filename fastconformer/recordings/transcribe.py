@@ -1,6 +1,7 @@
 """Recordings of any length -> transcripts: batches or windows through the encoder, then a head."""
 
 import dataclasses
+import itertools
 import math
 import os
 import sys
@@ -13,7 +14,7 @@ from torch import nn
 from ..decoding import DecodingOptions
 from ..surgery.local_attention import with_local_attention
 from ..surgery.look_ahead import with_look_ahead
-from ..transfers import sent
+from ..transfers import ahead
 from . import longform
 from .cuts import cut_in_pauses, join_pieces
 from .modes import evaluating
@@ -27,7 +28,6 @@ from .transcript import Transcript, transcript
 CPU_FRAMES = 1500  # feature frames of clips that a CPU encodes together
 
 
-@torch.no_grad()
 def transcribe(
     model,
     inputs,
@@ -81,6 +81,39 @@ def transcribe(
         ValueError, FileNotFoundError: unreadable audio, an empty clip, an unknown head, a
             decoding option that does not fit.
     """
+    options = {"head": head, "batch_size": batch_size, "timestamps": timestamps}
+    options |= {"min_duration_s": min_duration_s, "long": long, "memory_gb": memory_gb}
+    options |= {"window_s": window_s, "look_ahead": look_ahead, "progress": progress} | decoding
+    if errors not in ("raise", "keep"):
+        raise ValueError(f"errors is {errors!r}, expected raise or keep")
+    if isinstance(inputs, (str, os.PathLike, bytes, np.ndarray, torch.Tensor)) or hasattr(
+        inputs, "read"
+    ):
+        inputs = [inputs]
+    if errors == "keep":
+        return _keep_errors(model, inputs, options)
+    found = dict(transcribe_each(model, inputs, **options))
+    return [found[i] for i in range(len(found))]
+
+
+@torch.no_grad()
+def transcribe_each(
+    model,
+    inputs,
+    head: str | None = None,
+    batch_size: int = 16,
+    timestamps: bool = False,
+    min_duration_s: float | None = None,
+    long: str = "auto",
+    memory_gb: float | None = None,
+    window_s: float | None = None,
+    look_ahead: int | None = None,
+    progress: bool | Callable[[float, float], None] = False,
+    **decoding,
+) -> Iterator[tuple[int, Transcript]]:
+    """As `transcribe`: (place, transcript) of each input when its batch is done. While a device
+    works on a batch, a thread collates and sends the next, and the texts of the one before are
+    made."""
     model = with_look_ahead(model, look_ahead)
     chosen = model.head(head)
     fields = {field.name for field in dataclasses.fields(DecodingOptions)}
@@ -97,16 +130,7 @@ def transcribe(
         _check_window(window_s)
     if long not in longform.MODES:
         raise ValueError(f"long is {long!r}, expected one of {', '.join(longform.MODES)}")
-    if errors not in ("raise", "keep"):
-        raise ValueError(f"errors is {errors!r}, expected raise or keep")
-    if isinstance(inputs, (str, os.PathLike, bytes, np.ndarray, torch.Tensor)) or hasattr(
-        inputs, "read"
-    ):
-        inputs = [inputs]
     rate, device, dtype = model.sample_rate, model.device, model.dtype
-    if errors == "keep":
-        arguments = head, batch_size, timestamps, min_duration_s, long, memory_gb, window_s
-        return _keep_errors(model, inputs, *arguments, progress=progress, **decoding)
     recordings = [read_samples(item, rate) for item in inputs]
     frame_s = model.config.frame_seconds
     bounds = [sounding(model, clip) for clip in recordings]
@@ -123,15 +147,56 @@ def transcribe(
         long = "full"
     clips = [clip[a:b] for clip, pieces in zip(whole, cuts, strict=True) for a, b in pieces]
     recording = [i for i, pieces in enumerate(cuts) for _ in pieces]  # of each clip
-    transcripts: list[Transcript | None] = [None] * len(clips)
+    transcripts: dict[int, Transcript] = {}  # of clips whose recordings are not done
     budget = longform.available_bytes(device) if memory_gb is None else int(memory_gb * 1e9)
+    first_piece = list(itertools.accumulate((len(pieces) for pieces in cuts), initial=0))
+    on_gpu = device.type == "cuda"
     told, done_s = _show if progress is True else progress or None, 0.0
     all_s = sum(len(clip) for clip in clips) / rate
+
+    def collated(item):
+        batch, _ = item
+        *tensors, shifts = collate([clips[i] for i in batch], min_duration_s, rate, on_gpu)
+        return (*item, tensors[0], shifts), tensors
+
+    def finished(batch, shifts, audio, encoded, counts, found) -> Iterator[tuple[int, Transcript]]:
+        nonlocal done_s
+        for row, (i, shift, hypothesis) in enumerate(zip(batch, shifts, found)):
+            retries = []
+            if options.retry:
+                valid = encoded[row, : counts[row]]
+                retries = retry_stuck(model, hypothesis, valid, audio[row], head, options)
+            seconds = len(clips[i]) / rate
+            # an aligner looks at pieces that overlap together
+            later = overlap and chosen.aligner is not None and len(cuts[recording[i]]) > 1
+            transcripts[i] = transcript(
+                *(model, hypothesis, head, seconds, timestamps and not later, shift),
+                *(options.confidence, retries, clips[i]),
+            )
+        done_s += sum(len(clips[i]) for i in batch) / rate
+        if told:
+            told(done_s, all_s)
+        for place in dict.fromkeys(recording[i] for i in batch):
+            first, n = first_piece[place], len(cuts[place])
+            of_clip = [transcripts[i] for i in range(first, first + n) if i in transcripts]
+            if len(of_clip) == n:
+                yield place, joined(place, of_clip, clips[first : first + n])
+                for i in range(first, first + n):
+                    del transcripts[i]
+
+    def joined(place, of_clip, samples) -> Transcript:
+        starts_s = [(bounds[place][0] + first) / rate for first, _ in cuts[place]]
+        if overlap and len(samples) > 1:
+            of_clip = [join_overlapping(model, of_clip, samples, cuts[place], timestamps)]
+        seconds = len(recordings[place]) / rate
+        whole_text = join_pieces(of_clip, starts_s[: len(of_clip)], frame_s, seconds)
+        return judged(whole_text, bounds[place][1] > 0, whole[place], rate)
+
     with evaluating(model):
         encoder_of = with_local_attention(model) if long == "local" else model
         if long == "local" and encoder_of is model:
             long = "auto"
-        for batch, window in longform.batches(
+        passes = longform.batches(
             encoder_of.config,
             [max(len(clip) / rate, min_duration_s) for clip in clips],
             batch_size,
@@ -140,14 +205,14 @@ def transcribe(
             long,
             window_s,
             device.type == "cpu",
-        ):
+        )
+        before = None  # the batch whose texts are to be made
+        for (batch, window, audio, shifts), tensors in ahead(passes, collated, device):
             asked = chosen.for_clips(arguments, [recording[i] for i in batch])
             for_encoder, asked = chosen.parted(asked)
-            audio, lengths, shifts = collate([clips[i] for i in batch], min_duration_s, rate)
+            samples, lengths = tensors
             # without `pad_to`, as in NeMo's `transcribe`: norms over time would see it
-            features, lengths = model.preprocessor(
-                as_float(sent(audio, device)), sent(lengths, device), pad=False
-            )
+            features, lengths = model.preprocessor(as_float(samples), lengths, pad=False)
             if window is not None and lengths[0]:  # a clip shorter than a frame has no window
                 of_windows = []
                 for part in longform.encoded_windows(
@@ -161,34 +226,16 @@ def transcribe(
                 lengths = torch.tensor([encoded.shape[1]], device=device)
             else:
                 encoded, lengths = _encode_batch(encoder_of, features, lengths, chosen, for_encoder)
+            if before is not None:
+                yield from finished(*before)
             found = model.decode(encoded, lengths, head, options, **asked)
             counts = lengths.tolist()  # one wait for the device, not one a clip
-            for row, (i, shift, hypothesis) in enumerate(zip(batch, shifts, found)):
-                retries = []
-                if options.retry:
-                    valid = encoded[row, : counts[row]]
-                    retries = retry_stuck(model, hypothesis, valid, audio[row], head, options)
-                seconds = len(clips[i]) / rate
-                # an aligner looks at pieces that overlap together
-                later = overlap and chosen.aligner is not None and len(cuts[recording[i]]) > 1
-                transcripts[i] = transcript(
-                    *(model, hypothesis, head, seconds, timestamps and not later, shift),
-                    *(options.confidence, retries, clips[i]),
-                )
-            done_s += sum(len(clips[i]) for i in batch) / rate
-            if told:
-                told(done_s, all_s)
-    found, parts = iter(transcripts), iter(clips)
-    results = []
-    for clip, heard, bound, pieces in zip(recordings, whole, bounds, cuts, strict=True):
-        of_clip = [next(found) for _ in pieces]
-        samples = [next(parts) for _ in pieces]
-        starts_s = [(bound[0] + first) / rate for first, _ in pieces]
-        if overlap and len(pieces) > 1:
-            of_clip = [join_overlapping(model, of_clip, samples, pieces, timestamps)]
-        joined = join_pieces(of_clip, starts_s[: len(of_clip)], frame_s, len(clip) / rate)
-        results.append(judged(joined, bound[1] > 0, heard, rate))
-    return results
+            before = batch, shifts, audio, encoded, counts, found
+            if device.type == "cpu":  # which has nothing else to do meanwhile
+                yield from finished(*before)
+                before = None
+        if before is not None:
+            yield from finished(*before)
 
 
 def transcribe_iter(
@@ -220,7 +267,7 @@ def _show(done_s: float, all_s: float) -> None:
     print(text, end=end, file=sys.stderr, flush=True)
 
 
-def _keep_errors(model, inputs, head, *arguments, **options) -> list[Transcript]:
+def _keep_errors(model, inputs, options: dict) -> list[Transcript]:
     """`transcribe` of what can be read; an empty Transcript with its `error` for the rest."""
     read = []
     for item in inputs:
@@ -231,8 +278,10 @@ def _keep_errors(model, inputs, head, *arguments, **options) -> list[Transcript]
     good = [item for item in read if not isinstance(item, str)]
     prompts = options.get("prompt")
     if isinstance(prompts, list) and len(prompts) == len(read):  # one for each input
-        options["prompt"] = [p for p, item in zip(prompts, read) if not isinstance(item, str)]
-    found = iter(transcribe(model, good, head, *arguments, **options))
+        kept = [p for p, item in zip(prompts, read) if not isinstance(item, str)]
+        options = options | {"prompt": kept}
+    found = iter(transcribe(model, good, **options))
+    head = model.head(options["head"]).name
     return [
         Transcript("", [], [], None, None, None, 0.0, head, 0.0, error=item)
         if isinstance(item, str)
