@@ -5,6 +5,9 @@ import contextlib
 import copy
 import platform
 import subprocess
+import tempfile
+from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -112,7 +115,23 @@ def check_loss(dry: bool, kept: dict) -> dict:
 
 
 def check_wkv7(dry: bool, kept: dict) -> dict:
-    """The recurrence and its gradients against float64 on the CPU, one way and both."""
+    """The recurrence and its gradients against float64 on the CPU, one way and both; on a GPU once
+    more through NVRTC, as where there is no nvcc."""
+    from rwkv_cuda import build
+
+    found = _check_wkv7(dry, "")
+    if dry:
+        return found
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            library = build.through_nvrtc(Path(folder))
+        except build.BuildError as error:
+            return found | {"nvrtc": str(error)}
+        with mock.patch.object(build, "load", lambda: library):
+            return {"checks": found["checks"] + _check_wkv7(dry, " by NVRTC")["checks"]}
+
+
+def _check_wkv7(dry: bool, how: str) -> dict:
     from benchmarks.wkv7 import make_inputs
     from rwkv_cuda import wkv7
 
@@ -139,7 +158,7 @@ def check_wkv7(dry: bool, kept: dict) -> dict:
                 distance(y, expected),
                 *(distance(a.grad, e.grad) for a, e in zip(leaves, exact, strict=True)),
             )
-            name = f"wkv7 T={frames} reverse={reverse} {dtype}".replace("torch.", "")
+            name = f"wkv7 T={frames} reverse={reverse} {dtype}{how}".replace("torch.", "")
             rows.append(check(name, value, limit))
     return {"checks": rows}
 

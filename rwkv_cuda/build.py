@@ -21,6 +21,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from rwkv_cuda import nvrtc
+
 SOURCES = Path(__file__).parent / "csrc"
 TARGETS = ("sm_80", "sm_90a", "sm_120")
 logger = logging.getLogger("rwkv_cuda")
@@ -115,13 +117,16 @@ def local_arches() -> tuple[str, ...]:
     if not torch.cuda.is_available():
         return ()
     found = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
-    names = {f"sm_{major}{minor}" for major, minor in found if major >= 8}
-    return tuple(sorted("sm_90a" if x == "sm_90" else x for x in names))
+    return tuple(sorted({_arch_of(x) for x in found if x[0] >= 8}))
+
+
+def _arch_of(capability: tuple[int, int]) -> str:
+    return "sm_90a" if capability == (9, 0) else "sm_{}{}".format(*capability)
 
 
 @functools.cache
-def load() -> ctypes.CDLL:
-    """The kernels for the GPUs here, compiled now if they are not yet.
+def load() -> ctypes.CDLL | nvrtc.Library:
+    """The kernels for the GPUs here, compiled now if they are not yet, by nvcc or without it.
 
     Raises: BuildError: no GPU of compute capability 8.0 or later, no compiler, or it failed.
     """
@@ -135,8 +140,27 @@ def load() -> ctypes.CDLL:
         path = library_path(arches)
     if not path.is_file():
         logger.info("compiling the WKV7 kernels for %s, once", ", ".join(arches))
+        if find_nvcc() is None:
+            return through_nvrtc(path.parent)
         path, _ = compile_library(arches)
     return ctypes.CDLL(str(path))
+
+
+def through_nvrtc(cache: Path) -> nvrtc.Library:
+    """The kernels without nvcc. BuildError: there is no NVRTC, or it failed."""
+    import torch
+
+    def here() -> tuple[str, int]:
+        device = torch.cuda.current_device()
+        return _arch_of(torch.cuda.get_device_capability(device)), device
+
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+        # Most heads are 64 wide; what fails is to fail here, where there is another way.
+        nvrtc.compiled(SOURCES, here()[0], 64, cache)
+    except (OSError, nvrtc.NvrtcError) as error:
+        raise BuildError(f"{error}; install the CUDA toolkit or set CUDA_HOME") from error
+    return nvrtc.Library(SOURCES, cache, driver, here)
 
 
 @functools.cache

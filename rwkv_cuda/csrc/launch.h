@@ -55,6 +55,7 @@ DEVICE void scan_block(const Arguments& args, bool adjoint, int block, void* mem
 
 }  // namespace wkv7
 
+#ifndef __CUDACC_RTC__  // which takes no functions of the host
 // Each returns 0, or an error of the CUDA runtime (-1: a width that is not compiled in).
 // kernel and mode: Kernel, Mode; bf16: 0 for float; width: N.
 extern "C" int wkv7_launch(const wkv7::Arguments* args, int kernel, int mode, int bf16, int width,
@@ -62,6 +63,7 @@ extern "C" int wkv7_launch(const wkv7::Arguments* args, int kernel, int mode, in
 extern "C" int wkv7_blocks(const wkv7::Arguments* args, int kernel, int mode, int width);
 extern "C" int wkv7_shared_bytes(int kernel, int width);
 extern "C" const char* wkv7_error(int code);
+#endif
 
 #ifdef WKV7_DEFINE_SIZES
 extern "C" int wkv7_blocks(const wkv7::Arguments* args, int kernel, int mode, int width) {

@@ -5,9 +5,15 @@
 // that the PTX manual gives (mma.m16n8k8, tf32). The tests run the kernels that way: index logic,
 // fragment layouts and arithmetic are what the GPU gets; only races and speed are not seen.
 #pragma once
+#ifdef __CUDACC_RTC__  // NVRTC brings no headers
+using uint16_t = unsigned short;
+using uint32_t = unsigned int;
+using int64_t = long long;
+#else
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#endif
 
 #ifdef __CUDACC__
 #define DEVICE __device__ __forceinline__

@@ -1,6 +1,9 @@
-// The kernels on a GPU. No torch headers: compiles with nvcc alone, for sm_80 and later.
+// The kernels on a GPU. No torch headers: compiles with nvcc alone, for sm_80 and later; and for
+// nvrtc.py with NVRTC, which takes the kernels and leaves the launches to the driver.
+#ifndef __CUDACC_RTC__
 #define WKV7_DEFINE_SIZES
 #include <cuda_runtime.h>
+#endif
 
 #include "launch.h"
 
@@ -24,6 +27,14 @@ __global__ void __launch_bounds__(THREADS, 2) scan_kernel(const __grid_constant_
     scan_block<N>(args, adjoint, blockIdx.x, memory);
 }
 
+#ifdef __CUDACC_RTC__
+// Bytes of shared memory by kernel, of the one width that is compiled at a time.
+extern "C" __device__ const int wkv7_bytes[] = {
+    int(sizeof(Shared<WKV7_WIDTH, FORWARD_COLUMNS<WKV7_WIDTH>>)),
+    int(sizeof(SharedBackward<WKV7_WIDTH, BACKWARD_COLUMNS>)),
+    int(sizeof(SharedScan<WKV7_WIDTH, SCAN_COLUMNS>)),
+};
+#else
 template <class F, class... Rest>
 static int launch(F* function, int blocks, int bytes, void* stream, const Arguments& args,
                   Rest... rest) {
@@ -63,3 +74,4 @@ extern "C" int wkv7_launch(const Arguments* args, int kernel, int mode, int bf16
 }
 
 extern "C" const char* wkv7_error(int code) { return cudaGetErrorString(cudaError_t(code)); }
+#endif
