@@ -83,7 +83,8 @@ class AudioStore:
         pad_to_s: shorter clips get silence on both sides, as `transcribe` gives them.
         on_dropped: called once for each unusable clip.
         retry: how often a file that cannot be reached is tried again, after 0.5, 1, 2 ... s.
-    `augment`, where it is set, changes the sound of each Draw.
+    `augment`, where it is set, changes the sound of each Draw; `pinned`: batches are made in memory
+    that a GPU reads by itself.
     """
 
     def __init__(
@@ -111,6 +112,7 @@ class AudioStore:
         self._lock = threading.Lock()
         self._tars = TarReader()
         self.augment: WaveAugment | None = None
+        self.pinned = False
 
     @property
     def n_unusable(self) -> int:
@@ -221,15 +223,18 @@ class AudioStore:
         indices = [draw.clip if isinstance(draw, Draw) else draw for draw in draws]
         clips = [(self.utterances[i], self.read(draw)) for i, draw in zip(indices, draws)]
         clips = [(utterance, samples) for utterance, samples in clips if samples is not None]
-        return collate(*zip(*clips, strict=True)) if clips else None
+        return collate(*zip(*clips, strict=True), self.pinned) if clips else None
 
 
-def collate(utterances: Iterable[Utterance], clips: Iterable[np.ndarray]) -> Batch:
-    """Pad samples and tokens with zeros to the longest of the batch."""
+def collate(
+    utterances: Iterable[Utterance], clips: Iterable[np.ndarray], pinned: bool = False
+) -> Batch:
+    """Pad samples and tokens with zeros to the longest of the batch; `pinned`: the samples, in
+    memory that a GPU reads by itself."""
     utterances, clips = tuple(utterances), list(clips)
     audio_lengths = torch.tensor([len(samples) for samples in clips])
     target_lengths = torch.tensor([len(utterance.tokens) for utterance in utterances])
-    audio = torch.zeros(len(clips), int(audio_lengths.max()))
+    audio = torch.zeros(len(clips), int(audio_lengths.max()), pin_memory=pinned)
     targets = torch.zeros(len(clips), int(target_lengths.max()), dtype=torch.int64)
     for row, (utterance, samples) in enumerate(zip(utterances, clips, strict=True)):
         audio[row, : len(samples)] = torch.from_numpy(samples)

@@ -33,6 +33,7 @@ def train_stage(recipe: Recipe, ranks: Ranks, baseline: dict | None, entry: dict
     run = set_up(recipe, ranks, baseline)
     progress, max_steps = run.progress, run.max_steps
     rank, world_size = run.share.turns
+    run.train.store.pinned = run.device.type == "cuda"
     stream = training_batches(
         run.train,
         run.rules,
