@@ -68,6 +68,14 @@ def float32_of_bits(typing_context, bits):
     return types.float32(types.int32), generate
 
 
+@intrinsic
+def bits_of_float32(typing_context, x):
+    def generate(context, builder, signature, arguments):
+        return builder.bitcast(arguments[0], ir.IntType(32))
+
+    return types.int32(types.float32), generate
+
+
 _LOG2_E = np.float32(1.4426950408889634)
 _LN2_HIGH = np.float32(0.693145751953125)  # 16 bits: times an exponent it is exact
 _LN2_LOW = np.float32(1.4286068203094172e-06)
@@ -138,3 +146,28 @@ def _wide_of_type(x):
     if x == types.int8:
         return lambda x: np.float32(x)
     return lambda x: x
+
+
+def narrow(x, like):
+    """A float32 as `like` stores it: to nearest as bfloat16's bits, else itself. NaN stays NaN."""
+    raise NotImplementedError
+
+
+@overload(narrow)
+def _narrow_to_type(x, like):
+    if like.dtype == types.uint16:
+
+        def to_bits(x, like):
+            bits = bits_of_float32(x)
+            rounded = (bits + np.int32(0x7FFF) + ((bits >> np.int32(16)) & np.int32(1))) >> 16
+            return np.uint16(rounded if x == x else np.int32(0x7FC0))
+
+        return to_bits
+    return lambda x, like: x
+
+
+@njit(fastmath={"contract"}, error_model="numpy")
+def sigmoid(x):
+    e = exp_of(-abs(x))
+    y = np.float32(1) / (np.float32(1) + e)
+    return y if x >= 0 else e * y

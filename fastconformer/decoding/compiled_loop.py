@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from numba import njit
 
-from ..compiled import REORDER, exp_of, kept, wide
+from ..compiled import REORDER, exp_of, kept, sigmoid, wide
 from ..networks.heads import PredictionNetwork
 from ..networks.linear import Int8Weight
 from .confidence import Confidence
@@ -257,13 +257,6 @@ def _add(which, n, bias, out):
 
 
 @njit(fastmath={"contract"}, error_model="numpy")
-def _sigmoid(x):
-    e = exp_of(-abs(x))
-    y = np.float32(1) / (np.float32(1) + e)
-    return y if x >= 0 else e * y
-
-
-@njit(fastmath={"contract"}, error_model="numpy")
 def _tanh(x):
     e = exp_of(np.float32(-2) * abs(x))
     y = (np.float32(1) - e) / (np.float32(1) + e)
@@ -275,9 +268,9 @@ def _cells(gates, h, c, layer, b):
     """A layer's new state of clip b from its gates (4H,), in PyTorch's order."""
     hidden = h.shape[2]
     for k in range(hidden):
-        kept_share = _sigmoid(gates[b, hidden + k]) * c[layer, b, k]
-        c[layer, b, k] = kept_share + _sigmoid(gates[b, k]) * _tanh(gates[b, 2 * hidden + k])
-        h[layer, b, k] = _sigmoid(gates[b, 3 * hidden + k]) * _tanh(c[layer, b, k])
+        kept_share = sigmoid(gates[b, hidden + k]) * c[layer, b, k]
+        c[layer, b, k] = kept_share + sigmoid(gates[b, k]) * _tanh(gates[b, 2 * hidden + k])
+        h[layer, b, k] = sigmoid(gates[b, 3 * hidden + k]) * _tanh(c[layer, b, k])
 
 
 @njit(fastmath={"contract"}, error_model="numpy")
@@ -289,7 +282,7 @@ def _activate(frames, b, t, state, activation, out):
         elif activation == 1:
             out[b, k] = _tanh(total)
         else:
-            out[b, k] = _sigmoid(total)
+            out[b, k] = sigmoid(total)
 
 
 @njit(error_model="numpy")

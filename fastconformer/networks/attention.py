@@ -15,6 +15,7 @@ from .linear import Linear
 
 KEPT_FRAMES = 512  # the longest clip whose projected positions are kept between calls
 SCORE_BYTES, SCORE_BYTES_GPU = 1 << 21, 1 << 29  # of the scores that are in memory at once
+LOCAL_ROWS = 64  # queries of a block where each sees a window
 
 
 def position_encoding(positions: torch.Tensor, d_model: int) -> torch.Tensor:
@@ -70,6 +71,11 @@ class RelPositionMultiHeadAttention(nn.Module):
         if kernels.usable(x) and not drops and self.d_head <= kernels.WIDEST_HEAD:
             biases = self.pos_bias_u.to(q.dtype), self.pos_bias_v.to(q.dtype)
             return self.linear_out(kernels.rel_pos_attention(q, k, v, p, *biases, hidden))
+        # in float32 PyTorch's softmax is as fast
+        bf16 = q.dtype == torch.bfloat16 and not drops
+        compiled = kernels.for_cpu(q) if bf16 else None
+        if compiled is not None:
+            return self.linear_out(self._compiled(q, k, v, p, hidden, compiled.softmax_of_sums))
         q, k, v = (self._heads(y) for y in (q, k, v))
         p = self._heads(p[None]) * self.d_head**-0.5  # (1, H, 2T-1, K)
         if x.device.type == "cpu" and not torch.is_grad_enabled() and not drops:
@@ -132,6 +138,44 @@ class RelPositionMultiHeadAttention(nn.Module):
             self._projected = made_of, kept
         beside = (len(kept) - len(pos_emb)) // 2
         return kept[beside : beside + len(pos_emb)]
+
+    def _compiled(self, q, k, v, p, hidden, softmax_of_sums, context=None) -> torch.Tensor:
+        """The same for a CPU with numba: as `_in_cache`, with all that lies between the products in
+        one pass. q, k, v (B, T, D); p (2T-1, D), or with `context` (left, right), the frames that a
+        query sees around it, (left+right+1, D) -> (B, T, D)."""
+        (b, t, _), h = q.shape, self.n_heads
+        left, right = context or (t, t)
+        q, k, v = (self._heads(y) for y in (q, k, v))
+        to_key, to_position = q.new_empty(b, h, t, self.d_head), q.new_empty(h, b, t, self.d_head)
+        torch.add(q, self.pos_bias_u[:, None], out=to_key)
+        torch.add(q.transpose(0, 1), self.pos_bias_v[:, None, None], out=to_position)
+        # heads apart in memory: oneDNN's bfloat16 product of them takes a third of the time
+        k, v = k.contiguous().flatten(0, 1).transpose(1, 2), v.contiguous().flatten(0, 1)
+        p, to_key = self._heads(p[None])[0].contiguous(), to_key.flatten(0, 1)
+        hidden = hidden if bool(hidden.any()) else None
+        if context is None:
+            rows = SCORE_BYTES // (b * h * t * q.element_size())
+            rows, farthest = max(16, min(rows, 512 // q.element_size())), t - 1
+        else:  # zeros for the distances that the first and last queries of a block alone have
+            rows, farthest = LOCAL_ROWS, left + LOCAL_ROWS - 1
+            p = F.pad(p, (0, 0, LOCAL_ROWS - 1, LOCAL_ROWS - 1))
+        p = p.transpose(1, 2)  # (H, K, distances from `farthest` on)
+        out = q.new_empty(b, t, h, self.d_head)
+        for start in range(0, t, rows):
+            stop = min(start + rows, t)
+            first, last = max(0, start - left), min(t, stop + right)  # keys that any of them sees
+            distances = p[:, :, farthest - (stop - 1 - first) : farthest - (start - last)]
+            position = to_position[:, :, start:stop].flatten(1, 2) @ distances
+            scores = to_key[:, start:stop] @ k[:, :, first:last]
+            unseen = hidden
+            if hidden is not None:
+                queries = slice(start, stop) if hidden.shape[2] > 1 else slice(None)
+                unseen = hidden[:, :, queries, first:last]
+            by_clip = scores.unflatten(0, (b, h)), position.unflatten(1, (b, -1))
+            reach = left - start + first, right + start - first
+            softmax_of_sums(*by_clip, unseen, self.d_head**-0.5, reach)
+            out[:, start:stop] = (scores @ v[:, first:last]).unflatten(0, (b, h)).transpose(1, 2)
+        return out.flatten(2)
 
     def _in_cache(self, q, k, v, p, hidden) -> torch.Tensor:
         """The same for a CPU: few queries at a time, so that their scores stay in its caches, and

@@ -50,6 +50,7 @@ class Convolution(nn.Module):
         else:
             self.batch_norm = nn.GroupNorm(int(norm.removeprefix("group_norm")), d_model)
         self.pointwise_conv2 = Pointwise(d_model, d_model, 1, bias=use_bias)
+        self._folded = None, None  # what they were made of, weights with the norm in them
 
     def forward(self, x: torch.Tensor, pad_mask: torch.Tensor) -> torch.Tensor:
         """x (B, T, D), pad_mask (B, T) True on padding -> (B, T, D)."""
@@ -60,6 +61,11 @@ class Convolution(nn.Module):
             norms = [norm.weight, norm.bias, norm.running_mean, norm.running_var]
             arguments = conv.weight, conv.bias, norms, norm.eps, self.context[0]
             x = kernels.gated_convolution(x, pad_mask, *arguments)
+            return linear(x, self.pointwise_conv2.weight, self.pointwise_conv2.bias)
+        compiled = kernels.for_cpu(x) if fixed else None
+        if compiled is not None:
+            x, left = self._widened(x), self.context[0]
+            x = compiled.gated_convolution(x, pad_mask, *self._kept_fold(), left)
             return linear(x, self.pointwise_conv2.weight, self.pointwise_conv2.bias)
         x = self._gated(x, pad_mask)
         if fixed:
@@ -99,14 +105,10 @@ class Convolution(nn.Module):
         return F.pad(x.transpose(1, 2), self.context)
 
     def _with_fixed_statistics(self, x: torch.Tensor) -> torch.Tensor:
-        """Depthwise convolution and BatchNorm in one: the norm, which is a line for each channel,
-        is folded into the convolution's weights. (B, T, D) -> (B, T, D)."""
-        norm, conv, on_cpu = self.batch_norm, self.depthwise_conv, _is_inference_on_cpu(x)
+        """Depthwise convolution and BatchNorm in one. (B, T, D) -> (B, T, D)."""
+        conv, on_cpu = self.depthwise_conv, _is_inference_on_cpu(x)
         x = self._padded(x)
-        scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-        bias = norm.bias - norm.running_mean * scale
-        bias = bias if conv.bias is None else bias + conv.bias * scale
-        weight = conv.weight * scale[:, None, None]
+        weight, bias = self._folded_norm()
         # pure bfloat16 training keeps the norm in float32
         weight, bias = weight.to(x.dtype), bias.to(x.dtype)
         if on_cpu:
@@ -114,6 +116,30 @@ class Convolution(nn.Module):
         else:
             x = F.conv1d(x, weight, bias, groups=conv.groups)
         return x.transpose(1, 2)
+
+    def _kept_fold(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """`_folded_norm` as (K, D) and (D,) float32, kept while its weights stay what they are."""
+        norm, conv = self.batch_norm, self.depthwise_conv
+        weights = norm.weight, norm.bias, norm.running_mean, norm.running_var, conv.weight
+        weights = weights if conv.bias is None else (*weights, conv.bias)
+        made_of = None
+        if not any(w.is_inference() for w in weights):  # which have no version
+            made_of = [(id(w), w.data_ptr(), w._version, w.dtype) for w in weights]
+        before, kept = self._folded
+        if made_of is None or before != made_of:
+            weight, bias = self._folded_norm()
+            kept = weight[:, 0].t().float().contiguous(), bias.float()
+            self._folded = made_of, kept
+        return kept
+
+    def _folded_norm(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The norm, which is a line for each channel, folded into the depthwise convolution: its
+        weight (D, 1, K), its bias (D,)."""
+        norm, conv = self.batch_norm, self.depthwise_conv
+        scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+        bias = norm.bias - norm.running_mean * scale
+        bias = bias if conv.bias is None else bias + conv.bias * scale
+        return conv.weight * scale[:, None, None], bias
 
 
 def _is_inference_on_cpu(x: torch.Tensor) -> bool:

@@ -1,11 +1,13 @@
-"""The encoder's Triton kernels as operators of PyTorch, and whether an input may take them.
+"""The encoder's Triton kernels as operators of PyTorch, numba's for a CPU, and whether an input may
+take them.
 
-An operator shows torch.compile, and whoever counts kernels, one function of its inputs. They have
-no gradient; without Triton, and on every device but a GPU, the layers' plain form runs.
+An operator shows torch.compile, and whoever counts kernels, one function of its inputs. None has a
+gradient; without Triton or numba, and on other devices, the layers' plain form runs.
 """
 
 import functools
 import importlib.util
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -17,6 +19,31 @@ def usable(x: Tensor) -> bool:
     """Whether the kernels take `x`: on a GPU, without gradients, in a type of theirs."""
     types = (torch.float32, torch.bfloat16, torch.float16)
     return x.is_cuda and not torch.is_grad_enabled() and x.dtype in types and _has_triton()
+
+
+def for_cpu(x: Tensor) -> ModuleType | None:
+    """`compiled_layers` where it takes `x`: on a CPU, without gradients, in a type of its own, and
+    with numba, which the extra `fast` brings; else None."""
+    if (
+        x.device.type == "cpu"
+        and x.dtype in (torch.float32, torch.bfloat16)
+        and x.numel()
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+        and type(x) in (Tensor, torch.nn.Parameter)  # no trace's
+    ):
+        return _compiled_layers()
+    return None
+
+
+@functools.cache
+def _compiled_layers() -> ModuleType | None:
+    try:
+        from . import compiled_layers
+    except ImportError:
+        return None
+    return compiled_layers
 
 
 @functools.cache

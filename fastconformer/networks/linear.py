@@ -10,6 +10,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.weak import WeakIdKeyDictionary
 
+from . import kernels
+
 
 class Int8Weight:
     """A weight (D_out, D_in) as int8, with one scale for each output, packed for oneDNN.
@@ -28,18 +30,27 @@ class Int8Weight:
         self.zero_points = torch.zeros(len(weight), dtype=torch.int64)
         self.dtype = torch.int8
 
-    def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """x (..., D_in) float32 -> (..., D_out) float32."""
-        rows = x.flatten(0, -2)
-        scale = rows.abs().amax(1, keepdim=True).clamp_(min=1e-12).div_(127)
+    def product(
+        self, x: torch.Tensor, bias: torch.Tensor | None, after: str = "none"
+    ) -> torch.Tensor:
+        """x (..., D_in) float32 -> (..., D_out) float32, then what comes after (`linear`)."""
+        rows, compiled = x.flatten(0, -2), kernels.for_cpu(x)
+        if compiled is not None:
+            rows = rows.contiguous()
+            eight_bit, scale = compiled.quantized(rows)
+            y = compiled.scaled(self._of_eight_bits(eight_bit), scale, bias, after)
+        else:
+            scale = rows.abs().amax(1, keepdim=True).clamp_(min=1e-12).div_(127)
+            y = self._of_eight_bits((rows / scale).round_().add_(128).to(torch.uint8))
+            y = AFTER[after](y.mul_(scale) if bias is None else torch.addcmul(bias, y, scale))
+        return y.unflatten(0, x.shape[:-1])
+
+    def _of_eight_bits(self, rows: torch.Tensor) -> torch.Tensor:
         # unsigned with a zero point of 128: oneDNN's signed form is not vectorised on x86
-        eight_bit = (rows / scale).round_().add_(128).to(torch.uint8)
-        y = torch.ops.onednn.qlinear_pointwise(
-            *(eight_bit, 1.0, 128, self.packed, self.scale, self.zero_points),
+        return torch.ops.onednn.qlinear_pointwise(
+            *(rows, 1.0, 128, self.packed, self.scale, self.zero_points),
             *(None, 1.0, 0, torch.float32, "none", [], ""),
         )
-        y = y.mul_(scale) if bias is None else torch.addcmul(bias, y, scale)
-        return y.unflatten(0, x.shape[:-1])
 
 
 def linear(
@@ -51,7 +62,7 @@ def linear(
     """x (..., D_in), weight (D_out, D_in), or (D_out, D_in, 1 ...) of a convolution of width 1 ->
     (..., D_out), then "swish" or "relu" where asked for."""
     if isinstance(weight, Int8Weight):
-        return AFTER[after](weight.product(x, bias))
+        return weight.product(x, bias, after)
     if (
         x.device.type == "cpu"
         and x.dtype == weight.dtype

@@ -1,0 +1,249 @@
+"""What lies between a Conformer layer's matrix products on a CPU, as compiled functions (numba).
+
+In PyTorch each is a chain of passes over memory, in bfloat16 with a conversion in every one. Here
+numbers are read once, all arithmetic is float32, and results are written in the tensor's type. Rows
+are dealt out to threads; a row's result does not depend on the others.
+
+Importing this module needs numba. The kernels compile at their first call, for some seconds, and
+are cached on disk. Letters: B clips, T frames, D width, H heads, N queries.
+"""
+
+import numpy as np
+import torch
+from numba import njit, prange
+
+from ..compiled import (
+    REORDER,
+    bits_of_float32,
+    exp_of,
+    float32_of_bits,
+    kernel,
+    narrow,
+    sigmoid,
+    threads,
+    wide,
+)
+
+_ROWS = 32  # frames of one convolution; those beside them are gated twice
+_GROUPS = 16  # parts of the rows of other kernels, for any number of threads up to it
+
+
+def array(tensor: torch.Tensor) -> np.ndarray:
+    """A view of it; bfloat16 as its bits."""
+    tensor = tensor.detach()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(np.uint16)
+    return tensor.numpy()
+
+
+# --- the convolution ----------------------------------------------------------------------------
+
+
+def gated_convolution(
+    x: torch.Tensor, pad_mask: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, left: int
+) -> torch.Tensor:
+    """GLU, zeros on padding, depthwise convolution, SiLU. x (B, T, 2D), pad_mask (B, T) True on
+    padding, weight (K, D) and bias (D,) float32, `left` of the K frames before -> (B, T, D)."""
+    b, t, width = x.shape
+    out = x.new_empty(b, t, width // 2)
+    pieces = -(-t // _ROWS)
+    gated = torch.empty(b * pieces, _ROWS + len(weight) - 1, width // 2)
+    with threads(x.numel()):
+        _convolve(
+            array(x.contiguous()), pad_mask.contiguous().numpy(), array(weight), array(bias), left,
+            array(gated), array(out),
+        )  # fmt: skip
+    return out
+
+
+@kernel
+def _convolve(x, pad_mask, weight, bias, left, gated, out):
+    pieces = gated.shape[0] // x.shape[0]
+    for part in prange(gated.shape[0]):
+        _convolve_piece(x, pad_mask, weight, bias, left, gated, out, part, pieces)
+
+
+@njit(fastmath={"contract"}, error_model="numpy")
+def _convolve_piece(x, pad_mask, weight, bias, left, gated, out, part, pieces):
+    n_taps, width = weight.shape
+    b, first = part // pieces, part % pieces * _ROWS
+    n = min(_ROWS, x.shape[1] - first)
+    for r in range(n + n_taps - 1):
+        t = first + r - left
+        if t < 0 or t >= x.shape[1] or pad_mask[b, t]:
+            for d in range(width):
+                gated[part, r, d] = np.float32(0)
+        else:
+            for d in range(width):
+                gated[part, r, d] = wide(x[b, t, d]) * sigmoid(wide(x[b, t, width + d]))
+    for r in range(n):
+        for d in range(width):
+            # in the place of a row that no later one needs
+            total = bias[d] + weight[0, d] * gated[part, r, d]
+            gated[part, r, d] = total
+        for k in range(1, n_taps):
+            for d in range(width):
+                gated[part, r, d] += weight[k, d] * gated[part, r + k, d]
+        for d in range(width):
+            total = gated[part, r, d]
+            out[b, first + r, d] = narrow(total * sigmoid(total), out)
+
+
+# --- attention ----------------------------------------------------------------------------------
+
+
+def softmax_of_sums(
+    scores: torch.Tensor,
+    position: torch.Tensor,
+    hidden: torch.Tensor | None,
+    scale: float,
+    reach: tuple[int, int],
+) -> None:
+    """Softmax over keys of `scale` times both scores of N successive queries, in the place of
+    `scores`. scores (B, H, N, T) by key; position (H, B, N, T+N-1) by falling distance. The i-th
+    query sees the keys from i - reach[0] to i + reach[1] that `hidden` (B, 1, 1 or N, T) does not
+    say are hidden; where it hides all of them, it sees them evenly."""
+    b, h, n, t = scores.shape
+    room = torch.empty(min(_GROUPS, b * h * n), t)
+    if hidden is None:
+        hidden = torch.empty(0, 1, 1, t, dtype=torch.bool)
+    with threads(scores.numel()):
+        _softmax(
+            array(scores.flatten(0, 2)), array(position.flatten(0, 2)), array(hidden.contiguous()),
+            np.float32(scale), reach, (b, h, n), array(room),
+        )  # fmt: skip
+
+
+@kernel
+def _softmax(scores, position, hidden, scale, reach, sizes, room):
+    groups = room.shape[0]
+    for group in prange(groups):
+        first, last = group * scores.shape[0] // groups, (group + 1) * scores.shape[0] // groups
+        for row in range(first, last):
+            _softmax_row(scores, position, hidden, scale, reach, sizes, room[group], row)
+
+
+# Rows as arrays of their own: an index that is a sum may be negative for numba, which keeps LLVM
+# from whole vectors.
+
+
+@njit(fastmath={"contract"}, error_model="numpy")
+def _add(scores, position, scale, out):
+    for j in range(scores.shape[0]):
+        out[j] = scale * (wide(scores[j]) + wide(position[j]))
+
+
+@njit(error_model="numpy")
+def _in_order(bits):
+    """A float's bits as an integer of the same order, and back: of integers LLVM takes the largest
+    with whole vectors."""
+    return bits ^ ((bits >> np.int32(31)) & np.int32(0x7FFFFFFF))
+
+
+@njit(error_model="numpy")
+def _largest(row):
+    top = np.int32(-0x80000000)
+    for j in range(row.shape[0]):
+        top = max(_in_order(bits_of_float32(row[j])), top)
+    return float32_of_bits(_in_order(top))
+
+
+@njit(fastmath=REORDER, error_model="numpy")
+def _exponentials(row, top):
+    total = np.float32(0)
+    for j in range(row.shape[0]):
+        e = exp_of(row[j] - top)
+        row[j] = e
+        total += e
+    return total
+
+
+@njit(fastmath={"contract"}, error_model="numpy")
+def _times(row, factor, out):
+    for j in range(row.shape[0]):
+        out[j] = narrow(row[j] * factor, out)
+
+
+_HIDDEN = np.float32(-1e38)
+
+
+@njit(error_model="numpy")
+def _softmax_row(scores, position, hidden, scale, reach, sizes, room, row):
+    b, h, n = sizes
+    query, head, clip, n_keys = row % n, row // n % h, row // n // h, scores.shape[1]
+    first, last = max(0, query - reach[0]), min(n_keys, query + reach[1] + 1)
+    sums, skipped = room[: last - first], n - 1 - query + first
+    _add(scores[row, first:last], position[(head * b + clip) * n + query, skipped:], scale, sums)
+    if hidden.shape[0] > 0:
+        of_query = query if hidden.shape[2] > 1 else 0
+        for j in range(last - first):
+            if hidden[clip, 0, of_query, first + j]:
+                sums[j] = _HIDDEN
+    total = _exponentials(sums, _largest(sums))
+    _times(sums, np.float32(1) / total, scores[row, first:last])
+    for j in range(first):
+        scores[row, j] = 0
+    for j in range(last, n_keys):
+        scores[row, j] = 0
+
+
+# --- 8 bits -------------------------------------------------------------------------------------
+
+
+def quantized(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """rows (N, D) float32 -> uint8 with a zero point of 128, and each row's scale (N,): its largest
+    magnitude over 127."""
+    out, scale = torch.empty(rows.shape, dtype=torch.uint8), torch.empty(len(rows))
+    with threads(rows.numel()):
+        _quantize(array(rows), array(out), array(scale))
+    return out, scale
+
+
+@kernel
+def _quantize(rows, out, scale):
+    for row in prange(rows.shape[0]):
+        scale[row] = _quantize_row(rows[row], out[row])
+
+
+@njit(error_model="numpy")
+def _quantize_row(row, out):
+    top = np.int32(0)
+    for d in range(row.shape[0]):  # magnitudes are in the order of their bits
+        top = max(bits_of_float32(row[d]) & np.int32(0x7FFFFFFF), top)
+    scale = max(float32_of_bits(top), np.float32(1e-12)) / np.float32(127)
+    for d in range(row.shape[0]):
+        out[d] = np.uint8(np.int32(np.rint(row[d] / scale)) + np.int32(128))
+    return scale
+
+
+_AFTER = {"none": 0, "swish": 1, "relu": 2}
+
+
+def scaled(
+    sums: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, after: str
+) -> torch.Tensor:
+    """`sums` (N, D) times each row's scale, plus the bias, then what comes after; in place."""
+    bias = torch.zeros(sums.shape[1]) if bias is None else bias
+    with threads(sums.numel()):
+        _scale(array(sums), array(scale), array(bias), _AFTER[after])
+    return sums
+
+
+@kernel
+def _scale(sums, scale, bias, after):
+    for row in prange(sums.shape[0]):
+        _scale_row(sums[row], scale[row], bias, after)
+
+
+@njit(fastmath={"contract"}, error_model="numpy")
+def _scale_row(row, scale, bias, after):
+    if after == 1:
+        for d in range(row.shape[0]):
+            total = bias[d] + row[d] * scale
+            row[d] = total * sigmoid(total)
+    elif after == 2:
+        for d in range(row.shape[0]):
+            row[d] = max(bias[d] + row[d] * scale, np.float32(0))
+    else:
+        for d in range(row.shape[0]):
+            row[d] = bias[d] + row[d] * scale
