@@ -44,6 +44,22 @@ def read_samples(item, sample_rate_hz: int) -> np.ndarray:
     return samples
 
 
+def read_piece(samples, sample_rate_hz: int) -> np.ndarray:
+    """What a stream is fed, samples as `read_samples` takes them, of which there may be none.
+    ValueError: something else, or a pair with a rate: what is resampled piece by piece has seams.
+    """
+    if isinstance(samples, tuple):
+        raise ValueError(
+            f"a stream takes samples at {sample_rate_hz} Hz and no pair; resample what comes as a "
+            "whole, for example by soxr.ResampleStream"
+        )
+    if not isinstance(samples, torch.Tensor):
+        samples = np.asarray(samples)
+    if 0 in samples.shape:
+        return np.zeros(0, np.float32)
+    return read_samples(samples, sample_rate_hz)
+
+
 def collate(
     clips: list[np.ndarray], min_duration_s: float, sample_rate_hz: int, pinned: bool = False
 ):

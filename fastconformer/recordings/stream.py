@@ -16,7 +16,7 @@ from ..networks.state import EncoderState, encode_chunk, first_state, why_not_in
 from ..networks.subsampling import output_length
 from ..surgery.look_ahead import with_look_ahead
 from .partial import Partial, RunningText
-from .samples import as_float, read_samples
+from .samples import as_float, read_piece
 from .silence import silent, sounds
 from .transcribe import evaluating, transcribe
 from .transcript import Transcript, transcript
@@ -87,10 +87,9 @@ class Stream:
         """Keeps samples for the next `together`; see `feed`."""
         if self.finished:
             raise ValueError("this stream is finished; open another")
-        samples = np.asarray(samples)
-        if samples.size == 0:
+        samples = read_piece(samples, self.model.sample_rate)
+        if not len(samples):
             return
-        samples = read_samples(samples, self.model.sample_rate)
         state, preprocessor = self.state, self.model.config.preprocessor
         state.n_samples += len(samples)
         state.sounds = state.sounds or sounds(samples)

@@ -20,7 +20,7 @@ from ..decoding import Hypothesis
 from ..networks.birwkv7 import Carry
 from ..networks.subsampling import encoded_length
 from .partial import Partial, RunningText
-from .samples import as_float, read_samples
+from .samples import as_float, read_piece
 from .silence import silent, sounds
 from .transcribe import evaluating, transcribe
 from .transcript import Transcript, transcript
@@ -95,10 +95,9 @@ class WindowStream:
         """Keeps samples for the next `together`; see `Stream.feed`."""
         if self.finished:
             raise ValueError("this stream is finished; open another")
-        samples = np.asarray(samples)
-        if samples.size == 0:
+        samples = read_piece(samples, self.model.sample_rate)
+        if not len(samples):
             return
-        samples = read_samples(samples, self.model.sample_rate)
         self.state.n_samples += len(samples)
         self.state.sounds = self.state.sounds or sounds(samples)
         heard = as_float(torch.from_numpy(np.ascontiguousarray(samples)))

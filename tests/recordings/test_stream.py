@@ -114,6 +114,31 @@ def test_look_aheads_offline_too(case):
             transcribe(look_ahead=99)
 
 
+@pytest.mark.parametrize("kind", ["chunks", "windows"])
+def test_what_is_fed_is_read_as_recordings_are(kind):
+    model = load_model(golden("stream_ctc") / "model.nemo" if kind == "chunks" else BASE)
+    clip = load_audio(JFK, 16000)[:24000]
+    stream = model.stream()
+    stream.feed(clip)
+    text = stream.finish().text
+    for samples in (torch.from_numpy(clip).requires_grad_(), clip.astype(">f8"), list(clip)):
+        stream = model.stream()
+        for nothing in ([], torch.zeros(0), np.zeros(0, np.int16)):
+            assert stream.feed(nothing).tokens == []
+        for wrong, why in (
+            ((clip, 8000), "no pair"),
+            (clip[None], "shape"),
+            (clip * np.nan, "NaN"),
+        ):
+            with pytest.raises(ValueError, match=why):
+                stream.feed(wrong)
+        stream.feed(samples)
+        assert stream.finish().text == text
+    stream = model.stream()
+    stream.feed(torch.from_numpy(clip).bfloat16())
+    assert stream.finish().duration == 1.5
+
+
 @pytest.mark.parametrize(("before", "after"), [(9000, 0), (0, 20000), (16000, 16000)])
 def test_digital_silence_around_speech_is_heard_as_offline(case, before, after):
     case, model = case
