@@ -165,7 +165,7 @@ def run(args) -> int:
     }
     if args.confidence:
         options["confidence"] = Confidence(args.confidence)
-    progress = Progress(len(found.clips), None if args.output or args.beside else False)
+    progress = Progress(len(found.clips))
 
     def tell(clip, reason):
         progress.clear()
@@ -175,8 +175,11 @@ def run(args) -> int:
         made = made_by(args, model)
         failed = run_job(model, found.clips, args.output, made, tell, progress, **options)
     else:
-        failed = write_all(transcribe_clips(model, found.clips, **options), outputs, tell, progress)
-    progress.close()
+        results = transcribe_clips(model, found.clips, **options, **progress.options)
+        failed = write_all(results, outputs, tell, progress)
+    if args.output or args.beside:
+        progress.close()
+    progress.clear()
     failed += len(found.problems)
     total = len(found.clips) + len(found.problems)
     if failed and total > 1 and processes()[0] == 0:
@@ -195,11 +198,13 @@ def write_all(results, outputs: Outputs, tell, progress: Progress) -> int:
             tell(clip, reason)
             failed += 1
             continue
+        progress.clear()
         outputs.add(clip, transcript)
         if transcript.doubtful:
             tell(clip, f"the text is doubtful: {transcript.doubtful}")
         progress.add(transcript.duration)
         written += 1
+    progress.clear()
     if written:
         outputs.close()
     return failed

@@ -88,7 +88,7 @@ def run_job(
 
 def _append(model, clips, out, made_by, on_told, progress, options) -> int:
     """Writes a line for each of these clips; the number of those that failed."""
-    failed = 0
+    failed, options = 0, options | progress.options
     for clip, transcript, reason in transcribe_clips(model, clips, in_order=False, **options):
         for note in clip.notes:
             on_told(clip, note)
@@ -104,6 +104,7 @@ def _append(model, clips, out, made_by, on_told, progress, options) -> int:
             progress.add(transcript.duration)
             if transcript.doubtful:
                 on_told(clip, f"the text is doubtful: {transcript.doubtful}")
+        progress.clear()
         print(line, file=out, flush=True)
     return failed
 

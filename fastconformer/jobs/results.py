@@ -15,6 +15,8 @@ from pathlib import Path
 
 from ..checkpoint.files import write_text
 
+EVERY_S = 0.5  # the progress is told anew
+
 
 def read_results(path: Path, mend: bool = False) -> dict[tuple, str]:
     """{clip's key: its line} of a results file, empty where there is none.
@@ -81,18 +83,33 @@ def merge_results(path: Path, keys: Iterable[tuple]) -> int:
 
 
 class Progress:
-    """A line on a terminal's stderr: clips, hours, times real time, time left."""
+    """A line on a terminal's stderr: clips, hours, times real time, time left; within a long
+    recording how much of it is heard."""
 
-    def __init__(self, n_clips: int, show: bool | None = None):
+    def __init__(self, n_clips: int):
         self.n_clips, self.done, self.seconds = n_clips, 0, 0.0
-        self.live = sys.stderr.isatty() if show is None else show
+        self.batch_s, self.heard_s = 0.0, 0.0  # of the batch that is worked on
+        self.live = sys.stderr.isatty()
         self.started = self.printed = time.monotonic()
         self.line_is_open = False
 
     def add(self, audio_s: float) -> None:
         self.done += 1
         self.seconds += audio_s
-        if self.live and time.monotonic() - self.printed > 0.5:
+        self._show()
+
+    @property
+    def options(self) -> dict:
+        """What tells `transcribe_clips` to call `within`, where anyone sees it."""
+        return {"progress": self.within} if self.live else {}
+
+    def within(self, heard_s: float, batch_s: float) -> None:
+        """So much of the clips that go through together is heard."""
+        self.batch_s, self.heard_s = (batch_s, heard_s) if heard_s < batch_s else (0.0, 0.0)
+        self._show()
+
+    def _show(self) -> None:
+        if self.live and time.monotonic() - self.printed > EVERY_S:
             self.printed = time.monotonic()
             print(f"\r\033[K{self}", end="", file=sys.stderr, flush=True)
             self.line_is_open = True
@@ -104,14 +121,18 @@ class Progress:
             self.line_is_open = False
 
     def close(self) -> None:
+        self.clear()
         if self.live:
-            print(f"\r\033[Ktranscribe: {self}", file=sys.stderr)
+            print(f"transcribe: {self}", file=sys.stderr)
 
     def __str__(self) -> str:
         elapsed = max(time.monotonic() - self.started, 1e-6)
-        text = f"{self.done}/{self.n_clips} clips, {self.seconds / 3600:.2f} h of audio"
-        text += f" in {elapsed / 60:.1f} min, RTFx {self.seconds / elapsed:.1f}"
-        if 0 < self.done < self.n_clips:
+        heard_s = self.seconds + self.heard_s
+        text = f"{self.done}/{self.n_clips} clips, {heard_s / 3600:.2f} h of audio"
+        text += f" in {elapsed / 60:.1f} min, RTFx {heard_s / elapsed:.1f}"
+        if self.heard_s:
+            text += f", {self.heard_s / self.batch_s:.0%} of the next {self.batch_s / 60:.1f} min"
+        elif 0 < self.done < self.n_clips:
             left = elapsed / self.done * (self.n_clips - self.done)
             text += f", {left / 60:.1f} min left"
         return text

@@ -52,4 +52,4 @@ def transcribe_in_windows(
             tell(running.partial(found, None, heard_s).stable_text)
     whole = transcript(model, found, chosen.name, heard_s, timestamps=True)
     whole = join_pieces([whole], [first / rate], frame_s, len(samples) / rate)
-    return judged(whole, end > 0, heard, rate)
+    return judged(whole, end > 0, heard, rate, first / rate, frame_s)

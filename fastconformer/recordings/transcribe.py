@@ -190,7 +190,8 @@ def transcribe_each(
             of_clip = [join_overlapping(model, of_clip, samples, cuts[place], timestamps)]
         seconds = len(recordings[place]) / rate
         whole_text = join_pieces(of_clip, starts_s[: len(of_clip)], frame_s, seconds)
-        return judged(whole_text, bounds[place][1] > 0, whole[place], rate)
+        (first, end), heard = bounds[place], whole[place]
+        return judged(whole_text, end > 0, heard, rate, first / rate, frame_s)
 
     with evaluating(model):
         encoder_of = with_local_attention(model) if long == "local" else model
@@ -219,9 +220,10 @@ def transcribe_each(
                     *(encoder_of, features[0, :, : lengths[0]], batch_size, window, None, budget),
                     **for_encoder,
                 ):
-                    if told and of_windows:
-                        told(done_s + frame_s * sum(p.shape[1] for p in of_windows), all_s)
                     of_windows.append(part)
+                    heard_s = frame_s * sum(p.shape[1] for p in of_windows)
+                    if told and heard_s < len(clips[batch[0]]) / rate - frame_s:
+                        told(done_s + heard_s, all_s)
                 encoded = torch.cat(of_windows, 1)
                 lengths = torch.tensor([encoded.shape[1]], device=device)
             else:

@@ -1,8 +1,10 @@
 """An archive job: read ahead in order, killed and started again, shared by processes."""
 
+import io
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -232,3 +234,31 @@ def test_channels_of_a_job(tmp_path, capsys):
     out.write_text(whole.splitlines(keepends=True)[1])  # killed between the two
     assert transcribe.main([*arguments, "-o", str(out)]) == 0
     assert [r["channel"] for r in lines_of(out)] == [0, 1]
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("to_file", [True, False])
+def test_progress_within_a_long_recording(tmp_path, monkeypatch, to_file):
+    """On a terminal alone, and never on the line of a message or of a text."""
+    clip, torn = ROOT / "samples" / "jfk.flac", tmp_path / "torn.wav"
+    torn.write_bytes(b"RIFF")
+    arguments = [str(clip), str(torn), "--model", str(BASE), "--batch-size", "1"]
+    arguments += ["--long", "chunks", "--window-s", "2"]
+    arguments += ["-o", str(tmp_path / "out.jsonl")] if to_file else []
+    shared = Terminal()  # of both, as where neither is redirected
+    monkeypatch.setattr("sys.stderr", shared)
+    monkeypatch.setattr("sys.stdout", shared)
+    monkeypatch.setattr("fastconformer.jobs.results.EVERY_S", -1.0)
+    assert transcribe.main(arguments) == 1
+    monkeypatch.undo()
+    lines = [line.split("\r\033[K")[-1] for line in shared.getvalue().split("\n")]
+    ended = ["transcribe: ", "transcribe: 1/2 clips, 0.00 h"] if to_file else [str(clip)]
+    ended = [f"transcribe: {torn}", *ended, "transcribe: 1 of 2 inputs failed", ""]
+    for line in lines:
+        assert not line or any(line.startswith(start) for start in ended if start), line
+    told = re.findall(r"0/2 clips,[^\r]* (\d+)% of the next 0.2 min", shared.getvalue())
+    assert len(told) >= 4 and sorted(told, key=int) == told and int(told[-1]) < 100

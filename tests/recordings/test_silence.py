@@ -10,7 +10,7 @@ from conftest import golden
 
 import fastconformer
 from fastconformer.audio.files import load_audio
-from fastconformer.recordings.silence import doubt, sounding
+from fastconformer.recordings.silence import doubt, doubt_within, sounding, steady_stretches
 from fastconformer.recordings.transcript import Transcript
 from fastconformer.transcribe import main
 
@@ -120,6 +120,42 @@ def test_speech_is_not_doubtful():
         samples = load_audio(path, RATE)
         unsure = Transcript("a", [1], [0], None, None, None, -9.0, "ctc", len(samples) / RATE)
         assert doubt(unsure, samples, RATE) is None, path
+
+
+def test_no_stretch_of_speech_is_steady():
+    for path in ("talk.ogg", "jfk.flac", "english/009600127.ogg", "english/096150003.ogg"):
+        assert steady_stretches(load_audio(SAMPLES / path, RATE), RATE) == []
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.int16])
+def test_noise_between_speech_is_doubtful(kind):
+    """Where something is written in it, and there alone."""
+    speech = load_audio(SAMPLES / "jfk.flac", RATE)
+    for name, noise in without_speech(6.0).items():
+        whole = np.concatenate((speech, noise, speech))
+        whole = whole if kind == np.float32 else np.round(whole * 32767).astype(np.int16)
+        [(start, end)] = steady_stretches(whole, RATE)
+        # the pauses of speech beside it may be steady too
+        assert 9.0 < start < 11.1 and 16.9 < end < 19.0, name
+        beside = [0.5, 9.0, start + 0.2, end - 0.2, 19.0]
+        assert doubt_within(beside, whole, RATE) is None
+        why = doubt_within([*beside, 14.0], whole, RATE, first_s=100.0)
+        assert why.startswith(f"from {100 + start:.1f} to {100 + end:.1f} s the sound is steady")
+    assert doubt_within([14.0], np.zeros(20 * RATE, kind), RATE) is None
+
+
+def test_noise_in_a_long_recording(model):
+    """For every head: no text is written in it, or the transcript says where."""
+    speech = load_audio(SAMPLES / "espeak.wav", RATE)
+    for noise in (without_speech(6.0)[name] for name in ("louder", "hum", "melody")):
+        whole = np.concatenate((np.zeros(RATE, np.float32), speech, noise, speech))
+        first, end = 1.0 + len(speech) / RATE, 1.0 + len(speech) / RATE + 6.0
+        frame_s = model.config.frame_seconds
+        for head in model.heads:
+            [found] = model.transcribe([whole], head=head)
+            times = [frame * frame_s for frame in found.token_frames]
+            inside = [time for time in times if first + 1 < time < end - 1]
+            assert not inside or found.doubtful, (head, found)
 
 
 def test_the_command_says_what_is_doubtful(tmp_path, capsys):
