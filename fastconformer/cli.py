@@ -9,6 +9,7 @@ import argparse
 import errno
 import math
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -80,7 +81,8 @@ def use_utf8() -> None:
 def report(command: str, name: str, reason: object) -> None:
     """A line on stderr about one input; its name stands there once."""
     name, reason = one_line(name), one_line(reason)
-    place = "" if name in reason else f"{name}: "
+    named = re.search(rf"(?<!\w){re.escape(name)}(?!\w)", reason)
+    place = "" if named else f"{name}: "
     print(f"{command}{'' if ':' in command else ':'} {place}{reason}", file=sys.stderr)
 
 

@@ -45,6 +45,8 @@ def find_clips(inputs: Iterable[str]) -> Found:
 
 def _find(name: str) -> Found:
     path = Path(name)
+    if not name.strip():  # of a shell's variable that is not set, and no word for this folder
+        return Found([], [(repr(name), "the name is empty")])
     if path.is_dir():
         return _in_folder(path, name)
     if name == "-":
@@ -54,26 +56,41 @@ def _find(name: str) -> Found:
         return find_clips(names) if names else Found([], [(name, "no file is named like this")])
     if path.suffix.lower() in MANIFEST_SUFFIXES:
         return _in_manifest(path, name)
+    if path.is_fifo():  # <(...) of a shell
+        return Found([Clip(path, name, content=path.read_bytes())])
+    if "://" in name and not path.exists():
+        return Found([], [(name, "is an address; download it first")])
     return Found([Clip(path, name)])
 
 
 def read_names(path: str) -> list[str]:
-    """Names from a file, or from stdin (`-`), one a line. FileNotFoundError, ValueError."""
+    """Names from a file, or from stdin (`-`): one a line, or with a zero byte behind each, as `find
+    -print0` has them. FileNotFoundError, ValueError."""
     if path == "-":
         content = sys.stdin.buffer.read()
     elif not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such list of names")
     else:
         content = Path(path).read_bytes()
-    if b"\0" in content:
+    if b"\0" in content and not _ends_with_zeros(content):
         raise ValueError(f"{path} is no text; it should hold a name on each line")
-    return _lines(content)
+    names = _lines(content)
+    if not names:
+        raise ValueError(f"{'stdin' if path == '-' else path} holds no name")
+    return names
+
+
+def _ends_with_zeros(content: bytes) -> bool:
+    """Whether these are names with a zero byte behind each, told by the first."""
+    return os.path.lexists(content.partition(b"\0")[0])
 
 
 def _lines(content: bytes) -> list[str]:
     # as the file system has them: a name may hold bytes that are no text
-    names = os.fsdecode(content.removeprefix(b"\xef\xbb\xbf")).split("\n")
-    return [name.rstrip("\r") for name in names if name.strip()]
+    names = os.fsdecode(content.removeprefix(b"\xef\xbb\xbf"))
+    if "\0" in names:
+        return [name for name in names.split("\0") if name]
+    return [name.rstrip("\r") for name in names.split("\n") if name.strip()]
 
 
 def _from_stdin() -> Found:
@@ -81,16 +98,32 @@ def _from_stdin() -> Found:
     if not hasattr(sys.stdin, "buffer"):
         return find_clips(line.rstrip("\r\n") for line in sys.stdin if line.strip())
     content = sys.stdin.buffer.read()
-    if b"\0" in content[:4096]:  # no text has one, and no recording is long without
-        return Found([Clip(Path("-"), "-", content=content)])
-    return find_clips(_lines(content))
+    if b"\0" in content[:4096] and not _ends_with_zeros(content):
+        return Found([Clip(Path("-"), "-", content=content)])  # no recording is long without
+    names = _lines(content)
+    return find_clips(names) if names else Found([], [("stdin", "nothing came in")])
 
 
 def _in_folder(folder: Path, name: str) -> Found:
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in AUDIO_SUFFIXES)
-    paths = [p for p in paths if p.is_file() and _is_recording(p)]
-    clips = [Clip(p, str(p), folder=folder) for p in paths]
-    return Found(clips, [] if paths else [(name, "the folder holds no audio file")])
+    """What lies in it and in folders that are linked there, each once; a link that leads nowhere is
+    a recording that cannot be read."""
+    paths, been, problems = [], set(), []
+
+    def note(error: OSError) -> None:
+        problems.append((str(error.filename), error.strerror or str(error)))
+
+    for within, folders, names in os.walk(folder, onerror=note, followlinks=True):
+        real = os.path.realpath(within)
+        if real in been:
+            folders.clear()
+            continue
+        been.add(real)
+        folders.sort()
+        paths += [Path(within, n) for n in names if Path(n).suffix.lower() in AUDIO_SUFFIXES]
+    paths = [p for p in sorted(paths) if (p.is_file() and _is_recording(p)) or not p.exists()]
+    if not paths:
+        problems.append((name, "the folder holds no audio file"))
+    return Found([Clip(p, str(p), folder=folder) for p in paths], problems)
 
 
 def _is_recording(path: Path) -> bool:
