@@ -54,9 +54,10 @@ test-all: $(VENV)/.test-installed
 bench: $(VENV)/.test-installed
 	$(BIN)/python -m benchmarks.cpu_vs_nemo $(BENCH)
 
-# Compiles the Triton and the CUDA kernels for each target and checks what they spill; the latter
-# skip without nvcc.
+# Compiles the Triton and the CUDA kernels for each target, which takes an hour of a core, and checks
+# what they spill; the latter skip without nvcc.
 kernels: $(VENV)/.test-installed
+	$(BIN)/python -m benchmarks.triton_kernels --out runs/benchmarks/triton_kernels.json
 	$(BIN)/python -m pytest -m slow tests/rwkv_cuda/test_wkv7_cuda.py
 
 lint: $(VENV)/.test-installed

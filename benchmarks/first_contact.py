@@ -16,6 +16,7 @@ Exit status 1: a step failed or a check is beyond its limit.
 import argparse
 import json
 import multiprocessing
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -166,6 +167,8 @@ def main(argv: list[str] | None = None) -> int:
             print("error: this torch sees no GPU; --dry runs on a CPU", file=sys.stderr)
             return 1
     steps = {name: STEPS[name] for name in names}
+    if args.dry:  # before the worker, in which torch may load Triton at any step
+        os.environ["TRITON_INTERPRET"] = "1"
     result = run(steps, {} if args.dry else LIMITS, args.dry, args.seconds, args.out)
     print(table(result))
     if args.plot:

@@ -1,6 +1,5 @@
 """The step of `benchmarks.first_contact` that sets each kernel beside the plain form."""
 
-import os
 from unittest import mock
 
 import torch
@@ -11,8 +10,6 @@ from benchmarks.first_contact_tools import check, device_of, distance, milliseco
 def check_kernels(dry: bool, kept: dict) -> dict:
     """The encoder's kernels against the plain form in float64, and the time of both; the step of
     decoding in few kernels beside the plain one."""
-    if dry:
-        os.environ["TRITON_INTERPRET"] = "1"  # before the kernels' modules are imported
     from fastconformer.networks import kernels
 
     rows, times, device = [], [], device_of(dry)

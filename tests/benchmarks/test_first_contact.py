@@ -11,7 +11,8 @@ from benchmarks import first_contact
 from benchmarks.first_contact_steps import STEPS, check, distance
 
 
-def test_dry_run(tmp_path, capsys):
+def test_dry_run(tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # as where a user types it
     out, chart = tmp_path / "out.json", tmp_path / "out.svg"
     status = first_contact.main(["--dry", "--out", str(out), "--plot", str(chart)])
     result = json.loads(out.read_text())
