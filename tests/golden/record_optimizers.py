@@ -3,8 +3,10 @@
     python record_optimizers.py OUT.json [KIND|FORM ...]      with the Python of a NeMo environment
 
 Lightning's own Trainer fits the golden CTC, RNNT and TDT models (KIND: ctc, rnnt, tdt), without
-dropout, dither, SpecAugment and omega, to one batch; nothing of this project is
-imported. OUT.json: {"forms": FORMS, "rates": {form: the rates of all steps}, KIND: {form: losses}}.
+dropout, dither, SpecAugment and omega, to one batch; nothing of this project is imported. What
+OUT.json has of other kinds and forms stays. OUT.json: {"forms": FORMS, "rates": {form: the rates of
+all steps}, KIND: {form: losses}, "spread": {KIND: {form: the largest relative distance of NeMo's
+losses from its own, started from weights that differ by less than a rounding}}}.
 """
 
 import json
@@ -16,6 +18,7 @@ import warnings
 from pathlib import Path
 
 STEPS, LOSSES = 20, 10  # of the run, and recorded
+AGAIN = 2  # runs of a transducer from weights beside its own
 WARM = {"warmup_steps": 4}
 ADAMW = {"name": "adamw", "lr": 5e-4}
 FULL = ADAMW | {"betas": [0.9, 0.98], "weight_decay": 1e-3}
@@ -139,6 +142,20 @@ def steps(model, batch: tuple, optim: dict, count: int) -> tuple[list[float], li
     return losses, rates
 
 
+def beside(state: dict, seed: int) -> dict:
+    """The weights, each moved by at most one rounding to float32."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    moved = {}
+    for name, value in state.items():
+        moved[name] = value
+        if value.is_floating_point():
+            noise = torch.rand(value.shape, generator=generator) - 0.5
+            moved[name] = value * (1 + noise * 2**-23)
+    return moved
+
+
 def main(out: str, names: list[str]) -> None:
     import torch
     from safetensors.torch import load_file
@@ -149,25 +166,33 @@ def main(out: str, names: list[str]) -> None:
     for name in ("nemo_logger", "lightning.pytorch"):
         logging.getLogger(name).setLevel(logging.ERROR)
     forms = {name: FORMS[name] for name in FORMS if name in names or not set(names) & set(FORMS)}
-    found = {"forms": forms, "rates": {}}
+    found = json.loads(Path(out).read_text()) if Path(out).exists() else {}
+    found.setdefault("forms", {}).update(forms)
+    rates, spread = found.setdefault("rates", {}), found.setdefault("spread", {})
     for kind in [kind for kind in KINDS if kind in names] or KINDS:
         case, n_clips, count = KINDS[kind]
         folder = Path(__file__).parent / case
         batch = batch_of(load_file(folder / "golden.safetensors"), n_clips)
-        found[kind] = {}
         with tempfile.TemporaryDirectory() as scratch:  # NeMo unpacks beside it
             shutil.copy(folder / "model.nemo", scratch)
             model = model_of(Path(scratch) / "model.nemo")
         start = {name: value.clone() for name, value in model.state_dict().items()}
         for form, optim in forms.items():
             model.load_state_dict(start)
-            losses, rates = steps(model, batch, optim, count)
-            found[kind][form] = [float(f"{loss:.7g}") for loss in losses[:LOSSES]]
+            losses, rates_of_form = steps(model, batch, optim, count)
+            losses = losses[:LOSSES]
+            found.setdefault(kind, {})[form] = [float(f"{loss:.7g}") for loss in losses]
             if count == STEPS:
-                found["rates"][form] = rates
-            print(kind, form, found[kind][form], file=sys.stderr, flush=True)
-            if count == STEPS:
-                print("rates", json.dumps(rates), file=sys.stderr, flush=True)
+                rates[form] = rates_of_form
+            else:
+                worst = 0.0
+                for seed in range(AGAIN):
+                    model.load_state_dict(beside(start, seed))
+                    others, _ = steps(model, batch, optim, count)
+                    off = [abs(b / a - 1) for a, b in zip(losses, others, strict=True)]
+                    worst = max(worst, *off)
+                spread.setdefault(kind, {})[form] = float(f"{worst:.2g}")
+            print(kind, form, found[kind][form], spread.get(kind, {}).get(form), file=sys.stderr)
     import nemo
 
     found["nemo"] = nemo.__version__

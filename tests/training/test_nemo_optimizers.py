@@ -1,7 +1,14 @@
 """Forms of NeMo's `model.optim`: rates and the first losses beside those of NeMo's own trainer.
 
-`tests/golden/record_optimizers.py` made the numbers, of part of its forms so far, and makes them
-anew where NeMo is installed (FASTCONFORMER_NEMO_PYTHON). Other forms are refused by name.
+`tests/golden/record_optimizers.py` made the numbers and makes them anew where NeMo is installed
+(FASTCONFORMER_NEMO_PYTHON). Other forms are refused by name.
+
+Some forms of NeMo are further from themselves than RELATIVE, when they start from weights that
+differ by less than a rounding ("spread"): Adam makes whole steps of gradients that are next to 0,
+and the sign of those is the rounding's. As far this project may be. With "adam, decay" on RNNT it
+is one number: in pointwise_conv1 of layer 0 a weight's gradient and decay, 0.0077 each, cancel, and
+the step is 1e-3 up or down. NeMo with two threads steps otherwise than with one; this project is
+5.3e-4 from the one and 2e-5 from the other.
 """
 
 import json
@@ -61,17 +68,20 @@ def test_rates_are_nemos(form):
 
 # By default one of each kind; the others are slow together.
 SOME = {("ctc", "adam, decay"), ("rnnt", "adam, amsgrad"), ("tdt", "cosine, constant")}
-# Relative distances that were seen; cause not found. RNNT's is there from the second loss on.
+# Of TDT, beyond RELATIVE; NeMo's own spread is not recorded (1.3e-4 for cosines with a warm-up).
 OPEN = {
-    ("rnnt", "adam, decay"): 5.3e-4,
-    ("tdt", "adam, decay"): 2.2e-5,
-    ("tdt", "noam, floor"): 3.1e-5,
-    ("tdt", "polynomial, hold"): 3.2e-5,
+    "noam": 3.0e-5,
+    "noam, floor": 3.0e-5,
+    "polynomial, power": 2.1e-5,
+    "linear": 2.0e-5,
+    "polynomial, hold": 2.6e-5,
+    "warm-up": 2.6e-5,
+    "warm-up, hold": 2.6e-5,
 }
 
 
 def marks_of(kind: str, form: str) -> list:
-    off = OPEN.get((kind, form))
+    off = OPEN.get(form) if kind == "tdt" and form not in RECORDED["spread"]["tdt"] else None
     found = [pytest.mark.xfail(reason=f"{off} off, not within {RELATIVE[kind]}")] if off else []
     return found + [pytest.mark.slow] * ((kind, form) not in SOME)
 
@@ -87,7 +97,8 @@ def marks_of(kind: str, form: str) -> list:
 def test_losses_are_nemos(kind, form, tmp_path):
     found, expected = losses_of(kind, form, tmp_path), RECORDED[kind][form]
     assert len(expected) == LOSSES
-    assert found == pytest.approx(expected, rel=RELATIVE[kind])
+    spread = RECORDED["spread"].get(kind, {}).get(form, 0.0)
+    assert found == pytest.approx(expected, rel=max(RELATIVE[kind], 1.1 * spread))
 
 
 @pytest.mark.slow
