@@ -91,6 +91,10 @@ class PromptsConfig:
                 f"{self.count - 1}",
             )
 
+    def knows(self, name) -> bool:
+        """Whether it is a language that the model can be asked for."""
+        return isinstance(name, str) and name in self.names
+
     def index(self, slots: Mapping) -> int:
         """The prompt of {"target_lang": name}; without it that of "auto", as in NeMo. ValueError:
         another slot, or no such language; the message lists them."""
@@ -98,7 +102,7 @@ class PromptsConfig:
             if slot != "target_lang":
                 raise ValueError(f"{slot} is no slot of this model's prompt, target_lang is")
         name = slots.get("target_lang", "auto")
-        if name not in self.names:
+        if not self.knows(name):
             given = "not given" if "target_lang" not in slots else repr(name)
             raise ValueError(f"target_lang is {given}, expected one of {', '.join(self.names)}")
         return self.names[name]

@@ -47,10 +47,11 @@ Decoding:
     slots                           names of its prompt's slots
     slots_of(line)                  those that a manifest line brings
     language_pair(slots)            "de>en", for scores by language pair
-    for_lines(lines)                arguments of `decode` for manifest lines
+    for_lines(lines)                arguments, as `asked`'s, for manifest lines
     for_clips(arguments, clips)     of `asked`'s answer, what is for some of the clips
     aligner                         a model that times its words, from the audio
-    asked(slots, timestamps)        arguments of `decode` for what a caller of `transcribe` wants
+    asked(slots, timestamps)        arguments of `encode` and `decode` for what a caller of
+                                    `transcribe` wants; `parted` tells the two apart
     refused_options                 fields of DecodingOptions that mean nothing to it
     has_frame_posteriors            `log_probs(encoded)` gives each frame's distribution: alignment,
                                     InterCTC, CR-CTC, distillation; `model.frame_head` is that head

@@ -191,8 +191,8 @@ class Head:
         prompts = self.model.config.prompts
         if prompts is None:
             return {}
-        names = (line.get("target_lang"), line.get("lang"))
-        asked = names[0] or (names[1] if names[1] in prompts.names else None)
+        asked, spoken = line.get("target_lang"), line.get("lang")
+        asked = asked or (spoken if prompts.knows(spoken) else None)
         return {"target_lang": asked} if asked else {}
 
     def language_pair(self, slots: Mapping) -> str | None:

@@ -120,6 +120,9 @@ def test_streams_of_several_languages_go_together(model):
 def test_there_and_back_and_what_is_refused(archive, model, tmp_path, capsys):
     with pytest.raises(ValueError, match="target_lang is 'xx', expected one of auto, en-US"):
         model.transcribe(CLIPS, target_lang="xx")
+    with pytest.raises(ValueError, match=r"target_lang is \['de-DE'\], expected"):
+        model.head("rnnt").for_lines([{"target_lang": ["de-DE"], "lang": ["de-DE"]}])
+    assert model.head("rnnt").slots_of({"lang": ["de-DE"]}) == {}
     with pytest.raises(ValueError, match="pnc is no slot of this model's prompt"):
         model.stream(pnc="yes")
     assert nemo2st.main([str(archive), "-o", str(tmp_path / "folder")]) == 0
