@@ -15,6 +15,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,9 +76,7 @@ class Host:
             for pid in pids:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(int(pid), 9)
-            for pid in pids:  # our children stay until they are waited for
-                with contextlib.suppress(ChildProcessError):
-                    os.waitpid(int(pid), 0)
+            time.sleep(0.02)
 
     def unplug(self) -> None:
         _ip("-n", self.name, "link", "set", "eth0", "down")
