@@ -15,7 +15,7 @@ from .linear import Linear
 
 KEPT_FRAMES = 512  # the longest clip whose projected positions are kept between calls
 SCORE_BYTES, SCORE_BYTES_GPU = 1 << 21, 1 << 29  # of the scores that are in memory at once
-LOCAL_ROWS = 64  # queries of a block where each sees a window
+LOCAL_BYTES = 256  # of a column of a block's queries, where each sees a window: 64 in float32
 
 
 def position_encoding(positions: torch.Tensor, d_model: int) -> torch.Tensor:
@@ -157,8 +157,8 @@ class RelPositionMultiHeadAttention(nn.Module):
             rows = SCORE_BYTES // (b * h * t * q.element_size())
             rows, farthest = max(16, min(rows, 512 // q.element_size())), t - 1
         else:  # zeros for the distances that the first and last queries of a block alone have
-            rows, farthest = LOCAL_ROWS, left + LOCAL_ROWS - 1
-            p = F.pad(p, (0, 0, LOCAL_ROWS - 1, LOCAL_ROWS - 1))
+            rows = LOCAL_BYTES // q.element_size()
+            farthest, p = left + rows - 1, F.pad(p, (0, 0, rows - 1, rows - 1))
         p = p.transpose(1, 2)  # (H, K, distances from `farthest` on)
         out = q.new_empty(b, t, h, self.d_head)
         for start in range(0, t, rows):

@@ -42,16 +42,18 @@ class LocalRelPositionMultiHeadAttention(RelPositionMultiHeadAttention):
         """x (B, T, D), pos_emb (left+right+1, D), pad_mask (B, T) True on padding -> (B, T, D)."""
         t, w = x.shape[1], max(self.left, self.right)
         q, k, v = self.linear_q(x), self.linear_k(x), self.linear_v(x)
-        p = self.linear_pos(pos_emb)
         drops = self.training and self.dropout > 0
         # the plain form keeps a quirk where left != right
         simple = self.left == self.right and not self.global_tokens and not drops
         compiled = kernels.for_cpu(q) if simple else None
         if compiled is not None:
-            context, hidden = (self.left, self.right), pad_mask[:, None, None]
+            p, context = self._project(pos_emb), (self.left, self.right)
+            if t <= self.left:  # all see all
+                p, context = p[self.left + 1 - t : self.left + t], None
+            hidden = pad_mask[:, None, None]
             out = self._compiled(q, k, v, p, hidden, compiled.softmax_of_sums, context)
             return self.linear_out(out.masked_fill_(pad_mask[..., None], 0.0))
-        q, k, v, p = (self._heads(y) for y in (q, k, v, p[None]))
+        q, k, v, p = (self._heads(y) for y in (q, k, v, self.linear_pos(pos_emb)[None]))
         scale = self.d_head**-0.5
         low = masked_value(q.dtype)
 
