@@ -68,28 +68,12 @@ def test_rates_are_nemos(form):
 
 # By default one of each kind; the others are slow together.
 SOME = {("ctc", "adam, decay"), ("rnnt", "adam, amsgrad"), ("tdt", "cosine, constant")}
-# Of TDT, beyond RELATIVE; NeMo's own spread is not recorded (1.3e-4 for cosines with a warm-up).
-OPEN = {
-    "noam": 3.0e-5,
-    "noam, floor": 3.0e-5,
-    "polynomial, power": 2.1e-5,
-    "linear": 2.0e-5,
-    "polynomial, hold": 2.6e-5,
-    "warm-up": 2.6e-5,
-    "warm-up, hold": 2.6e-5,
-}
-
-
-def marks_of(kind: str, form: str) -> list:
-    off = OPEN.get(form) if kind == "tdt" and form not in RECORDED["spread"]["tdt"] else None
-    found = [pytest.mark.xfail(reason=f"{off} off, not within {RELATIVE[kind]}")] if off else []
-    return found + [pytest.mark.slow] * ((kind, form) not in SOME)
 
 
 @pytest.mark.parametrize(
     "kind, form",
     [
-        pytest.param(kind, form, marks=marks_of(kind, form))
+        pytest.param(kind, form, marks=[pytest.mark.slow] * ((kind, form) not in SOME))
         for kind in KINDS
         for form in RECORDED[kind]
     ],
