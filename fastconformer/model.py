@@ -151,8 +151,8 @@ class ASRModel(nn.Module):
             return encoded
         if prompt_indices is None:
             prompt_indices = prompts.index({})
-        indices = torch.as_tensor(prompt_indices, device=encoded.device).expand(len(encoded))
-        return self.prompt_kernel(encoded, indices)
+        indices = sent(torch.as_tensor(prompt_indices), encoded.device)
+        return self.prompt_kernel(encoded, indices.expand(len(encoded)))
 
     def ctc_log_probs(self, encoded: torch.Tensor) -> torch.Tensor:
         """(B, T', D) -> (B, T', V+1) float32, blank last. ValueError: the model has no CTC head."""

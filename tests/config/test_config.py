@@ -112,7 +112,6 @@ def test_a_hybrids_ctc_reduction_stands_in_its_own_section(nemo):
         ("preprocessor", {"pad_to": "max"}),
         ("preprocessor", {"nb_augmentation_prob": 0.5}),
         ("joint", {"num_extra_outputs": 3}),
-        ("decoder", {"_target_": "nemo.collections.asr.modules.StatelessTransducerDecoder"}),
         ("decoder", {"normalization_mode": "layer"}),
         ("loss", {"loss_name": "multiblank_rnnt"}),
     ],
