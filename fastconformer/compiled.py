@@ -1,4 +1,4 @@
-"""What the numba kernels of losses and decoding share: compiling, threads, exponentials, bfloat16.
+"""What all numba kernels share: compiling, threads, exponentials, bfloat16.
 
 Loops over logits are ones that LLVM vectorises, with an exponential of our own in float32, as
 libm's would be a call for each number. bfloat16, which numba does not know, passes as its 16 bits.
@@ -58,6 +58,14 @@ def kept(**options):
 
 
 kernel = kept(parallel=True)
+
+
+def array(tensor: torch.Tensor) -> np.ndarray:
+    """A view of it; bfloat16 as its bits."""
+    tensor = tensor.detach()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(np.uint16)
+    return tensor.numpy()
 
 
 @intrinsic
@@ -149,7 +157,8 @@ def _wide_of_type(x):
 
 
 def narrow(x, like):
-    """A float32 as `like` stores it: to nearest as bfloat16's bits, else itself. NaN stays NaN."""
+    """A float as `like` stores it: to the nearest of bfloat16 (ties to even) as its bits, else
+    itself."""
     raise NotImplementedError
 
 
@@ -158,8 +167,9 @@ def _narrow_to_type(x, like):
     if like.dtype == types.uint16:
 
         def to_bits(x, like):
-            bits = bits_of_float32(x)
+            bits = bits_of_float32(np.float32(x))
             rounded = (bits + np.int32(0x7FFF) + ((bits >> np.int32(16)) & np.int32(1))) >> 16
+            # a NaN of low bits alone would be rounded to infinity
             return np.uint16(rounded if x == x else np.int32(0x7FC0))
 
         return to_bits

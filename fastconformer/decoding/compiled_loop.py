@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from numba import njit
 
-from ..compiled import REORDER, exp_of, kept, sigmoid, wide
+from ..compiled import REORDER, array, exp_of, kept, sigmoid, wide
 from ..networks.heads import PredictionNetwork
 from ..networks.linear import Int8Weight
 from .confidence import Confidence
@@ -97,7 +97,7 @@ def run(
     # The kernel looks at no bounds.
     assert len(durations) == n_outputs - blank - 1 and max(ends, default=0) <= n_frames
     added = np.zeros(0, np.float32) if bias is None else bias.float().numpy()
-    frames = _array(projected.contiguous())
+    frames = array(projected.contiguous())
     n_groups = max(1, min(torch.get_num_threads(), batch))
 
     def decode(clips: slice):
@@ -155,17 +155,10 @@ def _matrices(decoder) -> list:
     return [getattr(lstm, f"{n}_l{i}") for n in names for i in range(decoder.n_layers)]
 
 
-def _array(tensor: torch.Tensor) -> np.ndarray:
-    tensor = tensor.detach()
-    if tensor.dtype == torch.bfloat16:
-        return tensor.view(torch.int16).numpy().view(np.uint16)
-    return tensor.numpy()
-
-
 def _matrix(weight) -> tuple[np.ndarray, np.ndarray]:
     if isinstance(weight, Int8Weight):
         return weight.rounded.numpy(), weight.scale.numpy()
-    return _array(weight.contiguous()), np.zeros(0, np.float32)
+    return array(weight.contiguous()), np.zeros(0, np.float32)
 
 
 def _weights(decoder, joint) -> Weights:

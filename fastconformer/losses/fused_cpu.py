@@ -12,12 +12,11 @@ import math
 
 import numpy as np
 import torch
-from llvmlite import ir
 from numba import njit, prange, types
-from numba.extending import intrinsic, overload
+from numba.extending import overload
 from torch import Tensor
 
-from ..compiled import REORDER, exp_of, kernel, maximum, sum_exp, threads, wide
+from ..compiled import REORDER, array, exp_of, kernel, maximum, narrow, sum_exp, threads, wide
 from .compiled_lattice import arcs_of, occupancies_of_clip
 from .fused_vectorised import dropout_threshold, scores_write_logits  # noqa: F401
 from .products import product
@@ -29,8 +28,8 @@ def hidden(job, tile, dtype=None) -> Tensor:
     out = torch.empty((len(tile.index), job.enc.shape[1]), dtype=dtype or job.weight.dtype)
     with threads(out.numel()) as n_threads:
         _hidden(
-            _array(job.enc), _array(job.pred), *_place(job, tile), _ACTIVATIONS[job.activation],
-            *_dropout(job), _array(out), n_threads,
+            array(job.enc), array(job.pred), *_place(job, tile), _ACTIVATIONS[job.activation],
+            *_dropout(job), array(out), n_threads,
         )  # fmt: skip
     return out
 
@@ -39,7 +38,7 @@ def scores(job, tile, cells) -> Tensor:
     logits = product(hidden(job, tile), job.weight, job.bias)
     with threads(logits.numel()) as n_threads:
         _scores(
-            _array(logits), *_place(job, tile), job.targets.numpy(), job.blank, job.n_classes,
+            array(logits), *_place(job, tile), job.targets.numpy(), job.blank, job.n_classes,
             job.sigma, *(x.numpy() for x in cells), n_threads,
         )  # fmt: skip
     return logits
@@ -61,7 +60,7 @@ def lattice(job, cells, needs_grad) -> Tensor:
 def gradient(job, tile, cells, weights, fastemit_lambda, clamp, logits):
     with threads(logits.numel()) as n_threads:
         _gradient(
-            _array(logits), *_place(job, tile), job.targets.numpy(), job.blank, job.n_classes,
+            array(logits), *_place(job, tile), job.targets.numpy(), job.blank, job.n_classes,
             *(x.numpy() for x in cells), weights.numpy(), fastemit_lambda, clamp, n_threads,
         )  # fmt: skip
 
@@ -69,16 +68,9 @@ def gradient(job, tile, cells, weights, fastemit_lambda, clamp, logits):
 def scatter(job, tile, hidden, d_hidden, d_enc, d_pred):
     with threads(hidden.numel()) as n_threads:
         _scatter(
-            _array(hidden), _array(d_hidden), *_place(job, tile), _ACTIVATIONS[job.activation],
-            *_dropout(job), d_enc.numpy(), d_pred.numpy(), n_threads,
+            array(hidden), array(d_hidden.contiguous()), *_place(job, tile),
+            _ACTIVATIONS[job.activation], *_dropout(job), d_enc.numpy(), d_pred.numpy(), n_threads,
         )  # fmt: skip
-
-
-def _array(tensor) -> np.ndarray:
-    tensor = tensor.contiguous()
-    if tensor.dtype == torch.bfloat16:
-        return tensor.view(torch.int16).numpy().view(np.uint16)
-    return tensor.numpy()
 
 
 def _place(job, tile):
@@ -89,38 +81,6 @@ def _dropout(job):
     threshold = dropout_threshold(job.dropout)
     scale = 1.0 / (1.0 - job.dropout)
     return np.uint32(job.seed & 0xFFFFFFFF), np.uint32(job.seed >> 32), threshold, scale
-
-
-@intrinsic
-def _bits_of_float32(typing_context, x):
-    def generate(context, builder, signature, arguments):
-        return builder.bitcast(arguments[0], ir.IntType(32))
-
-    return types.int32(types.float32), generate
-
-
-def _put(out, i, value):
-    """Stores a float, rounded to the nearest bfloat16 (ties to even) where out is its bits."""
-    raise NotImplementedError
-
-
-@overload(_put)
-def _put_of_type(out, i, value):
-    if out.dtype == types.uint16:
-
-        def put(out, i, value):
-            bits = _bits_of_float32(np.float32(value))
-            tie = (bits >> np.int32(16)) & np.int32(1)
-            rounded = (bits + np.int32(0x7FFF) + tie) >> np.int32(16)
-            # A NaN of low bits alone would be rounded to infinity.
-            out[i] = np.uint16(rounded if value == value else np.int32(0x7FC0))
-
-    else:
-
-        def put(out, i, value):
-            out[i] = value
-
-    return put
 
 
 def _floats(row, scratch):
@@ -156,7 +116,7 @@ def _written_of_type(floats, row):
 
         def written(floats, row):
             for v in range(row.shape[0]):
-                _put(row, v, floats[v])
+                row[v] = narrow(floats[v], row)
 
     else:
 
@@ -223,7 +183,7 @@ def _hidden(
                 key = _key(index[i], seed_low, seed_high)
                 for h in range(width):
                     kept = wide(out[i, h]) * scale if _kept(key, h, threshold) else 0.0
-                    _put(out[i], h, kept)
+                    out[i, h] = narrow(kept, out)
 
 
 @njit
@@ -231,13 +191,13 @@ def _activate(x, y, activation, out):
     if activation == 0:
         for h in range(len(out)):
             total = wide(x[h]) + wide(y[h])
-            _put(out, h, total * 0 if total < 0 else total)  # NaN stays
+            out[h] = narrow(total * 0 if total < 0 else total, out)  # NaN stays
     elif activation == 1:
         for h in range(len(out)):
-            _put(out, h, _tanh(wide(x[h]) + wide(y[h])))
+            out[h] = narrow(_tanh(wide(x[h]) + wide(y[h])), out)
     else:
         for h in range(len(out)):
-            _put(out, h, _sigmoid(wide(x[h]) + wide(y[h])))
+            out[h] = narrow(_sigmoid(wide(x[h]) + wide(y[h])), out)
 
 
 @kernel

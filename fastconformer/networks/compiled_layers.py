@@ -14,6 +14,7 @@ from numba import njit, prange
 
 from ..compiled import (
     REORDER,
+    array,
     bits_of_float32,
     exp_of,
     float32_of_bits,
@@ -26,14 +27,6 @@ from ..compiled import (
 
 _ROWS = 32  # frames of one convolution; those beside them are gated twice
 _GROUPS = 16  # parts of the rows of other kernels, for any number of threads up to it
-
-
-def array(tensor: torch.Tensor) -> np.ndarray:
-    """A view of it; bfloat16 as its bits."""
-    tensor = tensor.detach()
-    if tensor.dtype == torch.bfloat16:
-        return tensor.view(torch.int16).numpy().view(np.uint16)
-    return tensor.numpy()
 
 
 # --- the convolution ----------------------------------------------------------------------------
