@@ -25,7 +25,7 @@ import torch
 from numba import njit
 
 from ..compiled import REORDER, array, exp_of, kept, sigmoid, wide
-from ..networks.heads import PredictionNetwork
+from ..networks.heads import is_plain
 from ..networks.linear import Int8Weight
 from .confidence import Confidence
 
@@ -69,7 +69,7 @@ def fits(decoder, joint) -> bool:
     """Whether the weights are of kinds that the kernel knows, and lie still between calls."""
     if getattr(joint, "weights_in_shards", False):
         return False
-    if joint.blank_pred is not None or not isinstance(decoder, PredictionNetwork):
+    if not is_plain(decoder, joint):
         return False
     weights = [joint.pred.weight, joint.joint_net[-1].weight, *_matrices(decoder)]
     kinds = (torch.float32, torch.bfloat16, torch.int8)

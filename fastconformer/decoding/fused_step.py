@@ -8,14 +8,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..networks import kernels
-from ..networks.heads import PredictionNetwork, lstm_weight_names
+from ..networks.heads import is_plain, lstm_weight_names
 
 
 def usable(loop) -> bool:
     """Whether this step can take the place of the loop's: confidences, HAT joints and stateless
     prediction networks are left to that."""
-    plain = isinstance(loop.decoder, PredictionNetwork) and loop.joint.blank_pred is None
-    return plain and loop.confidence is None and kernels.usable(loop.predicted)
+    plain = is_plain(loop.decoder, loop.joint) and loop.confidence is None
+    return plain and kernels.usable(loop.predicted)
 
 
 def step(loop, i: int) -> None:

@@ -246,3 +246,9 @@ class Joint(nn.Module):
         blank = self.blank_pred(summed).float()
         rest = (1 - blank.exp()).clamp(min=1e-6).log()  # as NeMo bounds it
         return torch.cat((rest + logits.float().log_softmax(-1), blank), -1)
+
+
+def is_plain(decoder: nn.Module, joint: Joint) -> bool:
+    """Whether the prediction network is an LSTM and the joint gives logits, as steps that are
+    compiled or fused take for granted."""
+    return isinstance(decoder, PredictionNetwork) and joint.blank_pred is None
