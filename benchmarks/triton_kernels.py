@@ -2,6 +2,7 @@
 
     python -m benchmarks.triton_kernels                          # all kernels, three generations
     python -m benchmarks.triton_kernels --target 90 --few        # what the test suite compiles
+    python -m benchmarks.triton_kernels --only loss --out F      # one part; F keeps the others
 
 The launches get tensors without data (device "meta") and a driver that names the target, so that
 what is compiled is what a GPU would be given: argument types, alignment, blocks, warps. Nothing
@@ -9,7 +10,8 @@ runs. Each row of the table is one kernel as compiled: registers a thread, bytes
 shared memory a block, tensor-core instructions in its machine code. It is an error if a kernel does
 not compile, or asks for more shared memory than the target has.
 
-The last line printed is the result as JSON; it is also written to `--out`.
+The last line printed is the result as JSON; it is also written to `--out`, after each case. What
+this file holds of the same commit is not compiled again, so that a run that was killed goes on.
 """
 
 import argparse
@@ -42,6 +44,7 @@ from fastconformer.networks import triton_attention, triton_convolution
 
 # Shared memory that a block may ask for, bytes: A100; H100 and H200; RTX 50 (as RTX 30 and 40).
 SHARED_BYTES = {80: 166_912, 90: 232_448, 120: 101_376}
+PARTS = ("attention", "convolution", "step", "loss")
 DTYPES = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
@@ -186,8 +189,8 @@ def launch_step(
     triton_step.lstm_state(gates, empty(batch, 4 * width), state, empty(batch, width), found)
 
 
-def launches(few: bool) -> Iterator[tuple[str, Callable[[], None]]]:
-    """(what it is, what launches it)."""
+def launches(few: bool) -> Iterator[tuple[str, str, Callable[[], None]]]:
+    """(its part, what it is, what launches it)."""
     tdt = (0, 1, 2, 3, 4)
     names = ("bf16",) if few else ("bf16", "fp16", "fp32")
     sizes = ((8, 128),) if few else tuple((8, k) for k in (128, 16, 32, 44, 64, 80, 96))
@@ -195,12 +198,14 @@ def launches(few: bool) -> Iterator[tuple[str, Callable[[], None]]]:
         sizes, names, (False,) if few else (False, True)
     ):
         yield (
+            "attention",
             f"{name} {heads} heads of {head}" + (" by query" if by_query else ""),
             partial(launch_attention, DTYPES[name], heads, head, 375, by_query),
         )
     channels = ((1024, 9, True), (176, 31, False), (512, 9, False), (333, 5, True))
     for (width, taps, biased), name in itertools.product(channels[: 1 if few else None], names):
         yield (
+            "convolution",
             f"{name} {width} channels, {taps} taps",
             partial(launch_convolution, DTYPES[name], width, taps, biased),
         )
@@ -213,12 +218,14 @@ def launches(few: bool) -> Iterator[tuple[str, Callable[[], None]]]:
     )
     for step, name in itertools.product(steps[: 1 if few else None], names):
         yield (
+            "step",
             f"{name} step of {step[2]}, {step[0]} tokens",
             partial(launch_step, DTYPES[name], *step),
         )
     if few:
         for name, durations, dense in (("bf16", tdt, True), ("fp32", None, False)):
             yield (
+                "loss",
                 label(name, durations, dense),
                 partial(launch_loss, DTYPES[name], durations, dense=dense),
             )
@@ -236,6 +243,7 @@ def launches(few: bool) -> Iterator[tuple[str, Callable[[], None]]]:
         options, DTYPES, (tdt, None), (True, False)
     ):
         yield (
+            "loss",
             label(name, durations, dense) + what,
             partial(launch_loss, DTYPES[name], durations, dense=dense, **options[what]),
         )
@@ -295,12 +303,22 @@ def resources(compiled) -> dict:
     }
 
 
-def measure(targets: list[int], few: bool) -> Iterator[tuple[list[dict], list[str]]]:
-    """Rows of the table so far and what went wrong, after each launch. A row stands for all
-    launches whose kernel came out with the same numbers."""
-    rows, errors, known = {}, [], {}
-    cases = dict(launches(True)) | ({} if few else dict(launches(False)))
-    for (what, launch), target in itertools.product(cases.items(), targets):
+def measure(
+    parts: dict[str, dict], targets: list[int], few: bool, only: list[str] | None
+) -> Iterator[None]:
+    """Compiles what `parts` lacks and adds it there, case by case: rows of the table, what went
+    wrong. A row stands for all launches of a part whose kernel came out with the same numbers."""
+    known = {}
+    cases = {(part, what): launch for f in (True, few) for part, what, launch in launches(f)}
+    for ((part, what), launch), target in itertools.product(cases.items(), targets):
+        if only and part not in only:
+            continue
+        kept = parts.setdefault(
+            part, {"commit": commit(), "seconds": 0, "cases": {}, "errors": [], "kernels": []}
+        )
+        if target in kept["cases"].setdefault(what, []):
+            continue
+        begun, errors = time.monotonic(), kept["errors"]
         with compiling(target) as found:
             try:
                 launch()
@@ -311,12 +329,44 @@ def measure(targets: list[int], few: bool) -> Iterator[tuple[list[dict], list[st
             key = target, compiled.hash
             if key not in known:
                 known[key] = resources(compiled)
-            numbers = known[key]
-            row = {"target": target, "for": what, "launches": 0, "kernel": name, **numbers}
-            rows.setdefault((target, name, str(numbers)), row)["launches"] += 1
+            numbers = {"target": target, "kernel": name, **known[key]}
+            for row in kept["kernels"]:
+                if row.items() >= numbers.items():
+                    row["launches"] += 1
+                    break
+            else:
+                kept["kernels"].append({"for": what, "launches": 1, **numbers})
             if numbers["shared"] > SHARED_BYTES[target]:
                 errors.append(f"sm_{target}, {what}: {name} wants {numbers['shared']} shared bytes")
-        yield list(rows.values()), errors
+        kept["cases"][what].append(target)
+        kept["seconds"] = round(kept["seconds"] + time.monotonic() - begun, 1)
+        yield
+
+
+def parts_kept(path: Path | None, only: list[str] | None) -> dict[str, dict]:
+    """What the file holds: of the parts that are asked for, those of this very commit."""
+    if path is None or not path.exists():
+        return {}
+    kept = json.loads(path.read_text())
+    same = kept.get("triton") == triton.__version__
+    at = commit()
+    return {
+        part: table
+        for part, table in kept.get("parts", {}).items()
+        if (only and part not in only)
+        or (same and table["commit"] == at and not str(at).endswith("-dirty"))
+    }
+
+
+def written(result: dict) -> str:
+    """As JSON, a kernel a line."""
+    parts = []
+    for part, kept in result["parts"].items():
+        rows = ",\n   ".join(map(json.dumps, kept["kernels"]))
+        head = json.dumps(kept | {"kernels": []}).removesuffix("[]}")
+        parts.append(f"  {json.dumps(part)}: {head}[\n   {rows}\n  ]}}")
+    head = json.dumps(result | {"parts": {}}, indent=1).removesuffix("{}\n}")
+    return f"{head}{{\n" + ",\n".join(parts) + "\n }\n}\n"
 
 
 def table(rows: list[dict]) -> str:
@@ -340,10 +390,11 @@ def main(argv: list[str] | None = None) -> int:
         "--target", type=int, action="append", choices=SHARED_BYTES, help="all by default"
     )
     parser.add_argument("--few", action="store_true", help="one case of each kind")
+    parser.add_argument("--only", action="append", choices=PARTS, help="all by default")
     parser.add_argument(
         "--batches", type=int, metavar="N", help="count what N random batches compile, nothing else"
     )
-    parser.add_argument("--out", type=Path, help="also write the JSON here")
+    parser.add_argument("--out", type=Path, help="also write the JSON here, beside what it has")
     args = parser.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET", "0") not in ("0", ""):
         print("error: TRITON_INTERPRET is set; the interpreter compiles nothing", file=sys.stderr)
@@ -351,16 +402,14 @@ def main(argv: list[str] | None = None) -> int:
     if args.batches:
         print(json.dumps({"batches": args.batches, "compilations": compilations(args.batches)}))
         return 0
-    begun = time.monotonic()
-    result = {"benchmark": "triton_kernels", "commit": commit(), "triton": triton.__version__}
-    for rows, errors in measure(args.target or list(SHARED_BYTES), args.few):
-        result |= {"seconds": round(time.monotonic() - begun, 1), "errors": errors, "kernels": rows}
-        if args.out:  # after each launch: all of them take an hour
-            lines = ",\n  ".join(json.dumps(row) for row in rows)
-            head = json.dumps(result | {"kernels": []}, indent=1).removesuffix("[]\n}")
+    parts = parts_kept(args.out, args.only)
+    result = {"benchmark": "triton_kernels", "triton": triton.__version__, "parts": parts}
+    for _ in measure(parts, args.target or list(SHARED_BYTES), args.few, args.only):
+        if args.out:  # after each launch: all of them take hours
             with atomic_file(args.out) as temporary:
-                temporary.write_text(f"{head}[\n  {lines}\n ]\n}}\n")
-    print(table(rows))
+                temporary.write_text(written(result))
+    print(table([row for kept in parts.values() for row in kept["kernels"]]))
+    errors = [error for kept in parts.values() for error in kept["errors"]]
     for error in errors:
         print(f"error: {error}", file=sys.stderr)
     print(json.dumps(result))
