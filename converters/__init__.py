@@ -90,9 +90,4 @@ def load_exportable(path: str) -> "ASRModel":
             f"{path} is no FastConformer model, and there is no export of its kind; "
             "converters.st2funasr writes FunASR's folder, which FunASR's own tools take on"
         )
-    if model.config.prompts is not None:
-        raise ValueError(
-            f"{path} is told a language behind its encoder ({model.config.class_name}); no client "
-            "of the exports knows that, and without it its texts would be others"
-        )
     return model

@@ -36,22 +36,27 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="what st2onnx or st2hf wrote")
     parser.add_argument("--model", required=True, help="the model that was exported")
     parser.add_argument("--audio", type=Path, required=True, metavar="DIR", help="clips to try")
+    parser.add_argument("--target-lang", metavar="NAME", help="what st2onnx was given")
     parser.add_argument("--int8", action="store_true", help="the folder's files of 8 bits")
     args = parser.parse_args(argv)
-    return cli.run("check_export", lambda: check(args.folder, args.model, args.audio, args.int8))
+    rest = args.int8, args.target_lang
+    return cli.run("check_export", lambda: check(args.folder, args.model, args.audio, *rest))
 
 
-def check(folder: Path, model: str, audio: Path, int8: bool = False) -> None:
+def check(
+    folder: Path, model: str, audio: Path, int8: bool = False, target_lang: str | None = None
+) -> None:
     """Prints each text that differs, and how many agree."""
     from fastconformer import load_model
     from fastconformer.audio.files import load_audio
+    from fastconformer.surgery.language import with_language
     from fastconformer.text.metrics import word_errors
 
     export = read_export(folder, int8)
     paths = sorted(p for p in audio.rglob("*") if p.suffix.lower() in AUDIO)
     if not paths:
         raise ValueError(f"{audio} holds no audio ({', '.join(AUDIO)})")
-    loaded = load_model(model)
+    loaded = with_language(load_model(model), target_lang)
     if export.head not in loaded.heads:
         raise ValueError(
             f"{folder} is of head {export.head!r}, {model} has {', '.join(loaded.heads)}"

@@ -36,6 +36,12 @@ def main(argv: list[str] | None = None) -> int:
         help="of a cache-aware model, in encoder frames: one that it was trained with "
         "(default: its first)",
     )
+    parser.add_argument(
+        "--target-lang",
+        metavar="NAME",
+        help="of a model that is told a language behind its encoder: this one for good (default: "
+        "the client chooses where it can, sherpa-onnx's OnlineRecognizer; else auto)",
+    )
     args = parser.parse_args(argv)
     if args.offline and args.client != "sherpa-onnx":
         parser.error("--offline is for sherpa-onnx; onnx-asr takes whole recordings in any case")
@@ -45,12 +51,13 @@ def main(argv: list[str] | None = None) -> int:
 def convert(args) -> None:
     """Loads, checks, writes."""
     from fastconformer.export import onnx_asr, sherpa_onnx
+    from fastconformer.surgery.language import with_language
     from fastconformer.surgery.look_ahead import with_look_ahead
 
     model = load_exportable(args.model)
     head = model.head(args.head).name
     try:
-        model = with_look_ahead(model, args.look_ahead)
+        model = with_language(with_look_ahead(model, args.look_ahead), args.target_lang)
         if args.client == "onnx-asr":
             onnx_asr.export(model, head, args.output, args.int8)
         else:

@@ -35,7 +35,8 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument(
         "--lang",
-        help="written into every line; picks the tokenizer where each language has one",
+        help="written into every line; picks the tokenizer where each language has one, and is "
+        "told to a model that can be told it",
     )
     options = parser.parse_args(arguments)
     return cli.run("segment", lambda: segment(options))

@@ -95,6 +95,11 @@ class PromptsConfig:
         """Whether it is a language that the model can be asked for."""
         return isinstance(name, str) and name in self.names
 
+    @property
+    def are_several(self) -> bool:
+        """Whether there is anything to choose."""
+        return len(set(self.names.values())) > 1
+
     def index(self, slots: Mapping) -> int:
         """The prompt of {"target_lang": name}; without it that of "auto", as in NeMo. ValueError:
         another slot, or no such language; the message lists them."""

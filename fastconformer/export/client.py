@@ -54,6 +54,15 @@ def check_front_end(client: str, preprocessor: PreprocessorConfig, wanted: dict)
             )
 
 
+def check_unprompted(client: str, config: ModelConfig) -> None:
+    """ValueError: a model that is told a language, for clients who build the network themselves."""
+    if config.prompts is not None:
+        raise ValueError(
+            f"the model is told a language behind its encoder ({config.class_name}); {client} "
+            "knows no such layers, and without them its texts would be others"
+        )
+
+
 def check_encoder(client: str, encoder: EncoderConfig) -> None:
     """ValueError: an encoder other than that of the clients who build the network themselves."""
     for name, value, wanted in (

@@ -29,30 +29,43 @@ class Graph:
     dynamic: dict[str, dict[int, str]] = field(default_factory=dict)
 
 
-class Encoder(nn.Module):
-    """Features to encoded frames, in NeMo's order (B, D, T')."""
+class Encoded(nn.Module):
+    """What heads take: encoded frames, told a language where the model knows some. None named: the
+    one that it takes then."""
 
     def __init__(self, model: ASRModel):
         super().__init__()
-        self.encoder = traceable(model.encoder)
+        self.encoder, self.prompts = traceable(model.encoder), model.config.prompts
+        if self.prompts is not None:
+            self.prompt_kernel, self.language = model.prompt_kernel, self.prompts.index({})
+
+    def told(self, encoded: torch.Tensor, lengths: torch.Tensor, languages=None) -> torch.Tensor:
+        """encoded (B, T', D), lengths (B,), languages None or (B,) int64 -> (B, T', D)."""
+        if self.prompts is None:
+            return encoded
+        languages = torch.full_like(lengths, self.language) if languages is None else languages
+        return self.prompt_kernel(encoded, languages)
+
+
+class Encoder(Encoded):
+    """Features to encoded frames, in NeMo's order (B, D, T')."""
 
     def forward(self, audio_signal: torch.Tensor, length: torch.Tensor):
         encoded, lengths = self.encoder(audio_signal, length)
-        return encoded.transpose(1, 2), lengths
+        return self.told(encoded, lengths).transpose(1, 2), lengths
 
 
-class EncoderCTC(nn.Module):
+class EncoderCTC(Encoded):
     """Features to log-probabilities (B, T', V+1)."""
 
     def __init__(self, model: ASRModel):
-        super().__init__()
-        self.encoder = traceable(model.encoder)
+        super().__init__(model)
         layer = model.frame_head.module.decoder_layers[0]
         self.weight, self.bias = nn.Parameter(layer.weight.detach()[..., 0]), layer.bias
 
     def forward(self, audio_signal: torch.Tensor, length: torch.Tensor):
-        encoded, _ = self.encoder(audio_signal, length)
-        return F.linear(encoded, self.weight, self.bias).log_softmax(-1)
+        encoded, lengths = self.encoder(audio_signal, length)
+        return F.linear(self.told(encoded, lengths), self.weight, self.bias).log_softmax(-1)
 
 
 class Decoder(nn.Module):

@@ -16,7 +16,7 @@ from ..config import ModelConfig
 from ..model import ASRModel
 from ..text.sentencepiece_model import SentencePieceModel
 from ..text.tokenizer_json import tokenizer_json
-from .client import check_encoder, check_front_end, check_heads
+from .client import check_encoder, check_front_end, check_heads, check_unprompted
 
 BLANK = "<blank>"
 # By the head's family: names of its tensors, and of model classes, which end in the head's name.
@@ -52,6 +52,7 @@ def export(model: ASRModel, head: str, folder: Path, card: str | None = None) ->
         )
     config = model.config
     check_front_end("transformers", config.preprocessor, FRONT_END)
+    check_unprompted("transformers' Parakeet", config)
     check_encoder("transformers", config.encoder)
     if model.tokenizer.kind != "bpe":
         raise ValueError(

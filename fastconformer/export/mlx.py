@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from ..checkpoint.contents import CONFIG_FILE, WEIGHTS_FILE
 from ..checkpoint.files import filled_folder
 from ..model import ASRModel
-from .client import check_encoder, check_front_end, check_heads
+from .client import check_encoder, check_front_end, check_heads, check_unprompted
 
 TARGETS = {  # NeMo's class by the families of the model's heads, as the client picks its own
     ("ctc",): "ctc_bpe_models.EncDecCTCModelBPE",
@@ -41,6 +41,7 @@ def export(model: ASRModel, folder: Path) -> None:
     """
     config = model.config
     check_front_end("parakeet-mlx", config.preprocessor, FRONT_END)
+    check_unprompted("parakeet-mlx", config)
     check_encoder("parakeet-mlx", config.encoder)
     check_heads(config)
     families = tuple(model.head(name).family for name in model.heads)

@@ -5,6 +5,7 @@ where a key is missing or wrong, so nothing here is left out. Its features are K
 the model was trained with: its texts can differ from ours with any export, NeMo's own included.
 """
 
+import json
 from pathlib import Path
 
 from ..checkpoint.files import filled_folder
@@ -57,6 +58,9 @@ def export(
     online = is_online(config) and not offline
     if online:
         metadata |= _online_metadata(config)
+        if family == "transducer" and config.prompts and config.prompts.are_several:
+            metadata["prompt_dictionary"] = json.dumps(config.prompts.names)
+            metadata["auto_prompt_id"] = config.prompts.index({})
     table = ONLINE_GRAPHS if online else GRAPHS
     graphs = {name: graph(model) for name, graph in table[family].items()}
     suffix = ".int8" if int8 else ""

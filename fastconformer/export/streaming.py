@@ -18,8 +18,7 @@ from ..config import EncoderConfig
 from ..model import ASRModel
 from ..networks.attention import position_encoding
 from ..networks.state import why_not_in_chunks
-from .attention import traceable
-from .graphs import Graph
+from .graphs import Encoded, Graph
 
 DROPPED = 2  # encoder frames of the feature frames before a window
 
@@ -49,17 +48,16 @@ def windows_of(config: EncoderConfig) -> Windows:
     return Windows(shift + factor + 1, shift, right + 1, (n, left, d), time)
 
 
-class StreamingEncoder(nn.Module):
+class StreamingEncoder(Encoded):
     """See the module's docstring."""
 
     def __init__(self, model: ASRModel):
-        super().__init__()
+        super().__init__(model)
         self.windows = windows_of(model.config.encoder)
-        self.encoder = traceable(model.encoder)
 
-    def forward(self, audio_signal, length, channel, time, filled):
-        """(B, M, window), (B,), (B, layers, L, D), (B, layers, D, K-1), (B,) -> (B, C, D),
-        (B,), and the caches after it."""
+    def forward(self, audio_signal, length, channel, time, filled, prompt_index=None):
+        """(B, M, window), (B,), (B, layers, L, D), (B, layers, D, K-1), (B,), of a model that is
+        told one of several languages (B,) -> (B, C, D), (B,), and the caches after it."""
         encoder, n_new, left = self.encoder, self.windows.n_out, self.windows.channel[1]
         config = encoder.config
         x, lengths = encoder.pre_encode(audio_signal, length)
@@ -81,6 +79,7 @@ class StreamingEncoder(nn.Module):
             times.append(kept)
             x = layer.finish(x + y)
         x = x if encoder.out_proj is None else encoder.out_proj(x)
+        x = self.told(x, lengths, prompt_index)
         filled = (filled + n_new).clamp(max=left)
         return x, lengths, torch.stack(channels, 1), torch.stack(times, 1), filled
 
@@ -88,8 +87,8 @@ class StreamingEncoder(nn.Module):
 class StreamingTransducer(StreamingEncoder):
     """Gives encoded frames (B, D, C)."""
 
-    def forward(self, audio_signal, length, channel, time, filled):
-        x, *rest = super().forward(audio_signal, length, channel, time, filled)
+    def forward(self, *inputs):
+        x, *rest = super().forward(*inputs)
         return x.transpose(1, 2), *rest
 
 
@@ -101,14 +100,17 @@ class StreamingCTC(StreamingEncoder):
         layer = model.frame_head.module.decoder_layers[0]
         self.weight, self.bias = nn.Parameter(layer.weight.detach()[..., 0]), layer.bias
 
-    def forward(self, audio_signal, length, channel, time, filled):
-        x, *rest = super().forward(audio_signal, length, channel, time, filled)
+    def forward(self, *inputs):
+        x, *rest = super().forward(*inputs)
         return nn.functional.linear(x, self.weight, self.bias).log_softmax(-1), *rest
 
 
 def streaming_encoder_graph(model: ASRModel) -> Graph:
-    """-> outputs (B, D, C), encoded_lengths (B,), cache_last_*_next."""
-    return _graph(StreamingTransducer(model), model, "outputs")
+    """-> outputs (B, D, C), encoded_lengths (B,), cache_last_*_next. The last input is
+    `prompt_index` (B,) where the model knows several languages."""
+    prompts = model.config.prompts
+    asks = prompts is not None and prompts.are_several
+    return _graph(StreamingTransducer(model), model, "outputs", asks)
 
 
 def streaming_ctc_graph(model: ASRModel) -> Graph:
@@ -116,7 +118,7 @@ def streaming_ctc_graph(model: ASRModel) -> Graph:
     return _graph(StreamingCTC(model), model, "logprobs")
 
 
-def _graph(module: StreamingEncoder, model: ASRModel, output: str) -> Graph:
+def _graph(module: StreamingEncoder, model: ASRModel, output: str, asks: bool = False) -> Graph:
     windows = module.windows
     example = (
         torch.randn(2, model.config.encoder.feat_in, windows.size),
@@ -127,6 +129,8 @@ def _graph(module: StreamingEncoder, model: ASRModel, output: str) -> Graph:
     )
     caches = ("cache_last_channel", "cache_last_time", "cache_last_channel_len")
     inputs = ("audio_signal", "length", *caches)
+    if asks:
+        inputs, example = (*inputs, "prompt_index"), (*example, torch.tensor([0, 0]))
     after = ("cache_last_channel_next", "cache_last_time_next", "cache_last_channel_next_len")
     outputs = (output, "encoded_lengths", *after)
     dynamic = {name: {0: "batch"} for name in (*inputs, *outputs)}

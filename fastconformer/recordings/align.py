@@ -12,23 +12,26 @@ _MARKS = (",", ".", "!", "?")
 
 
 @torch.no_grad()
-def align(model, audio, text: str, confidence: Confidence | str | bool | None = None) -> list[Span]:
+def align(
+    model, audio, text: str, confidence: Confidence | str | bool | None = None, **slots
+) -> list[Span]:
     """When each word of a known text was said, by the CTC head.
 
     Args:
         audio: a path or mono samples, as for `transcribe`; text: words between spaces.
         confidence: also give each word's confidence; True takes NeMo's defaults.
+        slots: of the head's prompt, such as target_lang.
     Returns:
         One Span for each word of `text.split()`, times in seconds. A word of which the
         tokenizer knows nothing has no extent.
     Raises:
-        ValueError: no CTC head, no words, or more tokens than the clip has frames for.
+        ValueError: no CTC head, no words or slot, or more tokens than the clip has frames for.
     """
     head = model.frame_head or model.head("ctc")  # which says that there is none
     words = text.split()
     clip = read_samples(audio, model.sample_rate)
     options = DecodingOptions(confidence=confidence)
-    found, ends, shift = _aligned(model, head, clip, words, options.confidence)
+    found, ends, shift = _aligned(model, head, clip, words, options.confidence, slots)
     spans, first, time, spaces = [], 0, 0, _space_ids(head.tokenizer)
     for word, end in zip(words, ends):
         while first < end and found.tokens[first] in spaces:
@@ -53,7 +56,7 @@ def align_tokens(model, clip: np.ndarray, text: str) -> tuple[list[int], list[Sp
     space, and marks have no extent: they lie at the end of the token before.
     """
     head = model.frame_head or model.head("ctc")
-    found, ends, shift = _aligned(model, head, clip, text.split(), None)
+    found, ends, shift = _aligned(model, head, clip, text.split(), None, {})
     lasts = [frame + n for frame, n in zip(found.frames, found.durations)]
     spans = spans_of_tokens(found, head.tokenizer, found.frames, lasts)
     firsts = {0, *ends}
@@ -64,15 +67,19 @@ def align_tokens(model, clip: np.ndarray, text: str) -> tuple[list[int], list[Sp
     return found.tokens, in_seconds(spans, *times), ends
 
 
-def _aligned(model, head, clip: np.ndarray, words: list[str], confidence: Confidence | None):
+def _aligned(
+    model, head, clip: np.ndarray, words: list[str], confidence: Confidence | None, slots: dict
+):
     """(hypothesis with the frames of each token, tokens after each word, seconds of silence in
     front)."""
     if not words:
         raise ValueError("the text to align is empty")
     samples, lengths, (shift,) = collate([clip], model.min_duration_s, model.sample_rate)
     device = model.device
+    for_encoder, _ = head.parted(head.asked(slots, True))
     with evaluating(model):
-        encoded, lengths = model.encode(*model.featurize(samples.to(device), lengths.to(device)))
+        features = model.featurize(samples.to(device), lengths.to(device))
+        encoded, lengths = model.encode(*features, **for_encoder)
         log_probs = head.log_probs(encoded, lengths)
     tokens, ends = _tokens_of_words(head.tokenizer, words)
     (found,) = ctc_align(log_probs, lengths, [tokens], confidence)

@@ -21,6 +21,7 @@ def frame_losses(
     tokens: Sequence[int],
     head: str | None = None,
     batch_size: int = 16,
+    lang: str | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """What each frame of a recording of any length makes of some tokens.
 
@@ -28,6 +29,7 @@ def frame_losses(
         head: None: the CTC head, where the model has one. A head that says only which tokens it
             found in which frames counts as sure of them: all others lose LEAST there.
         batch_size: pieces of the recording a pass; on a CPU one.
+        lang: what is spoken, told to a model that can be told it.
     Returns:
         (T', len(tokens) + 1) float32, log-probabilities of these tokens and blank, last, minus the
         frame's largest, LEAST or more; and (T',) int64, the best class of each frame.
@@ -36,7 +38,9 @@ def frame_losses(
     """
     chosen = model.head(head) if head else model.frame_head
     if chosen is None or not chosen.has_frame_posteriors:
-        return _losses_of_transcript(model, clip, tokens, head, batch_size)
+        slots = model.head(head).slots_of({"lang": lang})
+        return _losses_of_transcript(model, clip, tokens, head, batch_size, slots)
+    for_encoder, _ = chosen.parted(chosen.asked(chosen.slots_of({"lang": lang}), False))
     rate, device = model.sample_rate, model.device
     columns = torch.tensor([*tokens, model.blank_id], device=device)
     step = round(model.config.frame_seconds * rate)
@@ -50,7 +54,8 @@ def frame_losses(
             clips = [clip[first * step : end * step] for first, end in group]
             samples, lengths, _ = collate(clips, 0.0, rate)
             samples, lengths = as_float(samples.to(device)), lengths.to(device)
-            encoded, lengths = model.encode(*model.preprocessor(samples, lengths, pad=False))
+            features = model.preprocessor(samples, lengths, pad=False)
+            encoded, lengths = model.encode(*features, **for_encoder)
             log_probs = chosen.log_probs(encoded, lengths)
             for row, (first, end) in zip(log_probs, group, strict=True):
                 row = row[: end - first]
@@ -60,8 +65,9 @@ def frame_losses(
     return np.concatenate(losses), np.concatenate(best)
 
 
-def _losses_of_transcript(model, clip, tokens, head: str | None, batch_size: int):
-    found = model.transcribe([clip], head, batch_size, long="quiet", window_s=PIECE_S)[0]
+def _losses_of_transcript(model, clip, tokens, head: str | None, batch_size: int, slots: dict):
+    options = {"long": "quiet", "window_s": PIECE_S} | slots
+    found = model.transcribe([clip], head, batch_size, **options)[0]
     if found.text and not found.token_frames:
         raise ValueError("the model has no CTC head, and tells no frames of the tokens it hears")
     n_frames = int(len(clip) / model.sample_rate / model.config.frame_seconds) + 1

@@ -21,20 +21,23 @@ def transcribe_in_windows(
     tell: Callable[[str], None],
     head: str | None = None,
     window_s: float | None = None,
+    **slots,
 ) -> Transcript:
     """What `transcribe(..., long="chunks", retry=False, timestamps=True)` gives for the samples of
     one recording, (L,) at the model's rate.
 
     After each window, the kept part of which has `window_s` (None: 120 s), `tell` is given the
-    words at the text's beginning that stay. What it raises ends the work.
+    words at the text's beginning that stay. What it raises ends the work. `slots`: of the head's
+    prompt, such as target_lang.
 
     Raises:
-        ValueError: not such samples, or a head that cannot go on from window to window.
+        ValueError: not such samples, a head that cannot go on from window to window, no such slot.
     """
     chosen = model.head(head)
     found, state = chosen.first_hypothesis(), None
     if found is None:
         raise ValueError(f"the head {chosen.name} reads a clip as a whole, not window by window")
+    for_encoder, _ = chosen.parted(chosen.asked(slots, True))
     rate, frame_s = model.sample_rate, model.config.frame_seconds
     samples = read_samples(samples, rate)
     first, end = sounding(model, samples)
@@ -46,7 +49,7 @@ def transcribe_in_windows(
             as_float(audio), torch.tensor([audio.shape[1]], device=model.device), pad=False
         )
         features = features[0, :, : lengths[0]]
-        for encoded in longform.encoded_windows(model, features, 1, window_s):
+        for encoded in longform.encoded_windows(model, features, 1, window_s, **for_encoder):
             state = chosen.decode_next([found], encoded, [n_frames], state)
             n_frames += encoded.shape[1]
             tell(running.partial(found, None, heard_s).stable_text)

@@ -100,8 +100,8 @@ class Service:
                 raise ClientDisconnect
             loop.call_soon_threadsafe(tell, text)
 
-        plain = not options.keys() - {"head", "timestamps"}
         head = self.batcher.model.head(options["head"])
+        plain = not options.keys() - {"head", "timestamps", *head.slots}
         is_long = len(samples) > longform.WINDOW_S * self.batcher.model.sample_rate
         in_windows = tell and is_long and plain and head.first_hypothesis() is not None
         future = self.batcher.submit(samples, options, heard if in_windows else None)

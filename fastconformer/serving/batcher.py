@@ -89,7 +89,7 @@ class Batcher:
     ) -> concurrent.futures.Future:
         """Puts samples (L,) into the line. The future gives their Transcript, or raises what the
         model raised for them; `cancel()` takes them out again. Full: the line is full. `tell`: as
-        in `transcribe_in_windows`, on the files' thread; of the options the head counts then.
+        in `transcribe_in_windows`, on the files' thread; the options are its own then.
         """
         job = _Job(samples, options, tell)
         with self._change:
@@ -216,11 +216,11 @@ class Batcher:
 
     def _transcribe(self, batch: list[_Job]) -> None:
         try:
-            samples, options = [job.samples for job in batch], batch[0].options
+            samples, options, tell = [job.samples for job in batch], batch[0].options, batch[0].tell
             found: list[Transcript] = (
                 self.model.transcribe(samples, batch_size=len(batch), **options)
-                if batch[0].tell is None
-                else [transcribe_in_windows(self.model, samples[0], batch[0].tell, options["head"])]
+                if tell is None
+                else [transcribe_in_windows(self.model, samples[0], tell, **_untimed(options))]
             )
         except Exception as error:  # handed to whoever waits; alone, where it may be one's fault
             if len(batch) == 1:
@@ -234,3 +234,8 @@ class Batcher:
         self.audio_s["files"] += sum(transcript.duration for transcript in found)
         for job, transcript in zip(batch, found, strict=True):
             job.done.set_result(transcript)
+
+
+def _untimed(options: dict) -> dict:
+    """Without `timestamps`, which a text that is told by windows has anyway."""
+    return {name: value for name, value in options.items() if name != "timestamps"}

@@ -217,6 +217,39 @@ def test_sherpa_onnx_says_what_it_says_of_nemos_export(name, clips, tmp_path):
     assert len(differing) <= len(here) // 50, differing  # near ties: 1 in 500 was seen
 
 
+def test_sherpa_onnx_asks_for_a_language(clips, tmp_path, monkeypatch):
+    """Each stream of the online recogniser, where an export knows several; else what it has."""
+    monkeypatch.syspath_prepend(ROOT / "tests" / "networks")
+    from sherpa_onnx import OnlineRecognizer
+    from test_prompt_kernel import write
+
+    def heard(folder):
+        parts = {part: str(folder / f"{part}.onnx") for part in ("encoder", "decoder", "joiner")}
+        client = OnlineRecognizer.from_transducer(tokens=str(folder / "tokens.txt"), **parts)
+        texts = {}
+        for language in ("", "auto", "en-US", "de-DE"):
+            stream = client.create_stream()
+            if language:
+                stream.set_option("language", language)
+            stream.accept_waveform(
+                16000, np.concatenate((clips["sentence.wav"], np.zeros(16000, np.float32)))
+            )
+            stream.input_finished()
+            while client.is_ready(stream):
+                client.decode_stream(stream)
+            texts[language] = client.get_result(stream)
+        return texts
+
+    model, texts = write(tmp_path / "prompted.nemo"), {}
+    for name, options in (("asks", []), ("de-DE", ["--target-lang", "de-DE"])):
+        words = [model, "-o", tmp_path / name, "--for", "sherpa-onnx", *options]
+        assert converters.st2onnx.main(list(map(str, words))) == 0
+        texts[name] = heard(tmp_path / name)
+    asked = texts["asks"]
+    assert asked[""] == asked["auto"] != asked["de-DE"]
+    assert set(texts["de-DE"].values()) == {asked["de-DE"]}
+
+
 def test_past_the_end_of_nemos_positions(ours, tmp_path):
     """239 s at 4-fold subsampling: NeMo's export ends at 200 s."""
     pytest.importorskip("onnx_asr")

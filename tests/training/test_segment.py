@@ -134,7 +134,7 @@ class Heard:
         self.blank_id = len(labels)
         ids = [self.tokenizer.ids.get(char, self.blank_id) for char in heard]
 
-        def frame_losses(model, samples, tokens, head, batch_size):
+        def frame_losses(model, samples, tokens, head, batch_size, lang):
             best = np.array(ids + [self.blank_id] * (len(samples) // 1600 - len(ids)))
             columns = np.array([*tokens, self.blank_id])
             return np.where(best[:, None] == columns, 0, -8).astype(np.float32), best

@@ -69,7 +69,7 @@ def find_segments(
         min_score: parts below it are left out; None: DEVIATIONS from what is usual here.
         joined: good parts that follow one another become one clip of at most max_s.
         head, batch_size: as `frame_losses` takes them.
-        lang: of the text, where the model has a tokenizer for each language.
+        lang: of the text, where the model has a tokenizer for each language or is told one.
     Raises:
         ValueError: the model can write no word of the text, gives no frames, or does not know lang.
     """
@@ -77,7 +77,7 @@ def find_segments(
     used = sorted({token for word in words for token in word.tokens})
     if not used:
         raise ValueError("the text has no word that the model can write")
-    losses, best = frame_losses(model, samples, used, head, batch_size)
+    losses, best = frame_losses(model, samples, used, head, batch_size, lang)
     seconds = len(samples) / model.sample_rate
     frame_s = model.config.frame_seconds
     quiet = quiet_steps(samples, model.sample_rate)
