@@ -16,14 +16,14 @@ def check_kernels(dry: bool, kept: dict) -> dict:
     limits = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
     for name, module, inputs in _modules(dry, device):
         with torch.no_grad(), mock.patch.object(kernels, "usable", lambda x: False):
-            expected = module.double()(*_cast(inputs, torch.float64))
+            expected = _frames(module.double()(*_cast(inputs, torch.float64)))
         for dtype, limit in limits.items():
             if dry and dtype == torch.bfloat16:
                 continue  # the interpreter has no such products
             module.to(dtype)
             given = _cast(inputs, dtype)
             with torch.no_grad(), mock.patch.object(kernels, "usable", lambda x: True):
-                value = distance(module(*given), expected)
+                value = distance(_frames(module(*given)), expected)
                 what = f"{name} {dtype}".replace("torch.", "")
                 rows.append(check(what, value, limit))
                 times.append(timing(what, milliseconds(lambda: module(*given), dry), "ms"))  # noqa: B023
@@ -34,10 +34,11 @@ def check_kernels(dry: bool, kept: dict) -> dict:
 
 
 def _modules(dry: bool, device: torch.device):
-    """(name, module with random numbers, inputs): attention with two kinds of mask, convolution;
-    the sizes of 0.6B, 16 clips of 30 s."""
+    """(name, module with random numbers, inputs): attention with two kinds of mask, convolution,
+    subsampling; the sizes of 0.6B, 16 clips of 30 s."""
     from fastconformer.networks.attention import RelPositionMultiHeadAttention, position_encoding
     from fastconformer.networks.conformer_layer import Convolution
+    from fastconformer.networks.subsampling import ConvSubsampling
 
     batch, n_frames, width, heads = (1, 17, 16, 1) if dry else (16, 376, 1024, 8)
     torch.manual_seed(0)
@@ -54,6 +55,15 @@ def _modules(dry: bool, device: torch.device):
     yield "attention, chunks", attention, (x, positions, chunks)
     convolution = Convolution(width, 9, (4, 4), "batch_norm", True).to(device).eval()
     yield "convolution", convolution, (x, pad_mask)
+    n_bins, channels = (16, 16) if dry else (128, 256)
+    features = torch.randn(batch, n_bins, 8 * n_frames - 7, device=device)
+    lengths = torch.linspace(features.shape[2], 1, batch, device=device).long()
+    subsampling = ConvSubsampling("dw_striding", 8, n_bins, width, channels, False)
+    yield "subsampling", subsampling.to(device).eval(), (features, lengths)
+
+
+def _frames(result) -> torch.Tensor:
+    return result[0] if isinstance(result, tuple) else result
 
 
 def _cast(inputs, dtype: torch.dtype) -> list:

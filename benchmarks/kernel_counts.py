@@ -3,8 +3,8 @@
     python -m benchmarks.kernel_counts                             # a table
     python -m benchmarks.kernel_counts --case "0.6b, 64 of 30 s"   # its operators, costliest first
 
-The encoder and a step of decoding run on tensors that hold nothing (device "meta") and say they are
-on a GPU, so that the code takes its path for one. Every operator that is no view
+The encoder, its subsampling and a step of decoding run on tensors that hold nothing (device "meta")
+and say they are on a GPU, so that the code takes its path for one. Every operator that is no view
 counts as one kernel, a custom operator too; its traffic is each tensor that it reads or writes,
 once. Attention with a mask counts as one kernel, as torch's memory-efficient one is. What a kernel
 reads twice and what stays in a cache is not seen: the numbers compare versions, they are no times.
@@ -157,6 +157,22 @@ def encoder_case(size: str, batch: int, seconds: int) -> Count:
     return two
 
 
+def subsampling_case(size: str, batch: int, seconds: int) -> Count:
+    config = config_of(size).encoder
+
+    def make():
+        return [ConformerEncoder(dataclasses.replace(config, n_layers=1)).pre_encode]
+
+    def work(subsampling):
+        features = torch.empty(
+            batch, config.feat_in, seconds * FRAMES_PER_SECOND, dtype=torch.bfloat16
+        )
+        lengths = torch.full((batch,), features.shape[2])
+        return lambda: subsampling(features, lengths)
+
+    return on_gpu(make, work)
+
+
 def step_case(size: str, batch: int) -> Count:
     config = config_of(size)
 
@@ -171,15 +187,18 @@ def step_case(size: str, batch: int) -> Count:
     return on_gpu(lambda: [PredictionNetwork(config.decoder), Joint(config.joint)], work)
 
 
-def measure() -> dict[str, tuple[Count, int]]:
-    """{case: (its counts, frames that its traffic is divided by; 0 for a step)}"""
+def measure() -> dict[str, tuple[Count, str, int]]:
+    """{case: (its counts, what its traffic is told by and how many of it; 0 for a step)}"""
     cases = {}
+    for size, batch, seconds in ENCODERS:
+        count = subsampling_case(size, batch, seconds)
+        cases[f"{size}, subsampling {batch} of {seconds} s"] = count, "second", batch * seconds
     for size, batch, seconds in ENCODERS:
         frames = batch * -(-seconds * FRAMES_PER_SECOND // 8)
         name = f"{size}, {batch} of {seconds} s"
-        cases[name] = encoder_case(size, batch, seconds), frames
+        cases[name] = encoder_case(size, batch, seconds), "frame", frames
     for size, batch in STEPS:
-        cases[f"{size}, a step of decoding {batch}"] = step_case(size, batch), 0
+        cases[f"{size}, a step of decoding {batch}"] = step_case(size, batch), "frame", 0
     return cases
 
 
@@ -196,23 +215,24 @@ def main(argv: list[str] | None = None) -> int:
     if args.case is not None:
         if args.case not in cases:
             parser.error(f"--case is {args.case!r}, expected one of {'; '.join(cases)}")
-        count, frames = cases[args.case]
+        count, unit, n = cases[args.case]
         for name, total in count.bytes.most_common():
             if count.kernels[name]:
-                traffic = f"{total / frames / 1e3:10.1f} KB a frame" if frames else ""
+                traffic = f"{total / n / 1e3:10.1f} KB a {unit}" if n else ""
                 print(f"{name:<40} {count.kernels[name]:4} {traffic}")
         return 0
     rows = [
         {
             "case": name,
             "kernels": count.kernels.total(),
-            "kb_a_frame": round(count.bytes.total() / frames / 1e3, 1) if frames else None,
+            f"kb_a_{unit}": round(count.bytes.total() / n / 1e3, 1) if n else None,
         }
-        for name, (count, frames) in cases.items()
+        for name, (count, unit, n) in cases.items()
     ]
-    print(f"{'a layer, or a step':<32} kernels  KB a frame")
+    print(f"{'a layer, the subsampling, or a step':<36} kernels  KB a frame, or a second of audio")
     for row in rows:
-        print(f"{row['case']:<32} {row['kernels']:7}  {row['kb_a_frame'] or '-':>10}")
+        traffic = row.get("kb_a_second", row.get("kb_a_frame"))
+        print(f"{row['case']:<36} {row['kernels']:7}  {traffic or '-':>10}")
     result = {
         "benchmark": "kernel_counts",
         "commit": commit(),

@@ -40,11 +40,11 @@ from fastconformer.checkpoint.files import atomic_file
 from fastconformer.decoding import triton_step
 from fastconformer.losses import fused_triton
 from fastconformer.losses.fused_cells import PADDED_TO, Job, Tile, empty_cells
-from fastconformer.networks import triton_attention, triton_convolution
+from fastconformer.networks import triton_attention, triton_convolution, triton_subsampling
 
 # Shared memory that a block may ask for, bytes: A100; H100 and H200; RTX 50 (as RTX 30 and 40).
 SHARED_BYTES = {80: 166_912, 90: 232_448, 120: 101_376}
-PARTS = ("attention", "convolution", "step", "loss")
+PARTS = ("attention", "convolution", "subsampling", "step", "loss")
 DTYPES = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
@@ -160,6 +160,22 @@ def launch_convolution(dtype: torch.dtype, width: int, taps: int, has_bias: bool
     )
 
 
+def launch_subsampling(
+    dtype: torch.dtype, channels: int, n_bins: int, causal: bool, n_frames: int = 3001
+):
+    """By a factor of 8."""
+
+    def empty(*shape, dtype=dtype):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    lengths = empty(2, dtype=torch.int64)
+    tap_weights, bias = empty(channels, 1, 3, 3), empty(channels)
+    weights = tap_weights, bias, tap_weights, bias
+    x = triton_subsampling.start(empty(2, n_bins, n_frames), lengths, *weights, causal)
+    x = triton_subsampling.stage(x, lengths, tap_weights, bias, 4, causal)
+    triton_subsampling.end(x, lengths, 8, causal)
+
+
 def launch_step(
     dtype: torch.dtype,
     n_tokens: int,
@@ -208,6 +224,13 @@ def launches(few: bool) -> Iterator[tuple[str, str, Callable[[], None]]]:
             "convolution",
             f"{name} {width} channels, {taps} taps",
             partial(launch_convolution, DTYPES[name], width, taps, biased),
+        )
+    inputs = ((256, 128, False), (256, 80, True), (512, 80, False), (36, 64, False))
+    for (width, n_bins, causal), name in itertools.product(inputs[: 1 if few else None], names):
+        yield (
+            "subsampling",
+            f"{name} {width} channels, {n_bins} bins" + (" causal" if causal else ""),
+            partial(launch_subsampling, DTYPES[name], width, n_bins, causal),
         )
     steps = (
         (1025, 5, 8, False),

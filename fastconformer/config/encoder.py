@@ -16,6 +16,11 @@ ADAPTER_ACTIVATIONS = {
 }
 
 
+def output_length(length, factor: int, causal: bool):
+    """Frames, or bins, after subsampling by a power of two: of an int or an integer tensor."""
+    return (length + factor - 2) // factor + 1 if causal else (length - 1) // factor + 1
+
+
 @dataclass(frozen=True)
 class AdapterConfig:
     """NeMo's LinearAdapter behind each layer: x + adapter(x)."""

@@ -12,6 +12,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from ..config.encoder import output_length
+
 WIDEST_HEAD = 128  # of attention's kernel: wider ones, compiled, spill a thousand registers
 
 
@@ -87,3 +89,59 @@ def gated_convolution(
 @gated_convolution.register_fake
 def _(x, pad_mask, weight, bias, norm, eps, left):
     return x.new_empty(x.shape[0], x.shape[1], x.shape[2] // 2)
+
+
+@torch.library.custom_op("fastconformer::subsampling_start", mutates_args=())
+def subsampling_start(
+    features: Tensor,
+    lengths: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    depth_weight: Tensor,
+    depth_bias: Tensor,
+    causal: bool,
+) -> Tensor:
+    """As `triton_subsampling.start`."""
+    from .triton_subsampling import start
+
+    with torch.cuda.device_of(features):
+        return start(features, lengths, weight, bias, depth_weight, depth_bias, causal)
+
+
+@subsampling_start.register_fake
+def _(features, lengths, weight, bias, depth_weight, depth_bias, causal):
+    batch, n_bins, n_frames = features.shape
+    size = output_length(n_frames, 4, causal), output_length(n_bins, 4, causal)
+    return features.new_empty(batch, *size, len(weight))
+
+
+@torch.library.custom_op("fastconformer::subsampling_stage", mutates_args=())
+def subsampling_stage(
+    x: Tensor, lengths: Tensor, weight: Tensor, bias: Tensor, factor: int, causal: bool
+) -> Tensor:
+    """As `triton_subsampling.stage`."""
+    from .triton_subsampling import stage
+
+    with torch.cuda.device_of(x):
+        return stage(x, lengths, weight, bias, factor, causal)
+
+
+@subsampling_stage.register_fake
+def _(x, lengths, weight, bias, factor, causal):
+    batch, n_frames, n_bins, channels = x.shape
+    size = output_length(n_frames, 2, causal), output_length(n_bins, 2, causal)
+    return x.new_empty(batch, *size, channels)
+
+
+@torch.library.custom_op("fastconformer::subsampling_end", mutates_args=())
+def subsampling_end(x: Tensor, lengths: Tensor, factor: int, causal: bool) -> Tensor:
+    """As `triton_subsampling.end`."""
+    from .triton_subsampling import end
+
+    with torch.cuda.device_of(x):
+        return end(x, lengths, factor, causal)
+
+
+@subsampling_end.register_fake
+def _(x, lengths, factor, causal):
+    return x.new_empty(x.shape[0], x.shape[1], x.shape[2] * x.shape[3])

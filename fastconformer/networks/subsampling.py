@@ -10,16 +10,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..config import EncoderConfig
+from ..config.encoder import EncoderConfig, output_length
+from . import kernels, tiles
 from .linear import Linear, linear
-
-
-def output_length(length, factor: int, causal: bool):
-    """Frames after subsampling, for an int or an integer tensor."""
-    while factor > 1:
-        length = length // 2 + 1 if causal else (length - 1) // 2 + 1
-        factor //= 2
-    return length
 
 
 def encoded_length(config: EncoderConfig, length):
@@ -31,7 +24,8 @@ def encoded_length(config: EncoderConfig, length):
     return length // 2 if pooling else output_length(length, config.reduction_factor, False)
 
 
-# Of the first convolution's output in one piece; what fits a CPU's caches takes half the time.
+# Of the first convolution's output in one piece; what fits a CPU's caches takes half the time. A
+# GPU's kernels write a quarter of it at most, and may fill a share of its memory.
 TILE_BYTES, TILE_BYTES_GPU = 1 << 21, 1 << 28
 
 
@@ -64,6 +58,7 @@ class ConvSubsampling(nn.Module):
         self.conv = nn.Sequential(*layers)
         self.out = Linear(channels * output_length(feat_in, factor, causal), d_model)
         self.factor, self.causal = factor, causal
+        self.separable = kind == "dw_striding" and factor > 2
 
     def forward(self, features: torch.Tensor, lengths: torch.Tensor):
         """(B, M, T), (B,) -> (B, T', D), (B,)."""
@@ -71,8 +66,11 @@ class ConvSubsampling(nn.Module):
         n_out = output_length(t, self.factor, self.causal)
         frame_bytes = b * self.factor // 2 * (m // 2) * self.conv[0].out_channels
         frame_bytes *= features.element_size()
-        tile = (TILE_BYTES_GPU if features.is_cuda else TILE_BYTES) // max(1, frame_bytes)
-        tile = max(tile, 32)
+        tile_bytes = TILE_BYTES
+        if features.is_cuda:
+            share = tiles.gpu_memory(features.device) // tiles.SHARE
+            tile_bytes = 4 * share if self._takes_kernels(features) else TILE_BYTES_GPU
+        tile = max(tile_bytes // max(1, frame_bytes), 32)
         if n_out <= tile or torch.is_grad_enabled():
             return self._piece(features, lengths)
         whole = None
@@ -90,7 +88,12 @@ class ConvSubsampling(nn.Module):
             whole[:, start:stop] = piece[:, start - first : stop - first]
         return whole, output_length(lengths, self.factor, self.causal)
 
+    def _takes_kernels(self, features: torch.Tensor) -> bool:
+        return self.separable and kernels.usable(features)
+
     def _piece(self, features: torch.Tensor, lengths: torch.Tensor):
+        if self._takes_kernels(features):
+            return self._in_kernels(features, lengths)
         x = features.transpose(1, 2)[:, None]  # (B, 1, T, M)
         if x.device.type == "cpu" and not torch.is_grad_enabled() and not self.causal:
             return self._channels_last(x, lengths)
@@ -125,6 +128,21 @@ class ConvSubsampling(nn.Module):
                 x = F.relu_(x) if after == "relu" else x
         x = _mask_time(x, lengths) if masked else x
         return self.out(x.transpose(1, 2).flatten(2)), lengths
+
+    def _in_kernels(self, features: torch.Tensor, lengths: torch.Tensor):
+        """The same on a GPU, channels last: matrix products, and one kernel between two of them."""
+        first, depthwise = self.conv[0], self.conv[2]
+        weights = first.weight, first.bias, depthwise.weight, depthwise.bias
+        x = kernels.subsampling_start(features, lengths, *weights, self.causal)
+        factor = 4
+        for i in range(3, len(self.conv), 3):  # the products: a depthwise convolution before each
+            if i > 3:
+                weight, bias = self.conv[i - 1].weight, self.conv[i - 1].bias
+                x = kernels.subsampling_stage(x, lengths, weight, bias, factor, self.causal)
+                factor *= 2
+            x = linear(x, self.conv[i].weight, self.conv[i].bias)
+        x = kernels.subsampling_end(x, lengths, factor, self.causal)
+        return self.out(x), output_length(lengths, factor, self.causal)
 
 
 class Reduction(nn.Module):

@@ -6,11 +6,11 @@ import torch
 
 from ..audio import fbank
 from ..config import EncoderConfig, ModelConfig
+from ..config.encoder import output_length
 from ..config.funasr import FunASRConfig
 from ..decoding.ctc import LOG_PROBS
 from ..heads import HEADS
 from ..networks import tiles
-from ..networks.subsampling import output_length
 
 # The counts below are from peaks on a CPU: benchmarks/results/birwkv7_memory.json
 SAFETY = 1.1  # allocators round up

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from ..config.encoder import output_length
 from ..decoding import Hypothesis
 from ..networks.state import EncoderState, encode_chunk, first_state, why_not_in_chunks
-from ..networks.subsampling import output_length
 from ..surgery.look_ahead import with_look_ahead
 from .partial import Partial, RunningText
 from .samples import as_float, read_piece

@@ -29,3 +29,8 @@ def test_what_a_layer_and_a_step_ask_for():
     batch = kernel_counts.encoder_case("0.6b", 64, 30)
     assert batch.kernels.total() <= 40 and batch.bytes.total() <= 180e3 * 64 * 375
     assert kernel_counts.step_case("0.6b", 1).kernels.total() <= 20
+
+
+def test_what_subsampling_asks_for():
+    count = kernel_counts.subsampling_case("0.6b", 64, 30)
+    assert count.kernels.total() <= 30 and count.bytes.total() <= 2.5e6 * 64 * 30

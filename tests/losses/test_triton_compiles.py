@@ -10,6 +10,7 @@ import pytest
 pytest.importorskip("triton", reason="triton is not installed")
 
 ENCODER = {"_attention_kernel", "_convolution_kernel"}
+SUBSAMPLING = {"_start_kernel", "_stage_kernel", "_end_kernel"}
 STEP = {"_window_kernel", "_read_kernel", "_label_kernel", "_lstm_kernel"}
 KERNELS = {
     "_hidden_kernel",
@@ -41,7 +42,7 @@ def rows_of(result):
 
 def test_kernels_compile():
     rows = rows_of(compiled("--target", "90", "--few"))
-    assert {row["kernel"] for row in rows} == KERNELS | ENCODER | STEP
+    assert {row["kernel"] for row in rows} == KERNELS | ENCODER | SUBSAMPLING | STEP
     for row in rows:
         assert row["stack"] == 0 and row["spills"] == 0, row
         if row["kernel"] in ("_scores_kernel", "_attention_kernel"):
@@ -59,4 +60,4 @@ def test_new_shapes_compile_nothing():
 def test_every_kernel_compiles(target):
     """Each dtype, RNNT and TDT, dense and sparse backward, odd and large sizes."""
     rows = rows_of(compiled("--target", str(target)))
-    assert {row["kernel"] for row in rows} == KERNELS | ENCODER | STEP
+    assert {row["kernel"] for row in rows} == KERNELS | ENCODER | SUBSAMPLING | STEP

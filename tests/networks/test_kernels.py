@@ -7,9 +7,10 @@ from conftest import load_case
 pytest.importorskip("triton", reason="triton is not installed")
 
 import fastconformer
-from fastconformer.networks import kernels
+from fastconformer.networks import kernels, subsampling
 from fastconformer.networks.attention import RelPositionMultiHeadAttention, position_encoding
 from fastconformer.networks.conformer_layer import Convolution
+from fastconformer.networks.subsampling import ConvSubsampling
 
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs them compiled")
 
@@ -86,7 +87,8 @@ def test_convolution_equals_the_plain_form(width, taps, context, has_bias):
 
 @interpreted
 def test_an_encoder_equals_nemo(monkeypatch):
-    """With chunked masks, attention in the kernel (its convolutions have another norm)."""
+    """Subsampling, and with chunked masks attention, in kernels (its convolutions have another
+    norm)."""
     case = load_case("stream_chunked_hybrid_rnnt")
     encoder = fastconformer.load_model(case.folder / "model.nemo").encoder
     calls = []
@@ -102,10 +104,53 @@ def test_an_encoder_equals_nemo(monkeypatch):
     )
     with torch.no_grad():
         encoded, lengths = encoder(features[:, :, : lengths.max()], lengths)
-    assert len(calls) == encoder.config.n_layers
+    assert len(calls) == encoder.config.n_layers + 1
     tolerance = case.expected["suggested_tolerance"]["encoded"]
     for actual, wanted, n in zip(encoded, expected, lengths.tolist(), strict=True):
         assert (actual[:n] - wanted[:n]).abs().max() <= tolerance
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("factor", "causal", "channels", "n_bins", "n_frames"),
+    [
+        (8, False, 24, 13, 67),  # nothing a power of two
+        (8, True, 70, 12, 41),  # two blocks of channels
+        (4, False, 16, 16, 70),  # two blocks of rows
+        (4, True, 16, 7, 9),
+        (16, True, 16, 16, 3),
+    ],
+)
+def test_subsampling_equals_the_plain_form(monkeypatch, factor, causal, channels, n_bins, n_frames):
+    torch.manual_seed(0)
+    module = ConvSubsampling("dw_striding", factor, n_bins, 10, channels, causal)
+    module = scattered(module)
+    features = torch.randn(3, n_bins, n_frames, dtype=torch.float64)
+    lengths = torch.tensor([n_frames, n_frames // 2, 0])
+    with torch.enable_grad():
+        expected, expected_lengths = module(features, lengths)
+    module.float()
+    monkeypatch.setattr(kernels, "usable", lambda x: True)
+    with torch.no_grad():
+        actual, actual_lengths = module(features.float(), lengths)
+    assert actual_lengths.tolist() == expected_lengths.tolist()
+    expected = expected.detach()
+    torch.testing.assert_close(actual.double(), expected, rtol=0, atol=1e-6 * expected.abs().max())
+
+
+@interpreted
+@pytest.mark.parametrize("causal", [False, True])
+def test_long_subsampling_is_the_same_in_pieces(monkeypatch, causal):
+    torch.manual_seed(0)
+    module = scattered(ConvSubsampling("dw_striding", 4, 3, 6, 16, causal)).float()
+    features, lengths = torch.randn(1, 3, 270), torch.tensor([257])
+    monkeypatch.setattr(kernels, "usable", lambda x: True)
+    with torch.no_grad():
+        whole, _ = module._piece(features, lengths)
+        monkeypatch.setattr(subsampling, "TILE_BYTES", 1)  # the least piece: 32 frames
+        pieces, _ = module(features, lengths)
+    assert whole.shape == pieces.shape and whole.shape[1] > 64
+    assert (whole - pieces).abs().max() <= 1e-6 * whole.abs().max()
 
 
 def test_no_kernel_on_a_cpu_or_with_gradients():

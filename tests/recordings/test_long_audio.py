@@ -15,11 +15,12 @@ import fastconformer
 from fastconformer.audio import features
 from fastconformer.audio.features import FilterbankFeatures
 from fastconformer.config import PreprocessorConfig
+from fastconformer.config.encoder import output_length
 from fastconformer.decoding import Hypothesis
 from fastconformer.decoding.confidence import Confidence
 from fastconformer.decoding.ctc import ctc_greedy
 from fastconformer.networks import subsampling, tiles
-from fastconformer.networks.subsampling import ConvSubsampling, output_length
+from fastconformer.networks.subsampling import ConvSubsampling
 from fastconformer.recordings import longform
 from fastconformer.recordings.memory import memory_estimate
 

@@ -20,9 +20,10 @@ from safetensors.numpy import load_file
 import fastconformer
 from fastconformer.audio.files import load_audio
 from fastconformer.config import ModelConfig
+from fastconformer.config.encoder import output_length
 from fastconformer.model import ASRModel
 from fastconformer.networks import attention
-from fastconformer.networks.subsampling import encoded_length, output_length
+from fastconformer.networks.subsampling import encoded_length
 from fastconformer.recordings import longform
 from fastconformer.recordings.in_windows import transcribe_in_windows
 from fastconformer.recordings.memory import memory_estimate
