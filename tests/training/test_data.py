@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 from fastconformer.text.tokenizer import CharTokenizer
 from training.data.batching import epoch_batches
 from training.data.limits import Limits, check_for_training
+from training.data.sources import read_sets
 from training.data.store import AudioStore, batches_ahead
 from training.data.utterances import Fields, read_utterances
+from training.recipe.data_sections import DataRecipe, SetRecipe
 
 RATE = 16000
 TOKENIZER = CharTokenizer(list("abcdefghijklmnopqrstuvwxyz '"))
@@ -43,6 +45,31 @@ def usable(folder, lines, encoder_frames=None, **limits):
     limits = Limits(**{"min_duration_s": 0.1, "max_duration_s": 20.0} | limits)
     kept, unusable = check_for_training(found, TOKENIZER, limits, encoder_frames)
     return kept, bad + unusable
+
+
+def test_a_channel_by_line_or_by_source(folder):
+    left, right = (np.full(RATE // 2, value, np.int16) for value in (1000, -500))
+    soundfile.write(folder / "call.wav", np.stack((left, right), 1), RATE)
+    call = {"audio_filepath": "call.wav", "duration": 0.5, "text": "ab"}
+    path = write_manifest(folder, [call | {"channel": 0}, call | {"channel": [1]}, call])
+    for default, expected in ((None, (1000, -500, 250)), (1, (1000, -500, -500))):
+        found, _ = read_utterances(path, fields=Fields(default_channel=default))
+        heard = [AudioStore(found, RATE, 1.0).read(i)[0] * 32768 for i in range(3)]
+        assert heard == pytest.approx(expected)
+    missing, _ = read_utterances(write_manifest(folder, [call | {"channel": 7}]))
+    dropped = []
+    assert AudioStore(missing, RATE, 1.0, on_dropped=dropped.append).read(0) is None
+    assert "channels 0 to 1, not 7" in dropped[0].detail
+
+
+def test_a_set_has_limits_and_fields_of_its_own(folder):
+    lines = [entry(i, answer=f"answer {i}") for i in range(10)]
+    limits = {"min_duration_s": 0.45, "max_duration_s": 0.75, "text_field": "answer"}
+    one = SetRecipe(str(write_manifest(folder, lines)), **limits)
+    store = read_sets({"held": one}, DataRecipe(), RATE)["held"]
+    assert [u.text for u in store.utterances] == ["answer 2", "answer 3", "answer 4"]
+    with pytest.raises(ValueError, match="no usable line .* 10 too_long; the first, line 1: 0.3 s"):
+        read_sets({"held": SetRecipe(one.manifest, max_duration_s=0.2)}, DataRecipe(), RATE)
 
 
 def test_a_cap_of_tokens(folder):

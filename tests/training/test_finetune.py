@@ -453,6 +453,15 @@ def test_epochs_set_the_number_of_steps(corpus):
     assert main([str(recipe), *options]) == 0
     assert [record["epoch"] for record in logged(run)] == [0] * 4 + [1] * 4
     assert [record["step"] for record in ledger(run)] == [0, 4, 8]
+    # a share of an epoch's four batches, rounded as Lightning does; two epochs with accumulation
+    for more, steps in (
+        (["val_every_epochs=0.8"], [0, 3, 6, 8]),
+        (["val_every_epochs=2", "accumulate=2", "epochs=4"], [0, 4, 8]),
+    ):
+        run = recipe.parent / more[0]
+        more = [f"trainer.{option}" for option in more]
+        assert main([str(recipe), *options, f"output={run}", *more]) == 0
+        assert [record["step"] for record in ledger(run)] == steps
 
 
 def test_from_scratch(corpus, tmp_path):

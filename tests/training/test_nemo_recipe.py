@@ -11,6 +11,7 @@ from conftest import golden
 from fastconformer import load_model
 from fastconformer.checkpoint.nemo_archive import read_nemo
 from training.optim.optim import build_optimizer, schedule_of
+from training.recipe.data_sections import SetRecipe
 from training.recipe.nemo import is_nemo, translate
 from training.recipe.recipe import load_recipe, recipe_from_dict
 from training.recipe.sections import OptimRecipe
@@ -89,7 +90,7 @@ def test_every_key_becomes_ours(nemo_yaml):
     trainer = recipe.trainer
     assert (trainer.max_steps, trainer.epochs, trainer.accumulate) == (2000, None, 2)
     assert trainer.clip_grad_norm is None, "NeMo's 0 means no clipping; ours clips by default"
-    assert (trainer.precision, trainer.device, trainer.val_every_steps) == ("bf16", "cpu", 250)
+    assert (trainer.precision, trainer.device, trainer.val_every_steps) == ("bf16", "cpu", 125)
     assert trainer.ema_decay == 0.999
     keep = recipe.keep
     assert (keep.metric, keep.top_k, keep.patience) == ("wer", 3, 4)
@@ -169,7 +170,24 @@ def test_no_key_is_lost():
         (("{monitor: val_wer, patience: 4}", "{monitor: val_cer}"), "'val_cer', but models are ke"),
         (("patience: 4", "stopping_threshold: 0.1"), "stopping_threshold: has no counterpart"),
         (("decay: 0.999}", "every_n_steps: 5}"), "every_n_steps: the average moves at every"),
-        (("shuffle: true", "channel_selector: 0"), "channel_selector: channels are mixed here"),
+        (
+            ("shuffle: true", "channel_selector: [0, 1]"),
+            r"channel_selector: is \[0, 1\], expected a",
+        ),
+        (("val_check_interval: 250", "val_check_interval: 2.5"), "2.5; give a share of an epoch"),
+        (("val_check_interval: 250", "val_check_interval: 0"), "is 0, expected a number above 0"),
+        (
+            ("val_check_interval: 250", "val_check_interval: 0.5\n  check_val_every_n_epoch: 2"),
+            "is 2 b",
+        ),
+        (
+            ('"dev.json,other.json",', '"dev.json", trim_silence: true,'),
+            "validation_ds.trim_silence",
+        ),
+        (
+            ('"dev.json,other.json",', '"dev.json", max_duration: long,'),
+            "is 'long', expected a numb",
+        ),
         (("shuffle: true", "normalize_transcripts: true"), "texts are tokenized as they stand"),
         (("shuffle: true", "bucket_batch_size: [8, 4]"), "bucket_batch_size: has no counterpart"),
         (("shuffle: true", "bucketing_weights: [2, 1]"), "bucketing_weights: has no counterpart"),
@@ -208,6 +226,38 @@ def test_what_would_change_the_result_is_refused(nemo_yaml, change, message):
     nemo_yaml.write_text(FINETUNE.replace(*change))
     with pytest.raises(ValueError, match=message):
         load_recipe(nemo_yaml)
+
+
+@pytest.mark.parametrize(
+    "given, steps, epochs",
+    [
+        ("val_check_interval: 0.25", None, 0.25),
+        ("val_check_interval: 1.0", None, 1.0),
+        ("val_check_interval: 1", 1, None),  # batches, as in Lightning
+        ("check_val_every_n_epoch: 5", None, 5.0),
+        ("{val_check_interval: 1.0, check_val_every_n_epoch: 3}", None, 3.0),
+        ("val_check_interval: 300\n  check_val_every_n_epoch: null", 150, None),
+    ],
+)
+def test_validation_comes_as_often_as_in_lightning(nemo_yaml, given, steps, epochs):
+    given = given.strip("{}").replace(", ", "\n  ")
+    nemo_yaml.write_text(FINETUNE.replace("val_check_interval: 250", given))
+    trainer = load_recipe(nemo_yaml).trainer  # two batches make a step
+    assert (trainer.val_every_steps, trainer.val_every_epochs) == (steps, epochs)
+
+
+def test_a_set_has_limits_and_fields_of_its_own(nemo_yaml):
+    changes = ["model.validation_ds.max_duration=20", "model.validation_ds.min_duration=-1"]
+    changes += ["+model.train_ds.text_field=answer", "model.train_ds.channel_selector=1"]
+    changes += ["model.test_ds.manifest_filepath=t.json", "model.test_ds.max_duration=.inf"]
+    changes += ["model.test_ds.text_field=answer", "model.test_ds.channel_selector=average"]
+    data = load_recipe(nemo_yaml, changes).data
+    assert data.validation == {
+        name: SetRecipe(f"{name}.json", max_duration_s=20.0, text_field="text")
+        for name in ("dev", "other")
+    }
+    assert data.test == {"t": "t.json"} and data.text_field == "answer"
+    assert [source.channel for source in data.sources] == [1, 1]
 
 
 def test_from_scratch_and_tarred():

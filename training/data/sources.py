@@ -22,7 +22,7 @@ from training.data.old_language import OldLanguage
 from training.data.store import AudioStore
 from training.data.tarred import expand_braces, tar_shards
 from training.data.utterances import Dropped, Fields, Utterance, dropped_line, read_utterances
-from training.recipe.data_sections import AugmentRecipe, DataRecipe, SourceRecipe
+from training.recipe.data_sections import AugmentRecipe, DataRecipe, SetRecipe, SourceRecipe
 
 log = logging.getLogger("finetune")
 
@@ -157,13 +157,13 @@ def _read_validation(
     data: DataRecipe, head, needs_text: bool
 ) -> tuple[dict[str, list[Utterance]], list[Dropped]]:
     sets, dropped = {}, []
-    fields = Fields(data.text_field, data.lang_field)
-    for name, manifest in data.validation.items():
-        sets[name], bad = read_utterances(manifest, data.lang, fields=fields)
+    for name, entry in data.validation.items():
+        sets[name], bad = _read_set(entry, data)
         sets[name], unasked = _askable(sets[name], head, data.prompt)
         bad += unasked
         dropped += bad
         if not sets[name] and needs_text:
+            manifest = as_set(entry).manifest
             raise ValueError(f"validation set {name}: no usable line in {manifest}; {_why(bad)}")
         if not sets[name]:
             log.warning("validation set %s is not measured: %s", name, _why(bad))
@@ -171,18 +171,43 @@ def _read_validation(
     return sets, dropped
 
 
+def as_set(entry: str | SetRecipe) -> SetRecipe:
+    return SetRecipe(entry) if isinstance(entry, str) else entry
+
+
+def _read_set(entry: str | SetRecipe, data: DataRecipe) -> tuple[list[Utterance], list[Dropped]]:
+    """Lines of one entry of data.validation or data.test, and those that are left out."""
+    entry = as_set(entry)
+    text, lang = entry.text_field or data.text_field, entry.lang_field or data.lang_field
+    fields = Fields(text, lang, default_channel=entry.channel)
+    clips, bad = read_utterances(entry.manifest, data.lang, fields=fields)
+    kept = []
+    for clip in clips:
+        seconds, most = clip.duration_s, entry.max_duration_s
+        if seconds < entry.min_duration_s:
+            detail = f"{seconds} s is below its set's min_duration_s"
+            bad.append(dropped_line(clip, "too_short", detail))
+        elif most is not None and seconds > most:
+            detail = f"{seconds} s is above its set's max_duration_s"
+            bad.append(dropped_line(clip, "too_long", detail))
+        else:
+            kept.append(clip)
+    return kept, bad
+
+
 def read_sets(
-    manifests: dict[str, str], data: DataRecipe, sample_rate_hz: int
+    sets: dict[str, str | SetRecipe], data: DataRecipe, sample_rate_hz: int
 ) -> dict[str, AudioStore]:
     """{name: its clips} of `data.test`; lines that cannot be used are counted.
 
     Raises:
         ValueError, FileNotFoundError: a manifest is missing, or has no line that can be used.
     """
-    stores, fields = {}, Fields(data.text_field, data.lang_field)
-    for name, manifest in manifests.items():
-        clips, bad = read_utterances(manifest, data.lang, fields=fields)
+    stores = {}
+    for name, entry in sets.items():
+        clips, bad = _read_set(entry, data)
         if not clips:
+            manifest = as_set(entry).manifest
             raise ValueError(f"data.test.{name}: no usable line in {manifest}; {_why(bad)}")
         if bad:
             log.warning("data.test.%s: left out %d lines: %s", name, len(bad), _why(bad))
@@ -230,7 +255,7 @@ def read_source(
 ) -> tuple[list[Utterance], list[Dropped]]:
     """All lines of one entry of data.train: those that can be used, and those that cannot."""
     tars = tar_shards(source.tarred_audio_filepaths) if source.tarred_audio_filepaths else None
-    fields = Fields(data.text_field, data.lang_field, source.lang)
+    fields = Fields(data.text_field, data.lang_field, source.lang, source.channel)
     found, bad = [], []
     paths = [source.manifest]
     if not Path(source.manifest).is_file():  # a name with brackets in it is a name

@@ -204,7 +204,7 @@ class AudioStore:
         section = {}
         if is_section:
             section = {"offset_s": utterance.offset_s, "duration_s": utterance.duration_s}
-        samples = load_audio(audio, self.sample_rate_hz, **section)
+        samples = load_audio(audio, self.sample_rate_hz, **section, channel=utterance.channel)
         seconds = len(samples) / self.sample_rate_hz
         if not seconds or not np.isfinite(samples).all():
             raise UnusableLine(f"{utterance.audio_name}: no samples, or not finite ones")

@@ -24,6 +24,7 @@ class Utterance:
     lang: str | None = None
     others: dict = dataclasses.field(default_factory=dict, compare=False)  # the line's other keys
     prompt_length: int = 0  # of `tokens`, those of a prompt
+    channel: tuple[int, ...] | None = None  # that are heard, mixed; None: all
 
     @property
     def audio_name(self) -> str:
@@ -61,14 +62,15 @@ def dropped_line(utterance: Utterance, reason: str, detail: str) -> Dropped:
 @dataclasses.dataclass(frozen=True)
 class Fields:
     """The manifest's keys of text and language, where they are not `text` and `lang`; a line
-    without a language has `default_lang`."""
+    without a language has `default_lang`, one without a channel `default_channel`."""
 
     text: str = "text"
     lang: str = "lang"
     default_lang: str | None = None
+    default_channel: int | None = None
 
     def of(self, clip: Clip) -> Clip:
-        """The clip with the text and the language that these keys say."""
+        """The clip with the text, language and channel that these keys and defaults say."""
         changes = {}
         for name, key in (("text", self.text), ("lang", self.lang)):
             if key != name:
@@ -76,6 +78,8 @@ class Fields:
                 changes[name] = value if isinstance(value, str) else None
         if self.default_lang is not None and changes.get("lang", clip.lang) is None:
             changes["lang"] = self.default_lang
+        if self.default_channel is not None and clip.channel is None:
+            changes["channel"] = (self.default_channel,)
         return dataclasses.replace(clip, **changes) if changes else clip
 
 
@@ -135,6 +139,7 @@ def _utterance(clip: Clip, tars: dict[int, str] | None, needs_text: bool) -> Utt
         tar_member=clip.audio if tars else None,
         lang=clip.lang,
         others=clip.others,
+        channel=clip.channel,
     )
 
 

@@ -136,6 +136,7 @@ def worst_of(utterances: list[Utterance], written: list[str], heard: list[str]) 
             "offset": utterance.offset_s,
             "duration": utterance.duration_s,
             "tar": utterance.tar_member is not None,
+            "channel": utterance.channel,
             "text": utterance.text,
             "said": said,
             "heard": text,

@@ -187,7 +187,8 @@ def player(item: dict) -> Markup:
         return Markup("in a tar")
     try:
         seconds = item["duration"] if item["offset"] is not None else None
-        samples = load_audio(item["audio"], PLAYER_HZ, item["offset"] or 0.0, seconds)
+        channel = tuple(item.get("channel") or ()) or None
+        samples = load_audio(item["audio"], PLAYER_HZ, item["offset"] or 0.0, seconds, channel)
     except (OSError, ValueError):
         return Markup("&ndash;")
     data = io.BytesIO()

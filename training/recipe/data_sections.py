@@ -17,6 +17,7 @@ class SourceRecipe:
     max_clips: int | None = key(None, above=0)
     lang: str | None = None  # only its lines of this `lang`; null: as data.lang
     tarred_audio_filepaths: str | None = None  # its audio lies in these tar files
+    channel: int | None = key(None, at_least=0)  # of lines that name none, from 0; null: all mixed
     # Of a vocabulary that grew: old (from before), all; null: old for lines of retain.lang.
     pieces: str | None = key(None, one_of=(None, "old", "all"))
 
@@ -26,12 +27,33 @@ class SourceRecipe:
 
 
 @dataclasses.dataclass(frozen=True)
+class SetRecipe:
+    """One entry of data.validation or data.test; a plain path is one with nothing but its manifest.
+    Nothing is left out for its length, unless these limits say so."""
+
+    manifest: str = ""
+    min_duration_s: float = key(0.0, at_least=0)
+    max_duration_s: float | None = key(None, above=0)
+    text_field: str | None = None  # null: data.text_field
+    lang_field: str | None = None  # null: data.lang_field
+    channel: int | None = key(None, at_least=0)  # of lines that name none, from 0; null: all mixed
+
+    def __post_init__(self):
+        if not self.manifest:
+            raise ValueError("data.validation, data.test: a mapping has no manifest")
+        if self.max_duration_s is not None and self.min_duration_s >= self.max_duration_s:
+            raise ValueError(f"{self.manifest}: min_duration_s must be below max_duration_s")
+
+
+@dataclasses.dataclass(frozen=True)
 class DataRecipe:
     # Paths or SourceRecipes; one that is listed twice is seen twice.
     train: tuple[str | SourceRecipe, ...] = ()
     temperature: float = key(1.0, at_least=0)  # shares are weight ** this; 0: all equal, as in NeMo
-    validation: dict[str, str] = dataclasses.field(default_factory=dict)  # name -> manifest
-    test: dict[str, str] = dataclasses.field(default_factory=dict)  # measured once, at the end
+    # name -> manifest, or a SetRecipe
+    validation: dict[str, str | SetRecipe] = dataclasses.field(default_factory=dict)
+    # measured once, at the end
+    test: dict[str, str | SetRecipe] = dataclasses.field(default_factory=dict)
     lang: str | None = None  # only lines of this `lang` (or without one); null: all
     # {slot: value} of a prompt (Canary), for lines that lack a slot: {source_lang: de, pnc: yes}
     prompt: dict = dataclasses.field(default_factory=dict)

@@ -110,7 +110,8 @@ def convert(kind, value, where: str, name: str = "", root: type | None = None):
         )
     if origin is dict:
         item_kind = typing.get_args(kind)[1]
-        value = _named_files(value, where, name) if item_kind is str else value
+        names_files = str in (item_kind, *typing.get_args(item_kind))
+        value = named_files(value, where, name) if names_files else value
         if not isinstance(value, dict):
             raise wrong
         return {str(k): convert(item_kind, v, where, f"{name}.{k}") for k, v in value.items()}
@@ -152,10 +153,10 @@ def _is_finite(value: float) -> bool:
         return False
 
 
-def _named_files(value, where: str, name: str):
+def named_files(value, where: str, name: str):
     """A single file, or a list of them, gets its names from the files."""
     value = [value] if isinstance(value, str) else value
-    if not isinstance(value, list):
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
         return value
     named = {Path(str(item)).stem: item for item in value}
     if len(named) < len(value):  # .../fsdd/test.jsonl and .../an4/test.jsonl
@@ -178,7 +179,8 @@ def _kind_name(kind) -> str:
         return f"a list ({count}each {_kind_name(args[0])})"
     if typing.get_origin(kind) is dict:
         item = typing.get_args(kind)[1]
-        return f"a mapping from names to {'files' if item is str else _kind_name(item)}"
+        is_file = str in (item, *typing.get_args(item))
+        return f"a mapping from names to {'files' if is_file else _kind_name(item)}"
     return names.get(kind, str(kind))
 
 

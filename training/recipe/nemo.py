@@ -93,8 +93,6 @@ WITHOUT_EFFECT = {
     "trainer.num_nodes": "start the command with torchrun for several machines",
     "trainer.strategy": "torchrun gives DDP; see trainer.parallel",
     "trainer.num_sanity_val_steps": "the untouched model is always evaluated first",
-    "trainer.check_val_every_n_epoch": "once an epoch, or trainer.val_every_steps",
-    "trainer.val_check_interval": "once an epoch, or trainer.val_every_steps",
     "trainer.limit_val_batches": "validation sets are measured whole",
     "trainer.use_distributed_sampler": "batches are dealt out without it",
     "trainer.reload_dataloaders_every_n_epochs": "every epoch has an order of its own",
@@ -152,6 +150,14 @@ class Translation:
         else:
             self.set(ours, mine, key)
         return given
+
+    def number(self, key: str, default: float) -> float:
+        """NeMo's value of `key` as a number; `default` where it is absent or null."""
+        given = self.take(key)
+        try:
+            return default if given is None else float(given)
+        except (TypeError, ValueError):
+            raise ValueError(f"{self.where}: {key} is {given!r}, expected a number") from None
 
     def set(self, ours: str, value, key: str = "") -> None:
         """A key of ours; with NeMo's that it comes from."""
@@ -386,6 +392,7 @@ def _trainer(found: Translation) -> None:
         )
     for key, ours in ends.items():
         take(key, ours, int)
+    _validation_rhythm(found)
     take("trainer.accumulate_grad_batches", "trainer.accumulate")
     if take("trainer.gradient_clip_algorithm") not in (None, "norm"):
         found.refuse("trainer.gradient_clip_algorithm", "only the norm is clipped here")
@@ -404,15 +411,34 @@ def _trainer(found: Translation) -> None:
     take("trainer.accelerator", "trainer.device", devices.get)
     take("trainer.sync_batchnorm", "trainer.sync_batchnorm")
     take("trainer.log_every_n_steps", "trainer.log_every_steps")
-    take(
-        "trainer.val_check_interval",
-        "trainer.val_every_steps",
-        lambda v: v if isinstance(v, int) and v > 1 else None,
-        "a share of an epoch; validation is once an epoch, or trainer.val_every_steps",
-    )
     limit = take("trainer.limit_train_batches")
     if limit not in (None, 1.0):
         found.refuse("trainer.limit_train_batches", "see data.train: max_clips or max_hours")
+
+
+def _validation_rhythm(found: Translation) -> None:
+    """Lightning's val_check_interval: a float is a share of an epoch, an int a number of batches,
+    of which `accumulate_grad_batches` make a step; then only in every so manieth epoch."""
+    interval, epochs = "trainer.val_check_interval", "trainer.check_val_every_n_epoch"
+    every, given = found.left.get(epochs), found.left.get(interval)
+    for key, value in ((epochs, every), (interval, given)):
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if value is not None and not (is_number and value > 0):
+            found.refuse(key, f"is {value!r}, expected a number above 0")
+    if isinstance(given, float) and given > 1:
+        found.refuse(interval, f"is {given}; give a share of an epoch or a whole number of batches")
+    in_epoch = given is not None and not (isinstance(given, float) and given == 1)
+    if in_epoch and every not in (None, 1):
+        found.refuse(
+            epochs, f"is {every} beside {interval}, {given}; give one of them, the other null"
+        )
+    if isinstance(given, int):
+        batches = int(found.left.get("trainer.accumulate_grad_batches") or 1)
+        found.take(interval, "trainer.val_every_steps", lambda v: max(1, v // batches))
+    else:
+        found.take(interval, "trainer.val_every_epochs", float)
+    if found.take(epochs) is not None and not in_epoch:
+        found.set("trainer.val_every_epochs", float(every), epochs)
 
 
 def _keeping(found: Translation) -> None:

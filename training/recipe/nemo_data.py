@@ -5,9 +5,12 @@ Sources: NeMo's `asr/data/audio_to_text_dataset.py`, `common/data/lhotse/cutset.
 """
 
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+
+from training.recipe.fields import named_files
 
 SECTION = "model.train_ds"
 # Clips are counted, filtered and put in order before the first step, so that a run goes on exactly
@@ -42,18 +45,19 @@ def translate_data(tree: dict, found) -> None:
     for key in ("normalize", "normalize_transcripts"):
         if take(f"{SECTION}.{key}"):
             found.refuse(f"{SECTION}.{key}", ELSEWHERE["normalize_text"])
-    if take(f"{SECTION}.channel_selector") not in (None, "average"):
-        found.refuse(
-            f"{SECTION}.channel_selector",
-            "channels are mixed here; write the one that is meant to files of its own",
-        )
     sources = _sources(train, found)
     if sources:
         found.set("data.train", sources, f"{SECTION}.manifest_filepath")
     for ours, section in (("data.validation", "validation_ds"), ("data.test", "test_ds")):
         key = f"model.{section}.manifest_filepath"
         manifests = [path for path, _ in _paths(found.left.pop(key, None), key, found)]
-        if manifests:
+        more = _set_options(f"model.{section}", train, found)
+        if manifests and more:
+            named = named_files(manifests, found.where, key)
+            sets = {name: {"manifest": path} | more for name, path in named.items()}
+            found.set(ours, sets)
+            found.taken.append((key, f"{ours}: {sets}"))
+        elif manifests:
             found.set(ours, manifests, key)
         for name in ("input_cfg", "tarred_audio_filepaths", "datasets", *ELSEWHERE):
             if found.left.get(f"model.{section}.{name}"):
@@ -66,11 +70,11 @@ def translate_data(tree: dict, found) -> None:
         found.set("data.batch_size", None)
     take(f"{SECTION}.quadratic_duration", "data.quadratic_duration_s", float)
     # What NeMo does not leave out or pad is not left out or padded here.
-    for key, ours, default in (
-        ("min_duration", "data.min_duration_s", 0.0),
-        ("max_duration", "data.max_duration_s", NO_LIMIT_S),
+    for key, ours, default, bounded in (
+        ("min_duration", "data.min_duration_s", 0.0, max),
+        ("max_duration", "data.max_duration_s", NO_LIMIT_S, min),
     ):
-        if take(f"{SECTION}.{key}", ours, float) is None:
+        if take(f"{SECTION}.{key}", ours, partial(_bounded, bounded, default)) is None:
             found.set(ours, default)
     found.set("data.pad_to_s", 0.0)
     found.set("data.max_tokens_per_frame", None)
@@ -95,6 +99,42 @@ def translate_data(tree: dict, found) -> None:
     _augmentor(train.get("augmentor") or {}, found)
 
 
+def _set_options(section: str, train: dict, found) -> dict:
+    """What a set that is measured says beside its manifest. Keys that it leaves out have NeMo's
+    defaults, not those of the training set."""
+    if found.take(f"{section}.trim_silence"):
+        found.refuse(f"{section}.trim_silence", "is not done here; trim the audio before")
+    for key in ("normalize", "normalize_transcripts"):
+        if found.take(f"{section}.{key}"):
+            found.refuse(f"{section}.{key}", ELSEWHERE["normalize_text"])
+    options = {"channel": _channel(section, found)}
+    for key, default, bounded in (("min_duration", 0.0, max), ("max_duration", NO_LIMIT_S, min)):
+        limit = found.number(f"{section}.{key}", default)
+        options[f"{key}_s"] = None if bounded(default, limit) == default else limit
+    for key in ("text_field", "lang_field"):
+        default = key.removesuffix("_field")
+        given = found.take(f"{section}.{key}") or default
+        options[key] = None if given == (train.get(key) or default) else given
+    return {key: value for key, value in options.items() if value is not None}
+
+
+def _channel(section: str, found) -> int | None:
+    key = f"{section}.channel_selector"
+    given = found.take(key)
+    if isinstance(given, list) and len(given) == 1:
+        given = given[0]
+    if given in (None, "average"):
+        return None
+    if not isinstance(given, int) or isinstance(given, bool) or given < 0:
+        found.refuse(key, f"is {given!r}, expected a channel's number from 0, or average")
+    return given
+
+
+def _bounded(bounded, default: float, value) -> float:
+    """A limit of NeMo's, whose own defaults are -1 and infinity: none."""
+    return bounded(default, float(value))
+
+
 def _above_zero(value) -> float | None:
     return float(value) if float(value) > 0 else None
 
@@ -104,6 +144,18 @@ def _above_zero(value) -> float | None:
 
 def _sources(train: dict, found) -> list:
     """`data.train`: plain paths, or mappings where there is more to say of one."""
+    channel = _channel(SECTION, found)
+    return [_heard(source, channel) for source in _listed(train, found)]
+
+
+def _heard(source: str | dict, channel: int | None) -> str | dict:
+    """The source, of whose audio one channel is heard."""
+    if channel is None:
+        return source
+    return ({"manifest": source} if isinstance(source, str) else source) | {"channel": channel}
+
+
+def _listed(train: dict, found) -> list:
     config = found.left.pop(f"{SECTION}.input_cfg", None)
     manifests = found.left.pop(f"{SECTION}.manifest_filepath", None)
     tars = found.left.pop(f"{SECTION}.tarred_audio_filepaths", None)

@@ -54,6 +54,7 @@ log = logging.getLogger("finetune")
 # Pairs of keys of which a stage that sets one lets the other go.
 EITHER_OR = (
     ("trainer", "max_steps", "epochs"),
+    ("trainer", "val_every_steps", "val_every_epochs"),
     ("schedule", "warmup_steps", "warmup_ratio"),
     ("schedule", "hold_steps", "hold_ratio"),
 )

@@ -194,7 +194,8 @@ class TrainerRecipe:
     device: str = "auto"  # auto | cpu | cuda | cuda:N
     threads: int | None = key(None, at_least=1)  # CPU threads; null: torch's choice
     seed: int = key(1234, at_least=0)
-    val_every_steps: int | None = key(None, at_least=1)  # null: once per epoch
+    val_every_steps: int | None = key(None, at_least=1)  # null: as val_every_epochs
+    val_every_epochs: float | None = key(None, above=0)  # may be a share of one; null: 1
     log_every_steps: int = key(10, at_least=1)
     log_clips: bool = False  # every line of log.jsonl names the clips of its step
     save_every_steps: int | None = key(None, at_least=1)  # null: as val_every_steps
@@ -206,6 +207,8 @@ class TrainerRecipe:
     def __post_init__(self):
         if self.max_steps is not None and self.epochs is not None:
             raise ValueError("give either trainer.max_steps or trainer.epochs")
+        if self.val_every_steps is not None and self.val_every_epochs is not None:
+            raise ValueError("give either trainer.val_every_steps or trainer.val_every_epochs")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -56,7 +56,6 @@ class Prepared:
 @dataclasses.dataclass(frozen=True)
 class RunLength:
     batches_an_epoch: int  # of the first
-    steps_an_epoch: int
     max_steps: int
 
 
@@ -72,7 +71,7 @@ def run_length(prepared: Prepared) -> RunLength:
     if steps is None:
         batches = sum(len(batch_order(train, rules, e)) for e in range(trainer.epochs))
         steps = max(1, batches // trainer.accumulate)
-    return RunLength(first_epoch, max(1, first_epoch // trainer.accumulate), steps)
+    return RunLength(first_epoch, steps)
 
 
 def prepare_run(

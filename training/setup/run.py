@@ -144,7 +144,8 @@ def set_up(recipe: Recipe, ranks: Ranks, baseline: dict | None) -> Run:
     tell_size(prepared, length, ranks)
     if ranks.is_main:
         write_facts(out, prepared.device)
-    val_every = trainer.val_every_steps or length.steps_an_epoch
+    share = int(length.batches_an_epoch * (trainer.val_every_epochs or 1))  # as Lightning rounds
+    val_every = trainer.val_every_steps or max(1, share // trainer.accumulate)
     run = Run(
         recipe=recipe,
         out=out,
