@@ -154,6 +154,10 @@ class FunASRNano(nn.Module):
             prompts.append(context_header(asked, line.others) + asked)
         return {"texts": texts, "prompts": prompts}
 
+    def encoder_inputs(self, utterances) -> dict:
+        """As `ASRModel.encoder_inputs`: the encoder hears sound alone."""
+        return {}
+
     # --- stages ----------------------------------------------------------------------------------
 
     def featurize(self, audio: Tensor, audio_lengths: Tensor):

@@ -188,6 +188,14 @@ class ASRModel(nn.Module):
             inputs |= head.loss_inputs(batch.prompt_lengths)
         return inputs
 
+    def encoder_inputs(self, utterances: Sequence) -> dict:
+        """What `encode` needs to know of training clips besides their sound: what each one's
+        `encoder_slots` say. Clips without a name: nothing."""
+        if self.config.prompts is None or not utterances:
+            return {}
+        index = self.config.prompts.index
+        return {"prompt_indices": [index(utterance.encoder_slots) for utterance in utterances]}
+
     def joint_logits(self, encoded: torch.Tensor, targets: torch.Tensor, target_lengths=None):
         """Raw logits (B, T', U+1, V+1+N) of all pairs of frame and prefix; for small inputs only.
 

@@ -2,7 +2,7 @@
 
 import copy
 
-from .heads import CTC_CLASSES, HYBRID_CLASSES, TRANSDUCER_CLASSES
+from .heads import CTC_CLASSES, HYBRID_CLASSES, PROMPTED_CLASSES, TRANSDUCER_CLASSES
 
 # A class for character labels and the one for SentencePiece, with NeMo's modules.
 NEMO_CLASSES = {
@@ -102,6 +102,8 @@ def with_vocabulary(config: dict, tokenizer, files: dict | None = None) -> dict:
             config["tokenizer"] = {**config["tokenizer"], **files}
         return config
     is_char = tokenizer.kind == "char"
+    if is_char and str(config.get("target", "")).endswith(PROMPTED_CLASSES):
+        raise ValueError("model.labels: a model that is told a language has SentencePiece pieces")
     module, _, name = str(config.get("target", "")).rpartition(".")
     for classes, modules in NEMO_CLASSES.items():
         wanted = 0 if is_char else 1

@@ -155,6 +155,17 @@ class Head:
         ValueError: the line lacks what the head needs, or is too long for it."""
         return self.tokenizer.of_language(self.language_of(line)).encode(line["text"]), 0
 
+    def encoder_slots(self, line: Mapping) -> dict:
+        """The slots that a training line says to the encoder; none of its language: {}. ValueError:
+        one that the model does not know, where transcription would leave it unsaid."""
+        prompts = self.model.config.prompts
+        if prompts is None:
+            return {}
+        said = line.get("target_lang") or line.get("lang")
+        slots = {} if said is None else {"target_lang": said}
+        prompts.index(slots)
+        return slots
+
     def loss_inputs(self, prompt_lengths: torch.Tensor | None) -> dict:
         """Of `loss_arguments` those that a batch of training lines brings, as the config says;
         prompt_lengths: (B,) what `training_ids` counted."""

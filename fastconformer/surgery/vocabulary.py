@@ -295,7 +295,8 @@ def check_transfer(
     lowered, largest, scale, n_clips, n_same = {}, 0.0, 1.0, 0, 0
     heard = []
     for batch in batches:
-        encoded, lengths = original.encode(*original.featurize(batch.audio, batch.audio_lengths))
+        features = original.featurize(batch.audio, batch.audio_lengths)
+        encoded, lengths = original.encode(*features, **original.encoder_inputs(batch.utterances))
         found = {head: original.decode_greedy(encoded, lengths, head) for head in original.heads}
         heard.append((batch, encoded, lengths, found))
         n_clips += len(batch.utterances)

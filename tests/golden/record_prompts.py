@@ -87,6 +87,7 @@ def record_prompts(folder: Path, golden: dict, path: str):
     model._trainer = trainer
     with torch.no_grad():
         expected["training_step_eval_mode"] = float(model.training_step(batch, 0)["loss"])
+    expected["training"] = trained(path, batch, trainer)
     model._trainer = None
     for context in config.encoder.att_context_size:
         model.encoder.set_default_att_context_size(list(context))
@@ -113,6 +114,24 @@ def record_prompts(folder: Path, golden: dict, path: str):
         expected["unknown_language"] = str(error)
     write(folder / "prompts.json", expected)
     save_file(tensors, folder / "prompts.safetensors")
+
+
+def trained(path: str, batch: tuple, trainer) -> list[float]:
+    """Losses of NeMo's training_step over five AdamW steps, with nothing random in them."""
+    model = ASRModel.restore_from(path, map_location="cpu").eval()
+    model.encoder.set_default_att_context_size(list(model.cfg.encoder.att_context_size[0]))
+    model.log_dict = lambda *args, **kwargs: None
+    model._optimizer = type("NoOptimizer", (), {"param_groups": [{"lr": 0.0}]})()
+    model._trainer = trainer
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
+    losses = []
+    for _ in range(5):
+        optimizer.zero_grad()
+        loss = model.training_step(batch, 0)["loss"]
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss))
+    return losses
 
 
 def record_eou(folder: Path, golden: dict, temporary: Path):

@@ -22,8 +22,6 @@ from fastconformer.recordings.in_windows import transcribe_in_windows
 from fastconformer.recordings.stream import Stream
 from fastconformer.surgery.look_ahead import with_look_ahead
 from training.data.segments import find_segments
-from training.objective.objective import objective_of
-from training.recipe.sections import LossRecipe
 
 FOLDER = golden("stream_chunked_hybrid_rnnt")
 KERNEL = load_file(FOLDER / "prompts.safetensors")
@@ -264,8 +262,3 @@ def test_exports_take_the_language_or_have_one(archive, model, tmp_path, capsys)
         assert st2onnx.main(list(map(str, words))) == 1
         assert reason in capsys.readouterr().err
     assert not (tmp_path / "no").exists()
-
-
-def test_training_is_refused_by_name(model):
-    with pytest.raises(ValueError, match="not trained here yet"):
-        objective_of(model, LossRecipe())

@@ -17,7 +17,7 @@ import numpy as np
 # an epoch and that tarred shards are read one after the other; large enough to waste no padding.
 WINDOW_DRAWS = 4096
 BLUR = 0.15  # of durations before they are sorted, so that batches differ from epoch to epoch
-ORDER, MIX, SPEED, BATCH = range(4)  # one stream of random numbers for each purpose
+ORDER, MIX, SPEED, BATCH, UNSAID = range(5)  # one stream of random numbers for each purpose
 
 
 class Draw(NamedTuple):
@@ -138,6 +138,14 @@ def _shard_order(shards: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     if waiting:
         parts.append(rng.permutation(np.concatenate(waiting)))
     return np.concatenate(parts)
+
+
+def leaves_unsaid(share: float, draw: Draw, seed: int) -> bool:
+    """Whether this draw is among the `share` of draws that do not tell their language."""
+    return (
+        bool(share)
+        and np.random.default_rng([seed, draw.epoch, UNSAID, draw.number]).random() < share
+    )
 
 
 def plan_epoch(

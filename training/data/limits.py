@@ -48,23 +48,25 @@ def check_for_training(
             line = utterance.as_line(prompt or {})
             lang = utterance.lang if head is None else head.language_of(line)
             tokens, n_prompt = _tokens_of(utterance, lang, tokenizer, limits, head), 0
+            slots = {} if head is None else _of_prompt(head.encoder_slots, line)
             if encoder_frames is not None:
                 _check_frames(tokens, encoder_frames(utterance.duration_s), limits)
             if head is not None and head.prompt is not None:
-                tokens, n_prompt = _with_prompt(head, line)
+                ids, n_prompt = _of_prompt(head.training_ids, line)
+                tokens = tuple(ids)
         except UnusableLine as error:
             dropped.append(dropped_line(utterance, *error.args))
         else:
-            kept.append(dataclasses.replace(utterance, tokens=tokens, prompt_length=n_prompt))
+            changes = {"tokens": tokens, "prompt_length": n_prompt, "encoder_slots": slots}
+            kept.append(dataclasses.replace(utterance, **changes))
     return kept, dropped
 
 
-def _with_prompt(head, line: dict) -> tuple[tuple[int, ...], int]:
+def _of_prompt(asked: Callable, line: dict):
     try:
-        ids, n_prompt = head.training_ids(line)
+        return asked(line)
     except ValueError as error:
         raise UnusableLine("bad_prompt", str(error)) from None
-    return tuple(ids), n_prompt
 
 
 def _tokens_of(

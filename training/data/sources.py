@@ -73,6 +73,7 @@ def load_data(
         usable, unusable = check_for_training(
             *(found, tokenizer, limits, encoder_frames, trained, data.prompt)
         )
+        usable = [_with_auto_share(utterance, source, data, trained) for utterance in usable]
         n_lines += len(found) + len(bad)
         usable, over = cap(usable, source, seed, number)
         dropped += bad + unusable + over
@@ -115,6 +116,7 @@ def load_data(
 
     durations_s = np.array([utterance.duration_s for utterance in utterances])
     train = TrainingSet(store(utterances, data.max_duration_s), tuple(sources), durations_s)
+    train.store.seed = seed
     noises, responses = (
         store(_sounds(section.manifests), pad_to_s=0.0) for section in (augment.noise, augment.rir)
     )
@@ -127,6 +129,29 @@ def load_data(
     if len(sources) > 1:
         log.info("%s", mixture_table(train, data.temperature))
     return train, {name: store(clips) for name, clips in validation.items()}
+
+
+# How often NeMo's prompt_mode of a line says "auto"; another says it as often as `data.auto_share`.
+AUTO_SHARES = {"langID": 0.0, "auto": 1.0}
+
+
+def _with_auto_share(
+    utterance: Utterance, source: SourceRecipe, data: DataRecipe, head
+) -> Utterance:
+    """ValueError: the model knows no "auto", which some draws are to be told."""
+    if not utterance.encoder_slots:
+        return utterance
+    share = data.auto_share if source.auto_share is None else source.auto_share
+    mode = utterance.others.get("prompt_mode")
+    share = share if mode is None else AUTO_SHARES.get(str(mode), data.auto_share)
+    if share:
+        try:
+            head.encoder_slots({})
+        except ValueError:
+            raise ValueError(
+                f"data.auto_share is {share}, but this model's prompts have no auto; set it to 0"
+            ) from None
+    return dataclasses.replace(utterance, auto_share=share)
 
 
 def _known(source: SourceRecipe, old: OldLanguage | None) -> OldLanguage | None:

@@ -20,7 +20,7 @@ from fastconformer.audio.files import audio_duration, load_audio
 from fastconformer.formats.manifest import DURATION_MISMATCH
 from fastconformer.transfers import sent
 from training.augment.waveform import WaveAugment, change_speed
-from training.data.batching import Draw
+from training.data.batching import Draw, leaves_unsaid
 from training.data.tarred import TarReader
 from training.data.utterances import Dropped, UnusableLine, Utterance, dropped_line
 
@@ -83,8 +83,8 @@ class AudioStore:
         pad_to_s: shorter clips get silence on both sides, as `transcribe` gives them.
         on_dropped: called once for each unusable clip.
         retry: how often a file that cannot be reached is tried again, after 0.5, 1, 2 ... s.
-    `augment`, where it is set, changes the sound of each Draw; `pinned`: batches are made in memory
-    that a GPU reads by itself.
+    `augment`, where it is set, changes the sound of each Draw; `seed` decides which of them leave
+    their language unsaid; `pinned`: batches are made in memory that a GPU reads by itself.
     """
 
     def __init__(
@@ -112,6 +112,7 @@ class AudioStore:
         self._lock = threading.Lock()
         self._tars = TarReader()
         self.augment: WaveAugment | None = None
+        self.seed = 0
         self.pinned = False
 
     @property
@@ -218,10 +219,18 @@ class AudioStore:
             raise UnusableLine(f"{utterance.audio_name} holds {seconds:.2f} s, above the limit")
         return samples
 
+    def _drawn(self, draw: int | Draw) -> Utterance:
+        """The line of a draw, as this draw says it."""
+        if not isinstance(draw, Draw):
+            return self.utterances[draw]
+        utterance = self.utterances[draw.clip]
+        if leaves_unsaid(utterance.auto_share, draw, self.seed):
+            return dataclasses.replace(utterance, encoder_slots={})
+        return utterance
+
     def batch(self, draws: list[int] | list[Draw]) -> Batch | None:
         """These clips, padded; without the unusable ones; None when none is left."""
-        indices = [draw.clip if isinstance(draw, Draw) else draw for draw in draws]
-        clips = [(self.utterances[i], self.read(draw)) for i, draw in zip(indices, draws)]
+        clips = [(self._drawn(draw), self.read(draw)) for draw in draws]
         clips = [(utterance, samples) for utterance, samples in clips if samples is not None]
         return collate(*zip(*clips, strict=True), self.pinned) if clips else None
 

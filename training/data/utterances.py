@@ -25,6 +25,8 @@ class Utterance:
     others: dict = dataclasses.field(default_factory=dict, compare=False)  # the line's other keys
     prompt_length: int = 0  # of `tokens`, those of a prompt
     channel: tuple[int, ...] | None = None  # that are heard, mixed; None: all
+    encoder_slots: dict = dataclasses.field(default_factory=dict, compare=False)  # said to it
+    auto_share: float = 0.0  # of its draws, in which they are not said
 
     @property
     def audio_name(self) -> str:

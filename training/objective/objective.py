@@ -75,11 +75,6 @@ def objective_of(
     Raises:
         ValueError: a loss that this model cannot have.
     """
-    if model.config.prompts is not None:
-        raise ValueError(
-            f"model.init_from is told a language behind its encoder ({model.config.class_name}), "
-            "and which one each line wants is not trained here yet; fine-tune it in NeMo"
-        )
     heads = trained_heads(model, loss.heads)
     section = model.config.record.get("interctc") or {}
     layers, weights = section.get("apply_at_layers") or (), section.get("loss_weights") or ()
@@ -231,7 +226,8 @@ def views_loss(
         torch.autocast(views.features.device.type, dtype=torch.bfloat16, enabled=objective.bf16),
         layer_outputs(model, tuple(objective.interctc)) as inner,
     ):
-        encoded, lengths = model.encode(views.features, views.lengths)
+        asked = model.encoder_inputs(batch.utterances * n_views)
+        encoded, lengths = model.encode(views.features, views.lengths, **asked)
         lattice = {"eps": objective.eps, "report": report} if objective.has_lattice else {}
         by_clip = model.losses(encoded, lengths, **targets, heads=objective.heads, **lattice)
         for layer in objective.interctc:

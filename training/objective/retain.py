@@ -121,15 +121,18 @@ class Retain:
         names = [name for name in ("distill_ctc", "distill_encoder") if getattr(self.recipe, name)]
         found = {name: encoded.new_zeros(len(encoded), dtype=torch.float32) for name in names}
         lang = self.recipe.lang
-        old = [lang is None or u.lang == lang for u in batch.utterances]
-        chosen = torch.tensor(old * (len(encoded) // max(1, len(old))), dtype=torch.bool)
+        utterances = batch.utterances * (len(encoded) // max(1, len(batch.utterances)))
+        chosen = torch.tensor(
+            [lang is None or u.lang == lang for u in utterances], dtype=torch.bool
+        )
         if not chosen.any():
             return found
         chosen = chosen.nonzero()[:, 0]
+        asked = self.original.encoder_inputs([utterances[i] for i in chosen.tolist()])
         feature_lengths = feature_lengths[chosen]
         chosen = sent(chosen, encoded.device)
         with torch.no_grad():
-            teacher, lengths = self.original.encode(features[chosen], feature_lengths)
+            teacher, lengths = self.original.encode(features[chosen], feature_lengths, **asked)
         lengths = sent(lengths, encoded.device)
         student = encoded[chosen]
         if "distill_encoder" in found:

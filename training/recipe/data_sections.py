@@ -18,6 +18,7 @@ class SourceRecipe:
     lang: str | None = None  # only its lines of this `lang`; null: as data.lang
     tarred_audio_filepaths: str | None = None  # its audio lies in these tar files
     channel: int | None = key(None, at_least=0)  # of lines that name none, from 0; null: all mixed
+    auto_share: float | None = key(None, share=True)  # null: data.auto_share
     # Of a vocabulary that grew: old (from before), all; null: old for lines of retain.lang.
     pieces: str | None = key(None, one_of=(None, "old", "all"))
 
@@ -57,6 +58,8 @@ class DataRecipe:
     lang: str | None = None  # only lines of this `lang` (or without one); null: all
     # {slot: value} of a prompt (Canary), for lines that lack a slot: {source_lang: de, pnc: yes}
     prompt: dict = dataclasses.field(default_factory=dict)
+    # Of an encoder that is told a language: draws that are told "auto" in place of theirs.
+    auto_share: float = key(0.5, share=True)
     shuffle: bool = True  # false: clips and batches in the manifests' order
     text_field: str = "text"  # the manifests' key of what is said
     lang_field: str = "lang"  # the manifests' key of the language

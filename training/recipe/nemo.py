@@ -45,6 +45,11 @@ WITHOUT_EFFECT = {
     "model.train_ds.return_sample_id": "clips are named by their manifest lines",
     "model.train_ds.skip_missing_manifest_entries": "a line that cannot be used is left out",
     "model.train_ds.labels": "the vocabulary's",
+    "model.train_ds.num_prompts": CHECKPOINTS,
+    "model.train_ds.initialize_prompt_feature": CHECKPOINTS,
+    "model.train_ds.subsampling_factor": CHECKPOINTS,
+    "model.train_ds.window_stride": CHECKPOINTS,
+    "model.num_prompts": CHECKPOINTS,
     "model.train_ds.parser": "texts are tokenized as they stand",
     "model.train_ds.concat_sampling": "see reweight_temperature",
     "model.data_": "of Hugging Face data sets, which train_ds.hf_data_cfg would name",
@@ -316,6 +321,10 @@ def _languages(found: Translation) -> None:
 
 
 def _model_class(model: dict) -> str:
+    if (model.get("model_defaults") or {}).get("initialize_prompt_feature"):
+        kind = "hybrid_rnnt_ctc" if "aux_ctc" in model else "rnnt"
+        name = "HybridRNNTCTCBPEModel" if "aux_ctc" in model else "RNNTBPEModel"
+        return f"nemo.collections.asr.models.{kind}_bpe_models_prompt.EncDec{name}WithPrompt"
     pieces = "BPE" if "tokenizer" in model else ""
     kind = "_bpe" if pieces else ""
     if "joint" not in model:

@@ -24,6 +24,7 @@ ELSEWHERE = {
     "cuts_path": "Lhotse cuts are not read here; write a NeMo manifest, plain or tarred",
     "normalize_text": "texts are tokenized as they stand; normalise them in the manifest",
 }
+AUTO_SHARES = {"langID": 0.0, "auto": 1.0, "unified": None}  # None: unified_auto_ratio
 NO_LIMIT_S = 7 * 24 * 3600.0  # longer than any clip that a manifest may name
 
 
@@ -82,6 +83,7 @@ def translate_data(tree: dict, found) -> None:
     take(f"{SECTION}.max_tps", "data.max_tokens_per_s", _above_zero)
     take(f"{SECTION}.num_workers", "data.num_workers")
     take(f"{SECTION}.seed", "trainer.seed", lambda v: v if isinstance(v, int) else None)
+    _languages_said(train, found)
     take(f"{SECTION}.text_field", "data.text_field")
     take(f"{SECTION}.lang_field", "data.lang_field")
     temperature = take(f"{SECTION}.reweight_temperature")
@@ -97,6 +99,28 @@ def translate_data(tree: dict, found) -> None:
         if found.left.pop(key, None):
             found.unused.append((key, "audio is resampled to the checkpoint's rate"))
     _augmentor(train.get("augmentor") or {}, found)
+
+
+def _languages_said(train: dict, found) -> None:
+    """What an encoder is told of a clip's language: how often "auto" in its place, and languages
+    that the checkpoint may lack. Source: NeMo's LhotseSpeechToTextBpeDatasetWithPromptIndex."""
+    mode = found.take(f"{SECTION}.default_prompt_mode") or "unified"
+    ratio = found.number(f"{SECTION}.unified_auto_ratio", 0.5)
+    if mode not in AUTO_SHARES:
+        known = ", ".join(AUTO_SHARES)
+        found.refuse(f"{SECTION}.default_prompt_mode", f"is {mode!r}, expected one of {known}")
+    share = {**AUTO_SHARES, "unified": ratio}[mode]
+    if share != 0.5:
+        found.set("data.auto_share", share, f"{SECTION}.unified_auto_ratio, default_prompt_mode")
+    if found.take(f"{SECTION}.prompt_mode_field") not in (None, "prompt_mode"):
+        found.refuse(f"{SECTION}.prompt_mode_field", "is prompt_mode here; name the key so")
+    dictionary = train.get("prompt_dictionary")
+    for key in [key for key in found.left if key.startswith(f"{SECTION}.prompt_dictionary.")]:
+        del found.left[key]
+    if dictionary:
+        added = {"target_lang": dictionary}
+        found.set("prompt.values", added)
+        found.taken.append((f"{SECTION}.prompt_dictionary", f"prompt.values: {added}"))
 
 
 def _set_options(section: str, train: dict, found) -> dict:
@@ -234,9 +258,10 @@ def _nemo_sources(item: dict, name: str, found, weight, tags: dict) -> list[dict
     tars = _paths(item.get("tarred_audio_filepaths"), f"{name}.tarred_audio_filepaths", found)
     if (item["type"] == "nemo_tarred") != bool(tars) or (tars and len(tars) != len(paths)):
         found.refuse(name, "a tarred set needs one tarred_audio_filepaths for each manifest")
-    others = sorted(tags.keys() - {"lang"})
+    others = sorted(tags.keys() - {"lang", "prompt_mode"})
     if others:
-        found.refuse(f"{name}.tags", f"only lang is known here, not {', '.join(others)}")
+        known = "lang and prompt_mode are"
+        found.refuse(f"{name}.tags", f"only {known} known here, not {', '.join(others)}")
     own = [part for _, part in paths]
     total = sum(own) if None not in own else None
     sources = []
@@ -248,6 +273,8 @@ def _nemo_sources(item: dict, name: str, found, weight, tags: dict) -> list[dict
             more["weight"] = part
         if "lang" in tags:
             more["lang"] = tags["lang"]
+        if AUTO_SHARES.get(tags.get("prompt_mode")) is not None:
+            more["auto_share"] = AUTO_SHARES[tags["prompt_mode"]]
         sources.append({"manifest": path} | more)
     return sources
 

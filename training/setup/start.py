@@ -17,12 +17,12 @@ from fastconformer.checkpoint.yaml_config import check_yaml_depth
 from fastconformer.config.changes import (
     with_encoder_dropout,
     with_loss_options,
-    with_prompt_values,
     with_vocabulary,
 )
 from fastconformer.funasr import FunASRNano
 from fastconformer.load import model_of
 from fastconformer.surgery.birwkv7 import to_birwkv7
+from fastconformer.surgery.language import with_slot_values
 from fastconformer.surgery.sample_rate import with_sample_rate
 from fastconformer.surgery.vocabulary import change_vocabulary
 from fastconformer.text.tokenizer import (
@@ -79,14 +79,12 @@ def build_model(
         model = with_sample_rate(model, recipe.sample_rate)
     if encoder.attention is not None:
         model = with_birwkv7(model, encoder.warm_start and recipe.init_from is not None, seed)
+    model = with_slot_values(model, prompt.values)
     config = with_loss_options(model.config.nemo, model.heads, loss)
-    config = with_prompt_values(config, prompt.values)
     if recipe.dropout is not None:
         config = with_encoder_dropout(config, recipe.dropout)
     model = model.changed(ModelConfig.from_nemo(config))
     set_direction_dropout(model, encoder.direction_dropout)
-    if prompt.values:
-        model.prompt_ids()  # a value that the tokenizer does not have is said here
     return model
 
 
