@@ -20,7 +20,7 @@ import soundfile
 import soxr
 
 from . import containers
-from .streams import find_frames, ogg_links, with_length
+from .streams import find_frames, is_cut, ogg_links, promised_share, with_length
 
 log = logging.getLogger(__name__)
 
@@ -46,12 +46,14 @@ class Audio:
 class Sound:
     """An opened recording. blocks(start, count) gives (n, C) float32 from sample `start` on, about
     `count` of them (None: to the end). frames: samples in all, promised_s: what its header says,
-    each None where that is not known. problems fills while blocks are taken."""
+    each None where that is not known; is_cut: the file ends and its stream does not. problems fills
+    while blocks are taken."""
 
     rate_hz: int
     blocks: Callable[[int, int | None], Iterator[np.ndarray]]
     frames: int | None = None
     promised_s: float | None = None
+    is_cut: bool = False
     problems: list[str] = field(default_factory=list)
 
 
@@ -205,6 +207,8 @@ def _compare_lengths(sound: Sound, read_s: float, damage: str) -> tuple[str, lis
         return damage, [
             f"its header says {sound.promised_s:.2f} s, {read_s:.2f} s were read{because}"
         ]
+    if sound.is_cut and not damage:
+        return "", [f"the file ends before its stream does, {read_s:.2f} s were read"]
     return damage, [f"damaged{because}, {read_s:.2f} s were read"] if damage else []
 
 
@@ -246,9 +250,12 @@ def _open(source: str | bytes, name: str, stack: contextlib.ExitStack, track: in
     try:
         if head[:4] == b"OggS":
             with _file(source) as file:
-                links = ogg_links(file.read())
-            if len(links) > 1:
-                return _chain([_open_soundfile(link, name, stack) for link in links])
+                content = file.read()
+            links = ogg_links(content)
+            parts = links if len(links) > 1 else [source]
+            sound = _chain([_open_soundfile(part, name, stack) for part in parts])
+            sound.is_cut = is_cut(content)
+            return sound
         return _open_soundfile(source, name, stack)
     except (soundfile.SoundFileError, ValueError) as error:
         reason = str(error)
@@ -287,7 +294,8 @@ def _open_soundfile(
             left -= len(block)
             yield block
 
-    return Sound(file.samplerate, blocks, file.frames, file.frames / file.samplerate)
+    promised_s = file.frames * promised_share(file.extra_info) / file.samplerate
+    return Sound(file.samplerate, blocks, file.frames, promised_s)
 
 
 def _open_mpeg(source: str | bytes, name: str, stack: contextlib.ExitStack) -> Sound:
@@ -338,7 +346,7 @@ def _open_container(
         yield from again.blocks
         opened.problems[:] = again.problems
 
-    return Sound(opened.rate_hz, blocks, None, opened.promised_s, opened.problems)
+    return Sound(opened.rate_hz, blocks, None, opened.promised_s, problems=opened.problems)
 
 
 def _check_rate(rate_hz: int, name: str) -> None:
@@ -348,6 +356,8 @@ def _check_rate(rate_hz: int, name: str) -> None:
 
 def _chain(links: list[Sound]) -> Sound:
     """One sound of several, at the first one's rate."""
+    if len(links) == 1:
+        return links[0]
     rate_hz = links[0].rate_hz
     lengths = [round(link.frames * rate_hz / link.rate_hz) for link in links]
 

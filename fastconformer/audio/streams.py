@@ -1,13 +1,15 @@
-"""MP3 frames and Ogg links: how long a file really is, and streams of it that say so.
+"""How long a file really is: MP3 frames, Ogg links, what libsndfile cuts; and streams that say so.
 
 MP3: encoders that write to a pipe leave no length, joined files have the first part's, and
 libsndfile believes either: it stops before the end, or promises more than there is. Reading the
 frame headers tells the length; an Info frame with it, put in front, tells libsndfile. Ogg: of links
-in a chain libsndfile reads the first.
+in a chain libsndfile reads the first. WAV, AIFF, AU, W64 cut short: it reads what is there, and
+only its log tells the difference.
 Source: ISO/IEC 11172-3, 2.4.2.3; the Info frame as LAME and mpg123 describe it; RFC 3533.
 """
 
 import io
+import re
 from typing import NamedTuple
 
 # kbit/s of bitrate indices 1 to 14, by (version is 1, layer)
@@ -20,6 +22,7 @@ BITRATES = {
 }
 BITRATES[(False, 3)] = BITRATES[(False, 2)]
 RATES_HZ = (44100, 48000, 32000)
+UNKNOWN_BYTES = 0x7FFF0000  # of sound, and more: what is written to a pipe has some such length
 VERSIONS = {3: 1, 2: 2, 0: 4}  # two bits of the header -> divisor of the rate
 
 
@@ -159,6 +162,24 @@ def _read_info(data: bytes, at: int, header: Header) -> tuple[int | None, int]:
         both = int.from_bytes(data[tag + 141 : tag + 144], "big")
         padding = (both >> 12) + (both & 0xFFF)
     return int.from_bytes(data[tag + 8 : tag + 12], "big"), padding
+
+
+def promised_share(log: str) -> float:
+    """How much of a file's sound its header promises, by libsndfile's log of opening it: 1.0 times
+    what is there, more where it was cut short."""
+    found = re.search(
+        r"^ *(?:data|SSND|Data [Ss]ize) *: (\d+)(?: \(should be (\d+)\))?$", log, re.M
+    )
+    if found is None or int(found[1]) >= UNKNOWN_BYTES:
+        return 1.0
+    there = int(found[2] or re.search(r"^Length : (\d+)$", log, re.M)[1])
+    return max(1.0, int(found[1]) / max(1, there))
+
+
+def is_cut(data: bytes) -> bool:
+    """Whether an Ogg file ends before its stream does: its last page is not marked as that."""
+    at = data.rfind(b"OggS")
+    return at >= 0 and not (at + 27 <= len(data) and data[at + 5] & 4)
 
 
 def ogg_links(data: bytes) -> list[bytes]:

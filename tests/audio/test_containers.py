@@ -247,6 +247,25 @@ def test_what_is_cut_is_said(tmp_path, sound):
         load_audio(path, RATE)
 
 
+@pytest.mark.parametrize(
+    "kind, coded",
+    [
+        *(("WAV", coded) for coded in ("PCM_16", "PCM_24", "FLOAT", "ULAW", "MS_ADPCM")),
+        *((kind, "PCM_16") for kind in ("AIFF", "AU", "W64", "RF64")),
+        *(("OGG", coded) for coded in ("VORBIS", "OPUS")),
+    ],
+)
+def test_what_libsndfile_reads_short_is_said(sound, kind, coded):
+    whole = io.BytesIO()
+    soundfile.write(whole, sound, 48000, format=kind, subtype=coded)
+    content = whole.getvalue()
+    assert read_audio(content, RATE).notes == [] and read_audio(content + b"\0", RATE).notes == []
+    audio = read_audio(content[: len(content) * 6 // 10], RATE)
+    assert 0.9 < len(audio.samples) / RATE < 2
+    told = "the file ends before its stream" if kind == "OGG" else "its header says "
+    assert len(audio.notes) == 1 and audio.notes[0].startswith(told) and audio.damage == ""
+
+
 def test_without_the_extra_it_says_what_to_install(tmp_path, sound, monkeypatch):
     path = encode(str(tmp_path / "a.m4a"), sound, "ipod", "aac")
     monkeypatch.setattr(containers, "is_installed", lambda: False)
