@@ -124,12 +124,15 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_decoding_arguments(parser: argparse.ArgumentParser) -> None:
     """How to encode and decode, for commands that transcribe; `decoding_options` reads them."""
-    from .recordings.longform import MODES  # with torch
+    from .decoding import DecodingOptions  # with torch
+    from .recordings.longform import MODES
 
     group = parser.add_argument_group("decoding")
     group.add_argument("--beam", type=int, default=1, metavar="N", help="hypotheses (%(default)s)")
     group.add_argument("--lm", type=Path, metavar="FILE", help="ARPA language model, also .gz")
-    group.add_argument("--lm-weight", type=float, default=0.3, help="of its scores (%(default)s)")
+    group.add_argument(
+        "--lm-weight", type=float, help=f"of its scores ({DecodingOptions.lm_weight})"
+    )
     group.add_argument(
         "--lm-bonus",
         type=float,
@@ -142,7 +145,9 @@ def add_decoding_arguments(parser: argparse.ArgumentParser) -> None:
         help="phrases to expect, one a line, each with a weight after a tab if it has its own",
     )
     group.add_argument(
-        "--boost-weight", type=float, default=1.5, help="nats for each token (%(default)s)"
+        "--boost-weight",
+        type=float,
+        help=f"nats for each token ({DecodingOptions.boost_weight})",
     )
     group.add_argument(
         "--languages",
@@ -204,28 +209,49 @@ def add_decoding_arguments(parser: argparse.ArgumentParser) -> None:
 def decoding_options(args, model) -> dict:
     """Keyword arguments for `model.transcribe`. FileNotFoundError, or ValueError of a file that
     cannot be used; UsageError of arguments that do not fit."""
-    from .decoding import read_arpa, read_phrases, token_bias
+    from .decoding import DecodingOptions, read_arpa, read_phrases, token_bias, unwritable
+    from .surgery.look_ahead import with_look_ahead
 
     if args.beam < 1:
         raise UsageError(f"--beam is {args.beam}, expected at least 1")
-    if args.window_s is not None and not 0 < args.window_s < math.inf:
-        raise UsageError(f"--window-s is {args.window_s}, expected seconds, more than 0")
+    for flag, unit in (("window_s", "seconds"), ("memory_gb", "gigabytes")):
+        value = getattr(args, flag)
+        if value is not None and not 0 < value < math.inf:
+            name = flag.replace("_", "-")
+            raise UsageError(f"--{name} is {value}, expected {unit}, more than 0")
     names = ("beam", "long", "memory_gb", "window_s", "look_ahead", "length_penalty", "max_repeats")
     options = {name: getattr(args, name) for name in names}
+    for flag, needs in (("lm_weight", "lm"), ("lm_bonus", "lm"), ("boost_weight", "boost")):
+        value = getattr(args, flag)
+        if value is not None and getattr(args, needs) is None:
+            raise UsageError(f"--{flag.replace('_', '-')} is {value}, but there is no --{needs}")
+        if value is not None and not math.isfinite(value):
+            raise UsageError(f"--{flag.replace('_', '-')} is {value}, expected a number")
     if args.lm is not None:
-        options |= {"lm": read_arpa(args.lm), "lm_weight": args.lm_weight}
-        options["lm_bonus"] = args.lm_bonus
+        options |= {"lm": read_arpa(args.lm), "lm_bonus": args.lm_bonus}
+        if args.lm_weight is not None:
+            options["lm_weight"] = args.lm_weight
     if args.boost is not None:
-        options["boost"] = read_phrases(args.boost, args.boost_weight)
-    if args.languages:
+        weight = DecodingOptions.boost_weight if args.boost_weight is None else args.boost_weight
+        options["boost"] = read_phrases(args.boost, weight)
+        lost = unwritable(options["boost"], model.head(args.head).tokenizer)
+        if lost:
+            told = f"no text of this model can hold {', '.join(map(repr, lost))}"
+            print(one_line(f"{args.boost}: {told}"), file=sys.stderr)
+    if args.languages is not None:
         options["allow"] = tuple(name for name in args.languages.split(",") if name)
+        if not options["allow"]:
+            raise UsageError(f"--languages is {args.languages!r} and names none")
         try:
             token_bias(model.tokenizer, options["allow"])
         except ValueError as error:
             raise UsageError(f"--languages: {error}") from None
-    slots = prompt_slots(args)
-    try:
-        model.head(args.head).asked(slots, False)
+    slots, head = prompt_slots(args), model.head(args.head)
+    fields = {name: options[name] for name in ("beam", "length_penalty", "max_repeats")}
+    try:  # what no recording can be transcribed with, said once
+        head.asked(slots, False)
+        DecodingOptions(**fields).check(head.refused_options, head.name)
+        with_look_ahead(model, args.look_ahead)
     except ValueError as error:
         raise UsageError(str(error)) from None
     return options | slots

@@ -152,8 +152,9 @@ def run(args) -> int:
         print(f"transcribe: {found.n_skipme} lines say _skipme, left out", file=sys.stderr)
     if not found.clips:
         return 1
-    if args.workers < 0:
-        raise UsageError(f"--workers is {args.workers}, expected 0 or more")
+    for name in ("workers", "track"):
+        if getattr(args, name) < 0:
+            raise UsageError(f"--{name} is {getattr(args, name)}, expected 0 or more")
     model = cli.load_model(args)
     options = cli.decoding_options(args, model) | {
         "head": args.head,

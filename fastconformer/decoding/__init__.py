@@ -6,6 +6,7 @@ from .confidence import Confidence
 from .ctc import ctc_greedy, ctc_next
 from .ctc_alignment import ctc_align
 from .ctc_beam import ctc_beam
+from .fusion import unwritable
 from .graphs import GraphCache
 from .hypothesis import Hypothesis
 from .ngram import NGramModel, read_arpa
@@ -30,4 +31,5 @@ __all__ = [
     "transducer_beam",
     "transducer_greedy",
     "transducer_next",
+    "unwritable",
 ]

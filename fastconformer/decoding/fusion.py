@@ -12,7 +12,7 @@ Scores telescope: a hypothesis's sum depends on its tokens alone, not on how the
 
 import unicodedata
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 
@@ -219,6 +219,12 @@ def _hashed_words(model: NGramModel, device):
         pairs = sorted((_hash(word)[1], i) for word, i in model.words.items())
         _hashed[model] = tuple(torch.tensor(column) for column in zip(*pairs))
     return tuple(tensor.to(device) for tensor in _hashed[model])
+
+
+def unwritable(phrases: Iterable[str], tokenizer: Tokenizer) -> list[str]:
+    """Those of the phrases that no text of this tokenizer can hold: they boost nothing."""
+    known = {char for piece in tokenizer.pieces for char in piece.lower()}
+    return [p for p in phrases if not known.issuperset("".join(p.lower().split()))]
 
 
 class PhraseScorer:

@@ -1,5 +1,6 @@
 """What a user may ask of decoding, and the scorers and masks that come of it."""
 
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -64,6 +65,10 @@ class DecodingOptions:
             raise ValueError(f"max_repeats is {self.max_repeats}, expected 0 or more")
         if not isinstance(self.beam, int) or self.beam < 1:
             raise ValueError(f"beam is {self.beam!r}, expected a whole number of at least 1")
+        for name in ("lm_weight", "lm_bonus", "boost_weight"):
+            value = getattr(self, name)
+            if value is not None and not math.isfinite(value):
+                raise ValueError(f"{name} is {value!r}, expected a number")
         if isinstance(self.lm, str | os.PathLike):
             object.__setattr__(self, "lm", read_arpa(self.lm))
         if isinstance(self.boost, str):
@@ -72,6 +77,11 @@ class DecodingOptions:
             )
         if self.boost is not None and not isinstance(self.boost, Mapping):
             object.__setattr__(self, "boost", dict.fromkeys(self.boost, self.boost_weight))
+        for phrase, weight in (self.boost or {}).items():
+            if not math.isfinite(weight):
+                raise ValueError(
+                    f"boost: the weight of {phrase!r} is {weight!r}, expected a number"
+                )
         if isinstance(self.allow, str):
             object.__setattr__(self, "allow", (self.allow,))
         if isinstance(self.confidence, bool):

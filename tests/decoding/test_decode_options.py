@@ -158,6 +158,14 @@ def test_options_are_checked(tmp_path):
     for options in ({"beam": 0}, {"beam": 2.0}, {"boost": "word"}, {"boost": [" "]}):
         with pytest.raises(ValueError, match="beam is|boost is|phrase to boost"):
             load_tiny().transcribe(np.zeros(16000, np.float32), **options)
+    for options in (
+        {"lm_weight": np.nan},
+        {"lm_bonus": np.inf},
+        {"boost_weight": -np.inf},
+        {"boost": {"word": np.nan}},
+    ):
+        with pytest.raises(ValueError, match="expected a number"):
+            DecodingOptions(**options)
     with pytest.raises(FileNotFoundError, match="none.arpa"):
         DecodingOptions(lm=tmp_path / "none.arpa")
 
@@ -270,9 +278,22 @@ def test_command_line(tmp_path, capsys):
         (found,) = json.loads(capsys.readouterr().out)
         assert len(found["confidences"]) == len(found["tokens"])
         assert all("confidence" in word for word in found["words"])
+    # what could never be written is told, and the rest of the list counts
+    (tmp_path / "mixed.txt").write_text("seven\nдом\n", encoding="utf-8")
+    assert main([str(audio), "--model", model, "--boost", str(tmp_path / "mixed.txt")]) == 0
+    assert capsys.readouterr().err.strip().endswith("no text of this model can hold 'дом'")
     for wrong, status in (
         (["--beam", "0"], 2),
+        (["--max-repeats", "2"], 2),
+        (["--length-penalty", "1"], 2),
+        (["--look-ahead", "3"], 2),
+        (["--memory-gb", "nan"], 2),
+        (["--lm-weight", "0.5"], 2),
+        (["--boost-weight", "2"], 2),
+        (["--boost", str(tmp_path / "boost.txt"), "--boost-weight", "nan"], 2),
         (["--languages", "greek"], 2),
+        (["--languages", ","], 2),
+        (["--track", "-1"], 2),
         (["--lm", str(tmp_path / "boost.txt")], 1),
         (["--boost", str(tmp_path / "none.txt")], 1),
     ):
