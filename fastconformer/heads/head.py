@@ -22,6 +22,9 @@ class Head:
     family = ""  # what recipes call it and its like
     has_frame_posteriors = False
     has_lattice = False
+    tokens_share = (
+        False  # the probability that blank leaves, so that more tokens leave less to each
+    )
     can_stall = False
     reads_frames_in_order = True
     longest_s: float | None = None
@@ -93,6 +96,11 @@ class Head:
         """Rows that one of `token_layers` has for so many tokens, where what lies behind the
         tokens' is padding; None: it is blank and the like."""
         return None
+
+    @property
+    def blank_competes(self) -> bool:
+        """Whether blank is an output of `output_layer`, behind the tokens'."""
+        return self.n_rows("", 1) is None
 
     def output_layer(self) -> nn.Module:
         """The one of `token_layers` whose outputs are the logits that decoding compares."""

@@ -72,8 +72,18 @@ class Transducer(Head):
             f"joint.joint_net.{len(joint.joint_net) - 1}": joint.joint_net[-1],
         }
 
+    @property
+    def blank_competes(self) -> bool:
+        return not self.tokens_share
+
+    @property
+    def tokens_share(self) -> bool:
+        return self.model.joint.blank_pred is not None
+
     def logits(self, encoded: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        return self.model.joint(encoded, self.model.decoder(tokens[None])).flatten(0, 2)
+        joint, predicted = self.model.joint, self.model.decoder(tokens[None])
+        summed = joint.enc(encoded)[:, :, None] + joint.pred(predicted)[:, None]
+        return joint.joint_net(summed).flatten(0, 2)
 
     def int8_parts(self) -> list[nn.Module]:
         return [self.model.decoder, self.model.joint.joint_net]

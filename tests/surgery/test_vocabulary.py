@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from converters.merge_tokenizers import merge_tokenizers
 from converters.train_tokenizer import train_tokenizer
-from fastconformer import load_model
+from fastconformer import ASRModel, ModelConfig, load_model
 from fastconformer.checkpoint.nemo_archive import write_nemo
 from fastconformer.checkpoint.read import read_checkpoint
 from fastconformer.surgery.vocabulary import (
@@ -259,8 +259,8 @@ def test_a_recipe_changes_the_vocabulary(tmp_path):
 # --- the proof ----------------------------------------------------------------------------------
 
 
-def extended(case: str, new_rows: str = "mean"):
-    original = load_model(golden(case) / "model.nemo")
+def extended(case: str, new_rows: str = "mean", original=None):
+    original = original or load_model(golden(case) / "model.nemo")
     b = train_tokenizer([*TEXT, "привет мир", "ça va très bien", "où est la clé"], 90)
     model, _ = merge_tokenizers(original.tokenizer_files["tokenizer.model"], b)
     changed = copy.deepcopy(original)
@@ -284,6 +284,31 @@ def test_greedy_output_is_unchanged(case, new_rows):
         assert [(h.tokens, h.frames, h.durations) for h in outputs[0]] == [
             (h.tokens, h.frames, h.durations) for h in outputs[1]
         ]
+
+
+@pytest.mark.parametrize("new_rows", ["mean", "zeros", "random"])
+def test_a_hat_joint_whose_blank_has_no_row(new_rows):
+    """Its tokens share what blank leaves; their logits are compared before that."""
+    trained = load_model(golden("rnnt_bpe") / "model.nemo")
+    config = copy.deepcopy(trained.config.nemo)
+    config["joint"]["_target_"] = "nemo.HATJoint"
+    torch.manual_seed(0)
+    hat = ASRModel(ModelConfig.from_nemo(config), trained.tokenizer, trained.tokenizer_files).eval()
+    state = hat.state_dict()
+    for name, tensor in trained.state_dict().items():
+        is_output = name.startswith("joint.joint_net")
+        state[name] = tensor[: state[name].shape[0]] if is_output else tensor
+    hat.load_state_dict(state)
+    hat.joint.blank_pred[-2].bias.data -= 1.0  # or blank wins everywhere
+    original, changed, change = extended("rnnt_bpe", new_rows, hat)
+    said = check_transfer(original, changed, change, clips("rnnt_bpe"), MARGINS[new_rows])
+    assert "logits are equal" in said and "greedy outputs are unchanged" in said and change.new
+    rows = changed.joint.joint_net[-1].weight.shape[0]
+    assert rows == changed.tokenizer.vocab_size, "no row of blank"
+    with torch.no_grad():
+        changed.joint.joint_net[-1].weight[0] += 1
+    with pytest.raises(ValueError, match="logits of old tokens"):
+        check_transfer(original, changed, change, clips("rnnt_bpe"))
 
 
 def test_new_rows_that_would_win_are_lowered_or_found():
