@@ -1,5 +1,6 @@
 """The step of `benchmarks.first_contact` that sets each kernel beside the plain form."""
 
+from functools import partial
 from unittest import mock
 
 import torch
@@ -15,22 +16,55 @@ def check_kernels(dry: bool, kept: dict) -> dict:
     rows, times, device = [], [], device_of(dry)
     limits = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
     for name, module, inputs in _modules(dry, device):
-        with torch.no_grad(), mock.patch.object(kernels, "usable", lambda x: False):
+        with torch.no_grad(), mock.patch.object(kernels, "takes", lambda x: False):
             expected = _frames(module.double()(*_cast(inputs, torch.float64)))
         for dtype, limit in limits.items():
             if dry and dtype == torch.bfloat16:
                 continue  # the interpreter has no such products
             module.to(dtype)
             given = _cast(inputs, dtype)
-            with torch.no_grad(), mock.patch.object(kernels, "usable", lambda x: True):
+            with torch.no_grad(), mock.patch.object(kernels, "takes", lambda x: True):
                 value = distance(_frames(module(*given)), expected)
                 what = f"{name} {dtype}".replace("torch.", "")
                 rows.append(check(what, value, limit))
                 times.append(timing(what, milliseconds(lambda: module(*given), dry), "ms"))  # noqa: B023
-            with torch.no_grad(), mock.patch.object(kernels, "usable", lambda x: False):
+            with torch.no_grad(), mock.patch.object(kernels, "takes", lambda x: False):
                 ms = milliseconds(lambda: module(*given), dry)  # noqa: B023
                 times.append(timing(f"{what}, plain", ms, "ms"))
+        if name.startswith("attention"):
+            found = _check_gradients(name, module, inputs, dry)
+            rows.append(found["check"])
+            times.extend(found["timings"])
     return {"checks": rows, "timings": times}
+
+
+def _check_gradients(name: str, module, inputs, dry: bool) -> dict:
+    """Forward and backward in the kernels, against the plain form in float64 and in time."""
+    from fastconformer.networks import kernels
+
+    dtype, limit = (torch.float32, 2e-5) if dry else (torch.bfloat16, 5e-2)
+    what = f"{name} with gradients {dtype}".replace("torch.", "")
+
+    def gradients(dtype: torch.dtype, in_kernels: bool) -> list:
+        given = _cast(inputs, dtype)
+        given[0].requires_grad_()
+        with mock.patch.object(kernels, "takes", lambda x: in_kernels):
+            out = module.to(dtype)(*given)
+        return torch.autograd.grad(out, [given[0], *module.parameters()], out.detach())
+
+    expected = gradients(torch.float64, False)
+    pairs = zip(gradients(dtype, True), expected, strict=True)
+    # the keys' bias has a gradient of 0
+    value = max(distance(a, e) for a, e in pairs if e.abs().max() > 1e-6 * expected[0].abs().max())
+    times = (
+        []
+        if dry
+        else [
+            timing(label, milliseconds(partial(gradients, dtype, in_kernels), dry), "ms")
+            for label, in_kernels in ((what, True), (f"{what}, plain", False))
+        ]
+    )
+    return {"check": check(what, value, limit), "timings": times}
 
 
 def _modules(dry: bool, device: torch.device):
@@ -67,4 +101,4 @@ def _frames(result) -> torch.Tensor:
 
 
 def _cast(inputs, dtype: torch.dtype) -> list:
-    return [x.to(dtype) if x.is_floating_point() else x for x in inputs]
+    return [x.detach().to(dtype) if x.is_floating_point() else x for x in inputs]

@@ -6,7 +6,9 @@
 The encoder, its subsampling and a step of decoding run on tensors that hold nothing (device "meta")
 and say they are on a GPU, so that the code takes its path for one. Every operator that is no view
 counts as one kernel, a custom operator too; its traffic is each tensor that it reads or writes,
-once. Attention with a mask counts as one kernel, as torch's memory-efficient one is. What a kernel
+once. Attention with a mask counts as one kernel, as torch's memory-efficient one is. A layer in
+training counts forward and backward, with its attention in kernels and plain, and besides what it
+keeps for the backward pass beside its weights. What a kernel
 reads twice and what stays in a cache is not seen: the numbers compare versions, they are no times.
 
 The last line printed is the result as JSON; it is also written to `--out`.
@@ -31,12 +33,13 @@ from benchmarks.random_model import SIZES, TOKENIZER, parakeet
 from fastconformer import ModelConfig
 from fastconformer.decoding.label_loop import LabelLoop, window_frames
 from fastconformer.model import NoInitialisation
-from fastconformer.networks import tiles
+from fastconformer.networks import kernels, tiles
 from fastconformer.networks.conformer import ConformerEncoder
 from fastconformer.networks.heads import Joint, PredictionNetwork
 
 ENCODERS = (("0.6b", 1, 10), ("0.6b", 64, 30), ("0.6b", 256, 10), ("110m", 64, 30))
 STEPS = (("0.6b", 1), ("0.6b", 64))
+TRAINING = (("0.6b", 12, 30), ("0.6b", 3, 120), ("110m", 12, 30))
 FRAMES_PER_SECOND = 100  # features
 CARD_BYTES = 24 << 30  # long inputs go through in pieces by the card's memory
 ALIGNED = 8  # torch's attention copies masks whose rows are no multiple of so many elements
@@ -57,6 +60,29 @@ def attention(
 def _(q, k, v, mask):
     # in memory (B, T, H, K), as the memory-efficient kernel gives it
     return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3]).transpose(1, 2)
+
+
+@torch.library.custom_op("benchmarks::attention_backward", mutates_args=())
+def attention_backward(
+    grad: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor,
+    out: torch.Tensor,
+) -> list[torch.Tensor]:
+    raise NotImplementedError
+
+
+@attention_backward.register_fake
+def _(grad, *inputs_and_out):
+    return [torch.empty_like(x) for x in inputs_and_out[:4]]
+
+
+attention.register_autograd(
+    lambda ctx, grad: tuple(attention_backward(grad, *ctx.saved_tensors)),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs, output),
+)
 
 
 @torch.library.custom_op("benchmarks::lstm_cell", mutates_args=())
@@ -173,6 +199,43 @@ def subsampling_case(size: str, batch: int, seconds: int) -> Count:
     return on_gpu(make, work)
 
 
+def training_case(size: str, batch: int, seconds: int, in_kernels: bool) -> tuple[Count, int]:
+    """One layer, as in `encoder_case`, forward and backward: counts, and bytes that it keeps."""
+    config = config_of(size).encoder
+    shape = batch, config.feat_in, seconds * FRAMES_PER_SECOND
+
+    def of_layers(n_layers: int) -> tuple[Count, int]:
+        count, kept = Count(), {}
+
+        def keep(x):
+            kept[x.untyped_storage()._cdata] = x.untyped_storage()
+            return x
+
+        sized = dataclasses.replace(config, n_layers=n_layers)
+        with torch.device("meta"), AsOnGpu(), count:
+            with NoInitialisation():
+                encoder = ConformerEncoder(sized).train().to(torch.bfloat16)
+            for x in encoder.parameters():
+                keep(x)
+            weights = set(kept)
+            features = torch.empty(shape, dtype=torch.bfloat16)
+            count.kernels.clear()
+            count.bytes.clear()
+            with (
+                torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x),
+                mock.patch.object(kernels, "takes", lambda x: in_kernels),
+                mock.patch.object(tiles, "gpu_memory", lambda device: CARD_BYTES),
+            ):
+                encoded, _ = encoder(features, torch.full((batch,), shape[2]))
+            encoded.backward(torch.empty_like(encoded))
+        return count, sum(x.nbytes() for key, x in kept.items() if key not in weights)
+
+    (two, kept), (one, kept_by_one) = of_layers(2), of_layers(1)
+    two.kernels.subtract(one.kernels)
+    two.bytes.subtract(one.bytes)
+    return two, kept - kept_by_one
+
+
 def step_case(size: str, batch: int) -> Count:
     config = config_of(size)
 
@@ -187,19 +250,28 @@ def step_case(size: str, batch: int) -> Count:
     return on_gpu(lambda: [PredictionNetwork(config.decoder), Joint(config.joint)], work)
 
 
-def measure() -> dict[str, tuple[Count, str, int]]:
-    """{case: (its counts, what its traffic is told by and how many of it; 0 for a step)}"""
+def measure() -> dict[str, tuple[Count, str, int, int]]:
+    """{case: (its counts, what its traffic is told by and how many of it; 0 for a step; what it
+    keeps for a backward pass, bytes)}"""
     cases = {}
     for size, batch, seconds in ENCODERS:
         count = subsampling_case(size, batch, seconds)
-        cases[f"{size}, subsampling {batch} of {seconds} s"] = count, "second", batch * seconds
+        cases[f"{size}, subsampling {batch} of {seconds} s"] = count, "second", batch * seconds, 0
     for size, batch, seconds in ENCODERS:
-        frames = batch * -(-seconds * FRAMES_PER_SECOND // 8)
         name = f"{size}, {batch} of {seconds} s"
-        cases[name] = encoder_case(size, batch, seconds), "frame", frames
+        cases[name] = encoder_case(size, batch, seconds), "frame", frames_of(batch, seconds), 0
+    for size, batch, seconds in TRAINING:
+        for what, in_kernels in (("training", True), ("training, plain attention", False)):
+            count, kept = training_case(size, batch, seconds, in_kernels)
+            name = f"{size}, {what}, {batch} of {seconds} s"
+            cases[name] = count, "frame", frames_of(batch, seconds), kept
     for size, batch in STEPS:
-        cases[f"{size}, a step of decoding {batch}"] = step_case(size, batch), "frame", 0
+        cases[f"{size}, a step of decoding {batch}"] = step_case(size, batch), "frame", 0, 0
     return cases
+
+
+def frames_of(batch: int, seconds: int) -> int:
+    return batch * -(-seconds * FRAMES_PER_SECOND // 8)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -215,7 +287,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.case is not None:
         if args.case not in cases:
             parser.error(f"--case is {args.case!r}, expected one of {'; '.join(cases)}")
-        count, unit, n = cases[args.case]
+        count, unit, n, _ = cases[args.case]
         for name, total in count.bytes.most_common():
             if count.kernels[name]:
                 traffic = f"{total / n / 1e3:10.1f} KB a {unit}" if n else ""
@@ -227,12 +299,14 @@ def main(argv: list[str] | None = None) -> int:
             "kernels": count.kernels.total(),
             f"kb_a_{unit}": round(count.bytes.total() / n / 1e3, 1) if n else None,
         }
-        for name, (count, unit, n) in cases.items()
+        | ({"kb_kept_a_frame": round(kept / n / 1e3, 1)} if kept else {})
+        for name, (count, unit, n, kept) in cases.items()
     ]
-    print(f"{'a layer, the subsampling, or a step':<36} kernels  KB a frame, or a second of audio")
+    print(f"{'a layer, the subsampling, or a step':<44} kernels  KB a frame, or a second  KB kept")
     for row in rows:
-        traffic = row.get("kb_a_second", row.get("kb_a_frame"))
-        print(f"{row['case']:<36} {row['kernels']:7}  {traffic or '-':>10}")
+        traffic = row.get("kb_a_second", row.get("kb_a_frame")) or "-"
+        kept = row.get("kb_kept_a_frame", "-")
+        print(f"{row['case']:<44} {row['kernels']:7}  {traffic:>23}  {kept:>7}")
     result = {
         "benchmark": "kernel_counts",
         "commit": commit(),

@@ -40,7 +40,12 @@ from fastconformer.checkpoint.files import atomic_file
 from fastconformer.decoding import triton_step
 from fastconformer.losses import fused_triton
 from fastconformer.losses.fused_cells import PADDED_TO, Job, Tile, empty_cells
-from fastconformer.networks import triton_attention, triton_convolution, triton_subsampling
+from fastconformer.networks import (
+    triton_attention,
+    triton_attention_backward,
+    triton_convolution,
+    triton_subsampling,
+)
 
 # Shared memory that a block may ask for, bytes: A100; H100 and H200; RTX 50 (as RTX 30 and 40).
 SHARED_BYTES = {80: 166_912, 90: 232_448, 120: 101_376}
@@ -137,16 +142,24 @@ def launch_loss(
     fused_triton.scatter(job, some, rows, d_hidden, empty(*job.enc.shape), empty(*job.pred.shape))
 
 
-def launch_attention(dtype: torch.dtype, heads: int, head: int, n_frames: int, by_query: bool):
+def launch_attention(
+    dtype: torch.dtype, heads: int, head: int, n_frames: int, by_query: bool, dropout: float
+):
+    """Forward and backward."""
+
     def empty(*shape, dtype=dtype):
         return torch.empty(shape, dtype=dtype, device="meta")
 
     width = heads * head
     rows = n_frames if by_query else 1
-    q, k, v = (empty(2, n_frames, width) for _ in range(3))
-    biases = empty(heads, head), empty(heads, head)
+    q, k, v, grad = (empty(2, n_frames, width) for _ in range(4))
+    # under autocast the biases stay what they are
+    biases = [empty(heads, head, dtype=torch.float32) for _ in range(2)]
     hidden = empty(2, 1, rows, n_frames, dtype=torch.bool)
-    triton_attention.attention(q, k, v, empty(2 * n_frames - 1, width), *biases, hidden)
+    inputs = q, k, v, empty(2 * n_frames - 1, width), *biases, hidden
+    drops = dropout, 2**61 if dropout else 0
+    results = triton_attention.attention(*inputs, *drops)
+    triton_attention_backward.attention_backward(grad, *inputs, *results, *drops, True)
 
 
 def launch_convolution(dtype: torch.dtype, width: int, taps: int, has_bias: bool):
@@ -210,13 +223,13 @@ def launches(few: bool) -> Iterator[tuple[str, str, Callable[[], None]]]:
     tdt = (0, 1, 2, 3, 4)
     names = ("bf16",) if few else ("bf16", "fp16", "fp32")
     sizes = ((8, 128),) if few else tuple((8, k) for k in (128, 16, 32, 44, 64, 80, 96))
-    for (heads, head), name, by_query in itertools.product(
-        sizes, names, (False,) if few else (False, True)
-    ):
+    masks, dropouts = ((False,), (0.1,)) if few else ((False, True), (0.0, 0.1))
+    for (heads, head), name, by_query, dropout in itertools.product(sizes, names, masks, dropouts):
+        what = f"{name} {heads} heads of {head}" + (" by query" if by_query else "")
         yield (
             "attention",
-            f"{name} {heads} heads of {head}" + (" by query" if by_query else ""),
-            partial(launch_attention, DTYPES[name], heads, head, 375, by_query),
+            what + (" dropout" if dropout else ""),
+            partial(launch_attention, DTYPES[name], heads, head, 375, by_query, dropout),
         )
     channels = ((1024, 9, True), (176, 31, False), (512, 9, False), (333, 5, True))
     for (width, taps, biased), name in itertools.product(channels[: 1 if few else None], names):

@@ -68,9 +68,10 @@ class RelPositionMultiHeadAttention(nn.Module):
         drops = self.training and self.dropout > 0
         q, k, v = self.linear_q(x), self.linear_k(x), self.linear_v(x)
         p = self._project(pos_emb)
-        if kernels.usable(x) and not drops and self.d_head <= kernels.WIDEST_HEAD:
-            biases = self.pos_bias_u.to(q.dtype), self.pos_bias_v.to(q.dtype)
-            return self.linear_out(kernels.rel_pos_attention(q, k, v, p, *biases, hidden))
+        if kernels.takes(x) and kernels.take_heads(q, self.d_head):
+            dropout = (self.dropout, kernels.dropout_seed()) if drops else ()
+            inputs = q, k, v, p, self.pos_bias_u, self.pos_bias_v, hidden
+            return self.linear_out(kernels.rel_pos_attention(*inputs, *dropout)[0])
         # in float32 PyTorch's softmax is as fast
         bf16 = q.dtype == torch.bfloat16 and not drops
         compiled = kernels.for_cpu(q) if bf16 else None

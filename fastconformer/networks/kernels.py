@@ -1,8 +1,8 @@
 """The encoder's Triton kernels as operators of PyTorch, numba's for a CPU, and whether an input may
 take them.
 
-An operator shows torch.compile, and whoever counts kernels, one function of its inputs. None has a
-gradient; without Triton or numba, and on other devices, the layers' plain form runs.
+An operator shows torch.compile, and whoever counts kernels, one function of its inputs. Attention
+alone has a gradient; without Triton or numba, and on other devices, the layers' plain form runs.
 """
 
 import functools
@@ -14,13 +14,19 @@ from torch import Tensor
 
 from ..config.encoder import output_length
 
-WIDEST_HEAD = 128  # of attention's kernel: wider ones, compiled, spill a thousand registers
+# Of attention's kernels: wider ones, compiled, spill hundreds of registers.
+WIDEST_HEAD, WIDEST_HEAD_FLOAT32_GRADIENT = 128, 64
 
 
 def usable(x: Tensor) -> bool:
-    """Whether the kernels take `x`: on a GPU, without gradients, in a type of theirs."""
+    """Whether the kernels without a gradient take `x`."""
+    return not torch.is_grad_enabled() and takes(x)
+
+
+def takes(x: Tensor) -> bool:
+    """Whether the kernels take `x`: on a GPU, in a type of theirs."""
     types = (torch.float32, torch.bfloat16, torch.float16)
-    return x.is_cuda and not torch.is_grad_enabled() and x.dtype in types and _has_triton()
+    return x.is_cuda and x.dtype in types and _has_triton()
 
 
 def for_cpu(x: Tensor) -> ModuleType | None:
@@ -48,6 +54,13 @@ def _compiled_layers() -> ModuleType | None:
     return compiled_layers
 
 
+def take_heads(q: Tensor, width: int) -> bool:
+    """Whether attention's kernels take queries with heads of that width."""
+    if q.dtype == torch.float32 and torch.is_grad_enabled():
+        return width <= WIDEST_HEAD_FLOAT32_GRADIENT
+    return width <= WIDEST_HEAD
+
+
 @functools.cache
 def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
@@ -55,18 +68,89 @@ def _has_triton() -> bool:
 
 @torch.library.custom_op("fastconformer::rel_pos_attention", mutates_args=())
 def rel_pos_attention(
-    q: Tensor, k: Tensor, v: Tensor, p: Tensor, bias_u: Tensor, bias_v: Tensor, hidden: Tensor
-) -> Tensor:
-    """As `triton_attention.attention`."""
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    p: Tensor,
+    bias_u: Tensor,
+    bias_v: Tensor,
+    hidden: Tensor,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """As `triton_attention.attention`; `seed`, which `dropout` needs, is an int64 on the host."""
     from .triton_attention import attention
 
     with torch.cuda.device_of(q):
-        return attention(q, k, v, p, bias_u, bias_v, hidden)
+        return attention(q, k, v, p, bias_u, bias_v, hidden, dropout, _number(seed))
+
+
+def dropout_seed() -> Tensor:
+    """Drawn from PyTorch's generator of the host, which a resumed run and activation checkpointing
+    restore, and for which no device is waited for."""
+    return torch.randint(0, 2**62, (), device="cpu")
+
+
+def _number(seed: Tensor | None) -> int:
+    return 0 if seed is None else int(seed)
 
 
 @rel_pos_attention.register_fake
-def _(q, k, v, p, bias_u, bias_v, hidden):
-    return torch.empty_like(q, memory_format=torch.contiguous_format)
+def _(q, k, v, p, bias_u, bias_v, hidden, dropout=0.0, seed=None):
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    return out, q.new_empty(len(q), len(bias_u), q.shape[1], dtype=torch.float32)
+
+
+@torch.library.custom_op("fastconformer::rel_pos_attention_backward", mutates_args=())
+def rel_pos_attention_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    p: Tensor,
+    bias_u: Tensor,
+    bias_v: Tensor,
+    hidden: Tensor,
+    out: Tensor,
+    sums: Tensor,
+    dropout: float,
+    seed: Tensor | None,
+    of_positions: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """As `triton_attention_backward.attention_backward`."""
+    from .triton_attention_backward import attention_backward
+
+    with torch.cuda.device_of(q):
+        return attention_backward(
+            grad, q, k, v, p, bias_u, bias_v, hidden, out, sums, dropout, _number(seed),
+            of_positions,
+        )  # fmt: skip
+
+
+@rel_pos_attention_backward.register_fake
+def _(grad, q, k, v, p, bias_u, bias_v, hidden, out, sums, dropout, seed, of_positions):
+    wanted = (True, True, True, of_positions, True, of_positions)
+    inputs = (q, k, v, p, bias_u, bias_v)
+    return tuple(x.new_empty(x.shape if w else 0) for x, w in zip(inputs, wanted, strict=True))
+
+
+def _keep(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
+    *tensors, ctx.dropout, seed = inputs
+    ctx.save_for_backward(*tensors, *output, seed)
+
+
+def _differentiate(ctx, grad, _):
+    if grad is None:
+        return (None,) * 9
+    *saved, seed = ctx.saved_tensors
+    of_positions = ctx.needs_input_grad[3] or ctx.needs_input_grad[5]
+    grads = rel_pos_attention_backward(grad, *saved, ctx.dropout, seed, of_positions)
+    needed = zip(grads, ctx.needs_input_grad)
+    return *(g if need else None for g, need in needed), None, None, None
+
+
+rel_pos_attention.register_autograd(_differentiate, setup_context=_keep)
 
 
 @torch.library.custom_op("fastconformer::gated_convolution", mutates_args=())

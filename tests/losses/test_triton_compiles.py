@@ -9,7 +9,8 @@ import pytest
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-ENCODER = {"_attention_kernel", "_convolution_kernel"}
+ATTENTION = {"_attention_kernel", "_query_kernel", "_key_kernel", "_distance_kernel"}
+ENCODER = {*ATTENTION, "_convolution_kernel"}
 SUBSAMPLING = {"_start_kernel", "_stage_kernel", "_end_kernel"}
 STEP = {"_window_kernel", "_read_kernel", "_label_kernel", "_lstm_kernel"}
 KERNELS = {
@@ -47,6 +48,8 @@ def test_kernels_compile():
         assert row["stack"] == 0 and row["spills"] == 0, row
         if row["kernel"] in ("_scores_kernel", "_attention_kernel"):
             assert row["tensor_core"].get("HGMMA"), row  # float32 in three parts, too
+        if row["kernel"] in ATTENTION:
+            assert row["tensor_core"], row
 
 
 def test_new_shapes_compile_nothing():

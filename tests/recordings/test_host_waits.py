@@ -35,7 +35,7 @@ def test_at_most_three_waits_a_batch(name, monkeypatch):
     expected = [t.text for t in model.transcribe(clips, retry=False, memory_gb=1)]
     monkeypatch.setattr(graphs, "_captured", lambda function, device: function)
     monkeypatch.setattr(graphs, "_to_host", lambda flag: (torch.tensor(flag.numpy()), Done()))
-    monkeypatch.setattr(kernels, "usable", lambda x: False)
+    monkeypatch.setattr(kernels, "takes", lambda x: False)
     monkeypatch.setattr(tiles, "gpu_memory", lambda device: 24 << 30)
     # a mode is of one thread
     monkeypatch.setattr("fastconformer.recordings.transcribe.ahead", made_here)
