@@ -5,6 +5,7 @@ that finds no place is told to come again before it is read.
 """
 
 import asyncio
+import json
 import time
 
 import h11
@@ -116,6 +117,14 @@ class Protocol(H11Protocol):
         super().connection_made(transport)
         self._last = None  # (cycle,) if the client was waited for at the last look
         self._next_look = self.loop.call_later(HEAD_S, self._look)
+
+    def send_400_response(self, msg: str) -> None:
+        body = json.dumps(openai.error_body(msg, KINDS[400])).encode()
+        headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
+        answer = h11.Response(status_code=400, headers=headers, reason=b"Bad Request")
+        for event in (answer, h11.Data(data=body), h11.EndOfMessage()):
+            self.transport.write(self.conn.send(event))
+        self.transport.close()
 
     def connection_lost(self, error):
         super().connection_lost(error)

@@ -71,14 +71,19 @@ class Session:
         }
 
     def update(self, session: dict) -> None:
-        """Takes a `session.update`. Refused: what this server has not."""
-        audio = (session.get("audio") or {}).get("input") or {}
-        form = audio.get("format") or {}
+        """Takes a `session.update`; what it does not name stays. Refused: what this server has not,
+        and then nothing of it is taken."""
+        audio = _part(_part(session, "audio"), "input")
+        form, include = _part(audio, "format"), session.get("include")
         if form.get("type", "audio/pcm") != "audio/pcm":
             raise Refused(f"the format is {form['type']!r}, expected audio/pcm", "session.audio")
         rate = form.get("rate", self.rate_hz)
         if not isinstance(rate, int) or not 8000 <= rate <= 96000:
             raise Refused(f"the rate is {rate!r}, expected 8000 to 96000", "session.audio")
+        if rate != self.rate_hz and self.heard_s:
+            raise Refused("the rate stays the same within an utterance; commit it", "session.audio")
+        if not isinstance(include, list | None):
+            raise Refused(f"include is {include!r}, expected a list", "session.include")
         turns = audio.get("turn_detection")
         tells = bool(self.stream.head.tokenizer.utterance_ends)
         by_model = isinstance(turns, dict) and turns.get("type") == "semantic_vad"
@@ -88,12 +93,14 @@ class Session:
                 + (", or its type to semantic_vad" if tells else ""),
                 "session.audio.input.turn_detection",
             )
-        self.commits_itself = turns is not None
-        wanted = audio.get("transcription")
-        if isinstance(wanted, dict) and wanted.get("language") is not None:
-            self._speak(str(wanted["language"]))
+        language = _part(audio, "transcription").get("language")
+        if language is not None:
+            self._speak(str(language))
         self.rate_hz = rate
-        self.wants_words = "words" in (session.get("include") or ())
+        if "turn_detection" in audio:
+            self.commits_itself = turns is not None
+        if "include" in session:
+            self.wants_words = "words" in (include or ())
 
     def _speak(self, language: str) -> None:
         """Takes a language where the model is told one, from the next utterance on."""
@@ -183,8 +190,8 @@ class Session:
         except (ValueError, TypeError, KeyError, RecursionError):
             raise Refused("an event is a JSON object with a type") from None
         if kind in ("session.update", "transcription_session.update"):
-            session = event.get("session")
-            self.update(session if isinstance(session, dict) else {})
+            session = _part(event, "session")
+            self.update(session if kind == "session.update" else _of_before(session))
             await self.send("session.updated", session=self.described())
         elif kind == "input_audio_buffer.append":
             await self.append(event.get("audio"))
@@ -195,6 +202,28 @@ class Session:
             await self.send("input_audio_buffer.cleared")
         else:
             raise Refused(f"there is no event {kind!r} here", "type")
+
+
+def _part(of: dict, name: str) -> dict:
+    """An object within an object; none: an empty one."""
+    value = of.get(name)
+    if not isinstance(value, dict | None):
+        raise Refused(f"{name} is {value!r}, expected an object", "session")
+    return value or {}
+
+
+def _of_before(session: dict) -> dict:
+    """A session as the protocol's first version wrote it, as clients still do."""
+    audio: dict = {"transcription": _part(session, "input_audio_transcription")}
+    if "input_audio_format" in session:
+        form = session["input_audio_format"]
+        if form != "pcm16":
+            raise Refused(f"the format is {form!r}, expected pcm16", "session.input_audio_format")
+        audio["format"] = {"type": "audio/pcm", "rate": DEFAULT_RATE_HZ}
+    if "turn_detection" in session:
+        audio["turn_detection"] = session["turn_detection"]
+    include = {"include": session["include"]} if "include" in session else {}
+    return include | {"audio": {"input": audio}}
 
 
 async def serve_session(

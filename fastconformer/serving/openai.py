@@ -6,16 +6,18 @@ Source: the OpenAI API reference and the `openai` client 3.57, whose types the a
 import json
 from dataclasses import dataclass
 
+from ..decoding import token_bias, unwritable
 from ..formats.subtitles import to_srt, to_vtt
 from ..recordings.transcript import Transcript
 
 FORMATS = ("json", "text", "srt", "verbose_json", "vtt")
 MEDIA_TYPES = {"text": "text/plain", "srt": "application/x-subrip", "vtt": "text/vtt"}
 # What the client sends and this server has no use for; it is said in the answer's headers.
-UNUSED = ("temperature", "include", "include[]", "chunking_strategy")
+UNUSED = ("temperature", "include", "chunking_strategy")
 KNOWN = {
     "file", "model", "language", "languages", "languages[]", "prompt", "keywords", "keywords[]",
     "response_format", "timestamp_granularities", "timestamp_granularities[]", "stream", *UNUSED,
+    "include[]",
 }  # fmt: skip
 
 
@@ -87,16 +89,19 @@ def read_request(form, model, head: str | None, translate: bool) -> Request:
         raise BadRequest("stream=true gives events, with response_format json only", "stream")
 
     unused = [name for name in UNUSED if texts(name)]
+    if granularities and response_format != "verbose_json":
+        unused.append("timestamp_granularities")
     options: dict = {"head": head, "timestamps": response_format in ("srt", "vtt", "verbose_json")}
-    phrases = texts("keywords")
-    prompt = one("prompt")
-    if prompt:
-        phrases += [line.strip() for line in prompt.splitlines() if line.strip()]
+    prompt = [line.strip() for line in (one("prompt") or "").splitlines() if line.strip()]
     language = one("language")
     languages = texts("languages")
-    slots = model.head(head).slots
-    if phrases:  # a head that is asked in words is told them
-        options["hotwords" if "hotwords" in slots else "boost"] = phrases
+    chosen = model.head(head)
+    slots = chosen.slots
+    for name, phrases in (("keywords", texts("keywords")), ("prompt", prompt)):
+        if "hotwords" not in slots and len(unwritable(phrases, chosen.tokenizer)) == len(phrases):
+            unused += [name] if phrases else []
+        elif phrases:  # a head that is asked in words is told them
+            options.setdefault("hotwords" if "hotwords" in slots else "boost", []).extend(phrases)
     if translate and "task" not in slots and not {"source_lang", "target_lang"} <= set(slots):
         raise BadRequest("this model transcribes and does not translate", "model", 404)
     if language:
@@ -107,8 +112,16 @@ def read_request(form, model, head: str | None, translate: bool) -> Request:
         options["target_lang"] = "en"
         if "task" in slots:
             options["task"] = "ast"
+    try:
+        chosen.asked({name: options[name] for name in slots if name in options}, False)
+    except ValueError as error:
+        raise BadRequest(f"language: {error}", "language") from None
     if languages:
         options["allow"] = tuple(languages)
+        try:
+            token_bias(chosen.tokenizer, languages)
+        except ValueError as error:
+            raise BadRequest(f"languages: {error}", "languages") from None
     words = "word" in granularities
     if words and response_format == "verbose_json":
         options["confidence"] = True

@@ -88,6 +88,19 @@ def test_deltas_add_up_to_the_streams_text(server, clip):
     client.socket.close()
 
 
+def test_what_an_update_does_not_name_stays(server):
+    client = Client(server)
+    client.update(16000, "words")
+    client.send("session.update", session={"type": "transcription"})
+    session = client.receive()["session"]
+    assert session["include"] == ["words"] and session["audio"]["input"]["format"]["rate"] == 16000
+    first = {"input_audio_format": "pcm16", "turn_detection": None, "include": []}
+    client.send("transcription_session.update", session=first)
+    session = client.receive()["session"]
+    assert session["include"] is None and session["audio"]["input"]["format"]["rate"] == 24000
+    client.socket.close()
+
+
 def test_other_rates_are_resampled(server, clip):
     client = Client(server)
     at_24k = soxr.resample(clip[:64000], 16000, 24000)
@@ -115,11 +128,27 @@ def test_what_does_not_fit_is_an_error_and_the_session_goes_on(server, clip):
             '{"type":"session.update","session":{"audio":{"input":{"turn_detection":{"a":1}}}}}',
             "turn_detection",
         ),
+        ('{"type":"session.update","session":7}', "session is 7"),
+        ('{"type":"session.update","session":{"audio":"x"}}', "audio is 'x'"),
+        ('{"type":"session.update","session":{"audio":{"input":{"format":"pcm16"}}}}', "format is"),
+        ('{"type":"session.update","session":{"include":7}}', "include is 7"),
+        # the protocol's first version
+        (
+            '{"type":"transcription_session.update","session":{"input_audio_format":"g711_ulaw"}}',
+            "g711_ulaw",
+        ),
+        (
+            '{"type":"transcription_session.update","session":{"turn_detection":{"type":"server_vad"}}}',
+            "server_vad",
+        ),
     ]:
         client.socket.send(message)
         answer = client.receive()
         assert answer["type"] == "error" and word in answer["error"]["message"], answer
     client.append(clip[:16000])
+    form = {"audio": {"input": {"format": {"type": "audio/pcm", "rate": 16000}}}}
+    client.send("session.update", session=form)  # amid an utterance
+    assert "rate" in client.until("error")[-1]["error"]["message"]
     client.send("input_audio_buffer.clear")
     assert client.until("cleared")
     client.append(np.zeros(24000 * 31, np.float32))

@@ -191,7 +191,8 @@ def test_many_at_once_get_the_texts_of_one(server, clips, transcripts):
 def test_a_field_that_does_not_fit_is_named(server, clips, fields, word):
     answer = server.post(clips[0][0], **fields)
     assert answer.status_code == 400
-    assert word in answer.json()["error"]["message"]
+    error = answer.json()["error"]
+    assert word in error["message"] and error["param"] in [name.rstrip("[]") for name in fields]
 
 
 def test_bad_audio_is_the_clients_fault(server):
@@ -234,8 +235,19 @@ def test_what_is_not_there(server, clips):
 
 
 def test_what_changes_nothing_is_said(server, clips):
-    answer = server.post(clips[0][0], temperature="0.2", language="en")
-    assert set(answer.headers["x-unused-fields"].split(", ")) == {"temperature", "language"}
+    fields = {"temperature": "0.2", "language": "en", "timestamp_granularities[]": "word"}
+    fields |= {"keywords[]": "漢字", "prompt": "three\nДом", "include[]": "logprobs"}
+    answer = server.post(clips[0][0], **fields)
+    unused = {"temperature", "language", "timestamp_granularities", "keywords", "include"}
+    assert set(answer.headers["x-unused-fields"].split(", ")) == unused
+
+
+def test_what_is_no_http_is_told_in_the_same_form(server):
+    with socket.create_connection(("127.0.0.1", server.port)) as raw:
+        raw.sendall(b"GET / HTTP/1.1\r\nHost: x\r\nContent-Length: -5\r\n\r\n")
+        head, _, body = b"".join(iter(lambda: raw.recv(4096), b"")).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400 ") and b"application/json" in head
+    assert json.loads(body)["error"]["type"] == "invalid_request_error"
 
 
 def test_a_client_that_goes_away_frees_its_place(server, clips):
