@@ -260,6 +260,51 @@ def test_a_set_has_limits_and_fields_of_its_own(nemo_yaml):
     assert [source.channel for source in data.sources] == [1, 1]
 
 
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("model.train_ds=3", "model.train_ds must be a section of keys, not 3"),
+        ("model.optim.sched=x", "model.optim.sched must be a section of keys, not 'x'"),
+        ("model=3", "model must be a section"),
+        ("model.validation_ds=3", "model.validation_ds must be a section"),
+        (
+            "model.validation_ds.manifest_filepath={a: b}",
+            "is {'a': 'b'}, expected a path or a list",
+        ),
+        ("model.train_ds.augmentor=[1]", "model.train_ds.augmentor must be a section"),
+        ("model.train_ds.augmentor={gain: 3}", "augmentor.gain: is 3, expected a mapping"),
+        (
+            "model.train_ds.augmentor={speed: {prob: x}}",
+            "augmentor.speed.prob: is 'x', expected a n",
+        ),
+        (
+            "model.train_ds.input_cfg=[{type: nemo, weight: x}]",
+            "[0].weight: is 'x', expected a num",
+        ),
+        (
+            "model.train_ds.input_cfg=[{type: nemo, tags: [a]}]",
+            "[0].tags: is ['a'], expected a map",
+        ),
+        ("model.train_ds.batch_size=x", "model.train_ds.batch_size is 'x', expected a number"),
+        ("model.train_ds.reweight_temperature=x", "temperature is 'x', expected a number"),
+        ("trainer.max_steps=x", "trainer.max_steps is 'x', expected a number"),
+        ("trainer.gradient_clip_val=x", "trainer.gradient_clip_val is 'x', expected a number"),
+        ("model.freeze_updates.modules.encoder=x", "modules.encoder: is 'x', expected a whole nu"),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_named(nemo_yaml, override, message):
+    with pytest.raises(ValueError) as error:
+        load_recipe(nemo_yaml, [override])
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_name_below_a_list_is_one_line(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("{output: o, data: {train: [a.json], validation: [dev.json]}}")
+    with pytest.raises(ValueError, match="a list stands there; give all of it in one override"):
+        load_recipe(path, ["data.validation.dev.max_duration_s=3"])
+
+
 def test_from_scratch_and_tarred():
     tree = {
         "model": {

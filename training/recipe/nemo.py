@@ -13,114 +13,18 @@ from fastconformer.checkpoint.hub import is_hub_id
 from training.recipe.fields import flat, put
 from training.recipe.nemo_data import translate_data
 from training.recipe.nemo_optim import translate_optimizer
+from training.recipe.nemo_unused import WITHOUT_EFFECT
 from training.recipe.sections import ModelRecipe, TrainerRecipe
 
 PRECISIONS = {"32": "fp32", "32-true": "fp32", "bf16": "bf16", "bf16-mixed": "bf16"}
 PRECISIONS |= {"bf16-true": "bf16_pure", "16": "bf16", "16-mixed": "bf16"}
-CHECKPOINTS = "comes from the checkpoint"
-ALWAYS = "is always so"
-# Keys that do not change what is learnt, and why they have no effect; the longest prefix decides.
-WITHOUT_EFFECT = {
-    "hydra": "runs are started by python -m training.finetune",
-    "defaults": "of hydra",
-    "name": "is in output",
-    "model.name": "is in output",
-    "model.sample_rate": "audio is resampled to the checkpoint's rate",
-    "model.nemo_model": "see init_from_nemo_model",
-    "model.train_ds.is_tarred": "told by tarred_audio_filepaths",
-    "model.train_ds.use_lhotse": "batches are planned here without lhotse",
-    "model.train_ds.use_bucketing": "batches are of like durations anyway",
-    "model.train_ds.num_buckets": "batches are cut where a duration changes, without buckets",
-    "model.train_ds.bucket": "batches are cut where a duration changes, without buckets",
-    "model.train_ds.shuffle_n": "tarred sets mix neighbouring tars",
-    "model.train_ds.shuffle_buffer_size": "tarred sets mix neighbouring tars",
-    "model.train_ds.tarred_shard_strategy": "every process reads the tars that it needs",
-    "model.train_ds.shard_": "every process reads what it needs",
-    "model.train_ds.max_open_streams": "no data set is kept open",
-    "model.train_ds.force_": "an epoch is every clip once, or the weights' share",
-    "model.train_ds.defer_setup": "there is nothing to put off",
-    "model.train_ds.pin_memory": "no loader processes",
-    "model.train_ds.persistent_workers": "no loader processes",
-    "model.train_ds.use_start_end_token": "no start and end tokens are added",
-    "model.train_ds.return_sample_id": "clips are named by their manifest lines",
-    "model.train_ds.skip_missing_manifest_entries": "a line that cannot be used is left out",
-    "model.train_ds.labels": "the vocabulary's",
-    "model.train_ds.num_prompts": CHECKPOINTS,
-    "model.train_ds.initialize_prompt_feature": CHECKPOINTS,
-    "model.train_ds.subsampling_factor": CHECKPOINTS,
-    "model.train_ds.window_stride": CHECKPOINTS,
-    "model.num_prompts": CHECKPOINTS,
-    "model.train_ds.parser": "texts are tokenized as they stand",
-    "model.train_ds.concat_sampling": "see reweight_temperature",
-    "model.data_": "of Hugging Face data sets, which train_ds.hf_data_cfg would name",
-    "model.audio_key": "of Hugging Face data sets, which train_ds.hf_data_cfg would name",
-    "model.sample_rate_key": "of Hugging Face data sets, which train_ds.hf_data_cfg would name",
-    "model.text_key": "of Hugging Face data sets, which train_ds.hf_data_cfg would name",
-    "model.symbols_to_keep": "see normalize_text",
-    "model.train_ds.audio_key": "the manifest says where the audio is",
-    "model.train_ds.sample_rate_key": "the audio file says it",
-    "model.train_ds.text_key": "see text_field",
-    "model.train_ds.symbols_to_keep": "see normalize_text",
-    "model.validation_ds": "validation has the batches of training, without shuffling",
-    "model.test_ds": "use fastconformer.evaluate on the test manifests",
-    "model.preprocessor": CHECKPOINTS,
-    "model.encoder": CHECKPOINTS,
-    "model.decoder": CHECKPOINTS,
-    "model.joint": CHECKPOINTS,
-    "model.aux_ctc": CHECKPOINTS,
-    "model.loss": CHECKPOINTS,
-    "model.transf_encoder": CHECKPOINTS,
-    "model.transf_decoder": CHECKPOINTS,
-    "model.head": CHECKPOINTS,
-    "model.prompt_format": CHECKPOINTS,
-    "model.prompt_defaults": CHECKPOINTS,
-    "model.multitask_metrics_cfg": "WER and CER are measured; see fastconformer.evaluate",
-    "model.train_ds.prompt_format": CHECKPOINTS,
-    "model.train_ds.pretokenize": "texts are tokenized once, at the start",
-    "model.train_ds.concurrent_bucketing": "batches are of like durations anyway",
-    "spl_tokens": "the checkpoint's tokenizer stays",
-    "model.interctc": CHECKPOINTS,
-    "model.labels": CHECKPOINTS,
-    "model.model_defaults": CHECKPOINTS,
-    "model.target": CHECKPOINTS,
-    "model.nemo_version": CHECKPOINTS,
-    "model.variational_noise.start_step": "its std is 0",
-    "model.tokenizer": "the checkpoint's tokenizer stays (update_tokenizer is false)",
-    "model.char_labels": "the checkpoint's vocabulary stays (update_labels is false)",
-    "model.decoding": "training decodes greedily",
-    "model.log_prediction": "predictions are always shown",
-    "model.compute_eval_loss": "WER and CER are what is evaluated",
-    "model.skip_nan_grad": "steps that are not finite are always skipped and counted",
-    "model.use_cer": "both rates are always measured; see keep.metric",
-    "model.ctc_reduction": CHECKPOINTS,
-    "model.rnnt_reduction": CHECKPOINTS,
-    "trainer.devices": "start the command with torchrun for several GPUs",
-    "trainer.num_nodes": "start the command with torchrun for several machines",
-    "trainer.strategy": "torchrun gives DDP; see trainer.parallel",
-    "trainer.num_sanity_val_steps": "the untouched model is always evaluated first",
-    "trainer.limit_val_batches": "validation sets are measured whole",
-    "trainer.use_distributed_sampler": "batches are dealt out without it",
-    "trainer.reload_dataloaders_every_n_epochs": "every epoch has an order of its own",
-    "trainer.enable": ALWAYS,
-    "trainer.logger": "TensorBoard and JSON lines are always written",
-    "trainer.benchmark": "cuDNN's own choice stays",
-    "trainer.deterministic": "a run repeats itself on a CPU; see trainer.seed",
-    "trainer.profiler": "there is none",
-    "trainer.default_root_dir": "is output",
-    "trainer.amp_": "see trainer.precision",
-    "exp_manager.resume_i": "the same command always goes on; see resume",
-    "exp_manager.name": "is in output",
-    "exp_manager.explicit_log_dir": "is output",
-    "exp_manager.version": "a run folder has no versions",
-    "exp_manager.use_datetime_version": "a run folder has no versions",
-    "exp_manager.seconds_to_sleep": "nothing waits",
-    "exp_manager.log_": "the log is always written",
-    "exp_manager.files_to_copy": "the recipe is in the run folder",
-    "exp_manager.create_": "TensorBoard, JSON lines and checkpoints are always written",
-    "exp_manager.wandb_logger_kwargs": "there is no W&B logger; TensorBoard and JSON lines are",
-    "exp_manager.checkpoint_callback_params": "checkpoints and model.nemo are always written",
-    "exp_manager.early_stopping_callback_params": "see keep.patience",
-}
+SECTIONS = ("model", "trainer", "exp_manager", "model.optim", "model.optim.sched")
+SECTIONS += ("model.train_ds", "model.train_ds.augmentor", "model.validation_ds", "model.test_ds")
+SECTIONS += ("model.tokenizer", "model.tokenizer.langs", "model.freeze_updates", "model.encoder")
+SECTIONS += ("model.freeze_updates.modules", "model.spec_augment", "model.model_defaults")
+SECTIONS += ("model.decoder", "model.joint", "model.loss", "model.aux_ctc", "exp_manager.ema")
+SECTIONS += ("exp_manager.early_stopping_callback_params", "model.train_ds.prompt_dictionary")
+SECTIONS += ("exp_manager.checkpoint_callback_params",)
 ARCHITECTURE = ("preprocessor", "spec_augment", "encoder", "decoder", "joint", "decoding", "loss")
 ARCHITECTURE += ("aux_ctc", "model_defaults", "interctc", "sample_rate", "target", "_target_")
 ARCHITECTURE += ("labels", "rnnt_reduction", "ctc_reduction")
@@ -209,6 +113,7 @@ def translate(tree: dict, where: str = "recipe") -> Translation:
     Raises:
         ValueError: a key asks for what this project does not do and what would change the result.
     """
+    check_sections(tree, where)
     found = Translation(flat(tree), where)
     take = found.take
     name, folder = take("name"), take("exp_manager.exp_dir")
@@ -246,6 +151,16 @@ def translate(tree: dict, where: str = "recipe") -> Translation:
             found.refuse(key, f"{value!r} has no counterpart here; delete it, or set it to null")
         found.unused.append((key, WITHOUT_EFFECT[max(reasons, key=len)]))
     return found
+
+
+def check_sections(tree: dict, where: str) -> None:
+    """ValueError where something else stands in the place of one of NeMo's sections."""
+    for section in SECTIONS:
+        value = tree
+        for name in section.split("."):
+            value = value.get(name) if isinstance(value, dict) else None
+        if value is not None and not isinstance(value, dict):
+            raise ValueError(f"{where}: {section} must be a section of keys, not {value!r}")
 
 
 def _start(tree: dict, found: Translation) -> bool:
@@ -379,8 +294,11 @@ def _freezing(found: Translation) -> None:
             steps = take(f"model.freeze_updates.modules.{part}")
             if steps is not None:
                 modules.append(ours)
-                if int(steps) >= 0:
-                    until[ours] = int(steps)
+                if not isinstance(steps, int) or isinstance(steps, bool):
+                    key = f"model.freeze_updates.modules.{part}"
+                    found.refuse(key, f"is {steps!r}, expected a whole number of steps")
+                if steps >= 0:
+                    until[ours] = steps
                 found.taken.append((f"model.freeze_updates.modules.{part}", f"freeze: {ours}"))
     if modules:
         found.set("freeze.modules", modules)
@@ -392,8 +310,9 @@ def _trainer(found: Translation) -> None:
     take = found.take
     ends = {"trainer.max_steps": "trainer.max_steps", "trainer.max_epochs": "trainer.epochs"}
     for key in ends:  # -1: not by this one
-        if int(found.left.get(key) or 0) < 1:
-            found.left.pop(key, None)
+        given = found.number(key, 0)
+        if given >= 1:
+            found.left[key] = given
     if ends.keys() <= found.left.keys():
         found.refuse(
             "trainer.max_epochs",
@@ -405,8 +324,7 @@ def _trainer(found: Translation) -> None:
     take("trainer.accumulate_grad_batches", "trainer.accumulate")
     if take("trainer.gradient_clip_algorithm") not in (None, "norm"):
         found.refuse("trainer.gradient_clip_algorithm", "only the norm is clipped here")
-    clip = take("trainer.gradient_clip_val")
-    clip = float(clip) if clip else None
+    clip = found.number("trainer.gradient_clip_val", 0) or None
     found.set("trainer.clip_grad_norm", clip)
     found.taken.append(("trainer.gradient_clip_val", f"trainer.clip_grad_norm: {clip}"))
     precision = found.left.get("trainer.precision")

@@ -51,6 +51,9 @@ def translate_data(tree: dict, found) -> None:
         found.set("data.train", sources, f"{SECTION}.manifest_filepath")
     for ours, section in (("data.validation", "validation_ds"), ("data.test", "test_ds")):
         key = f"model.{section}.manifest_filepath"
+        given = (model.get(section) or {}).get("manifest_filepath")
+        if isinstance(given, dict):
+            found.refuse(key, f"is {given!r}, expected a path or a list of paths")
         manifests = [path for path, _ in _paths(found.left.pop(key, None), key, found)]
         more = _set_options(f"model.{section}", train, found)
         if manifests and more:
@@ -64,8 +67,8 @@ def translate_data(tree: dict, found) -> None:
             if found.left.get(f"model.{section}.{name}"):
                 found.refuse(f"model.{section}.{name}", "give plain NeMo manifests by name")
     duration = take(f"{SECTION}.batch_duration", "data.batch_duration_s", float)
-    size = take(f"{SECTION}.batch_size")
-    if size is not None and int(size) > 0:
+    size = found.number(f"{SECTION}.batch_size", 0)
+    if size > 0:
         found.set("data.batch_size", int(size), f"{SECTION}.batch_size")
     elif duration is not None:
         found.set("data.batch_size", None)
@@ -92,7 +95,9 @@ def translate_data(tree: dict, found) -> None:
     if isinstance(temperature, list):
         found.refuse(f"{SECTION}.reweight_temperature", "one for all groups is what is done here")
     if temperature is not None:
-        found.set("data.temperature", float(temperature), f"{SECTION}.reweight_temperature")
+        key = f"{SECTION}.reweight_temperature"
+        found.left[key] = temperature
+        found.set("data.temperature", found.number(key, 1.0), key)
     if take(f"{SECTION}.shuffle") is False:
         found.set("data.shuffle", False, f"{SECTION}.shuffle")
     for key in (f"{SECTION}.sample_rate", "model.validation_ds.sample_rate"):
@@ -225,6 +230,12 @@ def _group(config, key: str, found, share: float | None, tags: dict) -> list[dic
         config = _read_list(config, key, found)
     if not isinstance(config, list) or not all(isinstance(item, dict) for item in config):
         found.refuse(key, "expected a list of data sets, each with a type")
+    for number, item in enumerate(config):
+        weight, own = item.get("weight"), item.get("tags")
+        if weight is not None and not (_is_number(weight) and weight >= 0):
+            found.refuse(f"{key}[{number}].weight", f"is {weight!r}, expected a number")
+        if own is not None and not isinstance(own, dict):
+            found.refuse(f"{key}[{number}].tags", f"is {own!r}, expected a mapping")
     weights = [item.get("weight") for item in config]
     if any(weight is not None for weight in weights) and None in weights:
         found.refuse(key, "give every member a weight, or none")
@@ -304,8 +315,14 @@ def _augmentor(section: dict, found) -> None:
         key = f"{SECTION}.augmentor.{name}"
         for left in [left for left in found.left if left.startswith(f"{key}.")]:
             del found.left[left]
+        if not isinstance(options, dict | None):
+            found.refuse(key, f"is {options!r}, expected a mapping of options")
         options = dict(options or {})
-        probability = float(options.pop("prob", 1.0))
+        for option, value in options.items():
+            is_known = option == "prob" or option in OPTIONS.get(name, ())
+            if is_known and option not in NO_NUMBERS and not (value is None or _is_number(value)):
+                found.refuse(f"{key}.{option}", f"is {value!r}, expected a number")
+        probability = float(options.pop("prob", None) or 0.0) if "prob" in options else 1.0
         if name not in PERTURBATIONS:
             known = ", ".join(PERTURBATIONS)
             found.refuse(key, f"has no counterpart here (those that have: {known}); delete it")
@@ -375,6 +392,7 @@ def _shift(options: dict, probability: float, key: str, found) -> None:
     found.set("augment.shift_s", high / 1000, key)
 
 
+NO_NUMBERS = {"rng", "manifest_path", "resample_type", "shift_impulse"}
 RANDOM = {"rng", "shuffle_n"}  # draws are this project's own
 OPTIONS = {
     "white_noise": RANDOM | {"min_level", "max_level"},

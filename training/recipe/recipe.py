@@ -132,6 +132,8 @@ def _override(tree, override: str, cls: type | None) -> None:
         if cls is not None:
             check_keys(cls, _plain(given, override, resolve=False), where)
         OmegaConf.update(tree, name, OmegaConf.select(given, name), merge=False)
+    except TypeError:  # a name below a list
+        raise ValueError(f"{where}: a list stands there; give all of it in one override") from None
     except (YAMLError, OmegaConfBaseException) as error:
         raise ValueError(f"{where}: {' '.join(str(error).split())}") from None
 
