@@ -6,6 +6,8 @@ import copy
 import platform
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from unittest import mock
 
@@ -14,6 +16,7 @@ import torch
 
 from benchmarks.first_contact_kernels import check_kernels
 from benchmarks.first_contact_times import (
+    time_graphs,
     time_long,
     time_loss,
     time_stages,
@@ -197,7 +200,8 @@ def check_decoding(dry: bool, kept: dict) -> dict:
     """Greedy tokens with CUDA graphs, without, and on the CPU; a batch of another size after; the
     same where another GPU is the current one."""
     from benchmarks.random_model import random_model
-    from fastconformer.decoding import GraphCache, transducer_greedy
+    from fastconformer.decoding import transducer_greedy
+    from fastconformer.networks.graphs import GraphCache
 
     rows = []
     clips = list(speech(4.0 if dry else 12.0, 2 if dry else 5))
@@ -227,6 +231,66 @@ def check_decoding(dry: bool, kept: dict) -> dict:
         wrong = sum(a.tokens != e.tokens for a, e in zip(found, expected, strict=True))
         rows.append(check("on cuda:1 with cuda:0 current: clips with other tokens", wrong, 0))
     return {"checks": rows}
+
+
+def check_graphs(dry: bool, kept: dict) -> dict:
+    """The encoder by CUDA graphs against its kernels launched one by one, for many lengths of few
+    graphs, in two threads with streams of their own, and chunk by chunk; how many were captured.
+    Dry: the captured function, without a graph."""
+    from fastconformer.networks import graphs
+
+    always = mock.patch.object(graphs.GraphCache, "usable", lambda cache, x: True)
+    with always if dry else nullcontext():
+        return {"checks": _check_graphs(dry)}
+
+
+def _check_graphs(dry: bool) -> list[dict]:
+    import fastconformer
+    from fastconformer.networks import graphs
+    from fastconformer.networks import state as networks_state
+
+    rows, device = [], device_of(dry)
+    kinds = ((torch.float32, 1e-4), (torch.bfloat16, 5e-2))
+    for case in ("hybrid_tdt_ctc_bpe", "local_attn_g1", "stream_ctc", "birwkv7_encoder"):
+        for dtype, limit in kinds[: 1 if dry else 2]:
+            model = fastconformer.load_model(GOLDEN / case / "model.nemo", device=device)
+            encoder = model.encoder.to(dtype)
+            lengths = [[97], [300], [511], [400, 13, 505]] + (
+                [] if dry else [[n, n] for n in range(9)]
+            )
+
+            def worst(stream=None, encoder=encoder, lengths=lengths) -> float:
+                found = 0.0
+                with torch.inference_mode(), torch.cuda.stream(stream):
+                    for n in lengths:
+                        n = torch.tensor(n, device=device)
+                        shape = len(n), encoder.config.feat_in, int(n.max()) + 1
+                        x = torch.randn(shape, device=device).to(dtype)  # noqa: B023
+                        wanted, counts = encoder(x, n)
+                        valid = torch.arange(wanted.shape[1], device=device) < counts[:, None]
+                        actual = encoder.replayed(x, n)[0].masked_fill(~valid[..., None], 0)
+                        wanted = wanted.masked_fill(~valid[..., None], 0)
+                        found = max(found, distance(actual, wanted))
+                return found
+
+            name = f"{case} {dtype}, by graphs".replace("torch.", "")
+            rows.append(check(name, worst(), limit))
+            if not dry:
+                rows.append(check(f"{name}: captured", encoder.graphs.captures, 3))
+                rows.append(check(f"{name}: failed", encoder.graphs.failed, 0))
+                with ThreadPoolExecutor(2) as pool:
+                    found = list(pool.map(worst, [torch.cuda.Stream() for _ in range(2)]))
+                rows.append(check(f"{name}, in two threads", max(found), limit))
+    model = fastconformer.load_model(GOLDEN / "stream_ctc" / "model.nemo", device=device)
+    audio, texts = speech(4.0, 1)[0], []
+    for frames in (0, graphs.MOST_FRAMES):
+        with mock.patch.object(networks_state, "MOST_FRAMES", frames):
+            stream = model.stream()
+            for part in np.split(audio, 8):
+                stream.feed(part)
+            texts.append(stream.finish().text)
+    rows.append(check("a stream by graphs: other text", texts[0] != texts[1], 0))
+    return rows
 
 
 def train(model, audio, targets, steps: int, autocast: bool, rate: float = 1e-4) -> list[float]:
@@ -275,9 +339,10 @@ def check_training(dry: bool, kept: dict) -> dict:
 STEPS = {
     step.__name__: step
     for step in (
-        machine, peaks, check_loss, check_kernels, check_decoding, check_model, check_wkv7,
-        check_training,
-        time_stages, time_loss, time_transcription, time_wkv7, time_long, time_training,
+        machine, peaks, check_loss, check_kernels, check_decoding, check_graphs, check_model,
+        check_wkv7, check_training,
+        time_stages, time_graphs, time_loss, time_transcription, time_wkv7, time_long,
+        time_training,
     )
 }  # fmt: skip
 # Seconds a step may take on a GPU; the first of its kind compiles kernels.
@@ -287,6 +352,7 @@ LIMITS = {
     "check_loss": 60,
     "check_kernels": 40,
     "check_decoding": 40,
+    "check_graphs": 40,
     "check_model": 40,
 }
 LIMITS |= {"check_wkv7": 80, "check_training": 40}

@@ -95,7 +95,8 @@ def kernels_of(run) -> int:
 
 def time_stages(dry: bool, kept: dict) -> dict:
     """Features, encoder and decoding by batch, in us per second of audio; kernels a layer."""
-    from fastconformer.decoding import GraphCache, fused_step
+    from fastconformer.decoding import fused_step
+    from fastconformer.networks.graphs import GraphCache
 
     rows = []
     cases = (("0.6b", 1, 10.0), ("0.6b", 64, 30.0), ("0.6b", 256, 10.0), ("110m", 64, 30.0))
@@ -133,6 +134,52 @@ def time_stages(dry: bool, kept: dict) -> dict:
                 goal = 30 if batch == 1 else 40
                 what = f"{size} B={batch} {seconds:.0f} s kernels of the encoder a layer"
                 rows.append(timing(what, n / n_layers, "kernels", goal))
+    return {"timings": rows}
+
+
+def time_graphs(dry: bool, kept: dict) -> dict:
+    """One clip, and a stream's chunk of 1.12 s, with and without the encoder's CUDA graphs; what a
+    capture takes."""
+    from benchmarks.kernel_counts import streaming_config
+    from fastconformer.networks import conformer, graphs
+    from fastconformer.networks import state as networks_state
+    from fastconformer.networks.conformer import ConformerEncoder
+
+    rows = []
+
+    def compared(what: str, module, work) -> None:
+        for how, frames in (("one by one", 0), ("by a graph", graphs.MOST_FRAMES)):
+            with mock.patch.object(module, "MOST_FRAMES", frames):
+                begun = time.perf_counter()
+                work()
+                first_ms = 1000 * (time.perf_counter() - begun)
+                rows.append(timing(f"{what}, {how}", milliseconds(work, dry), "ms"))
+        rows.append(timing(f"{what}, captured", first_ms, "ms"))
+
+    for size in ("0.6b", "110m")[: 1 if dry else 2]:
+        model = model_of(size, dry, kept)
+        for seconds in (1.0,) if dry else (8.0, 12.0, 30.0):
+            clip = speech(seconds, 1)
+            audio = torch.from_numpy(clip).to(model.device)
+            lengths = torch.full((1,), audio.shape[1], device=model.device)
+            what = f"{size} B=1 {seconds:.0f} s"
+            with torch.inference_mode():
+                features = model.featurize(audio, lengths)
+                compared(f"{what} encoder", conformer, lambda: model.encode(*features))  # noqa: B023
+            for how, frames in (("one by one", 0), ("by a graph", graphs.MOST_FRAMES)):
+                with mock.patch.object(conformer, "MOST_FRAMES", frames):
+                    ms = milliseconds(lambda: model.transcribe([clip[0]]), dry)  # noqa: B023
+                goal = 4000 if size == "0.6b" and frames else None
+                rows.append(timing(f"{what} {how}", 1000 * seconds / ms, "RTFx", goal))
+    if not dry:
+        encoder = ConformerEncoder(streaming_config("0.6b")).to("cuda", torch.bfloat16).eval()
+        state = networks_state.first_state(encoder, 1)
+        features = torch.randn(1, encoder.config.feat_in, 128, device="cuda", dtype=torch.bfloat16)
+        chunk = features, 2, 14, state
+        compared(
+            "0.6b, a chunk of a stream", networks_state,
+            lambda: networks_state.encode_next(encoder, *chunk),
+        )  # fmt: skip
     return {"timings": rows}
 
 

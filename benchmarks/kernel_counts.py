@@ -8,8 +8,9 @@ and say they are on a GPU, so that the code takes its path for one. Every operat
 counts as one kernel, a custom operator too; its traffic is each tensor that it reads or writes,
 once. Attention with a mask counts as one kernel, as torch's memory-efficient one is. A layer in
 training counts forward and backward, with its attention in kernels and plain, and besides what it
-keeps for the backward pass beside its weights. What a kernel
-reads twice and what stays in a cache is not seen: the numbers compare versions, they are no times.
+keeps for the backward pass beside its weights. A graph counts as one launch, beside those that fill
+its inputs and keep its results. What a kernel reads twice and what stays in a cache is not seen:
+the numbers compare versions, they are no times.
 
 The last line printed is the result as JSON; it is also written to `--out`.
 """
@@ -33,9 +34,12 @@ from benchmarks.random_model import SIZES, TOKENIZER, parakeet
 from fastconformer import ModelConfig
 from fastconformer.decoding.label_loop import LabelLoop, window_frames
 from fastconformer.model import NoInitialisation
-from fastconformer.networks import kernels, tiles
+from fastconformer.networks import graphs, kernels, tiles
+from fastconformer.networks import state as state_module
 from fastconformer.networks.conformer import ConformerEncoder
+from fastconformer.networks.graphs import GraphCache
 from fastconformer.networks.heads import Joint, PredictionNetwork
+from fastconformer.networks.state import encode_next, first_state
 
 ENCODERS = (("0.6b", 1, 10), ("0.6b", 64, 30), ("0.6b", 256, 10), ("110m", 64, 30))
 STEPS = (("0.6b", 1), ("0.6b", 64))
@@ -236,6 +240,68 @@ def training_case(size: str, batch: int, seconds: int, in_kernels: bool) -> tupl
     return two, kept - kept_by_one
 
 
+def replaying():
+    """Graphs whose replay launches nothing, beside the launch that is counted by hand."""
+
+    def get(cache, key, make, most, device):
+        if key not in cache.graphs:
+            buffers, function = make()
+            function()
+            cache.graphs[key] = buffers, lambda: None
+        return cache.graphs[key]
+
+    return mock.patch.object(GraphCache, "get", get)
+
+
+def launches_case(size: str, replayed: bool) -> Count:
+    """All of the encoder for a clip of 10 s."""
+    config = config_of(size).encoder
+
+    def work(encoder):
+        shape = 1, config.feat_in, 10 * FRAMES_PER_SECOND
+        features, lengths = torch.empty(shape, dtype=torch.bfloat16), torch.full((1,), shape[2])
+        return lambda: (encoder.replayed if replayed else encoder)(features, lengths)
+
+    return counted_replay(lambda: [ConformerEncoder(config)], work, replayed)
+
+
+def streaming_config(size: str, look_ahead: int = 13):
+    """Of an encoder for streams, with chunks of 1.12 s."""
+    return dataclasses.replace(
+        config_of(size).encoder,
+        att_context_style="chunked_limited",
+        att_context_size=[70, look_ahead],
+        conv_context_size="causal",
+        causal_downsampling=True,
+    )
+
+
+def chunk_case(size: str, replayed: bool) -> Count:
+    """A chunk of one stream, amid it."""
+    config = streaming_config(size)
+
+    def work(encoder):
+        features = torch.empty(1, config.feat_in, 16 * 8, dtype=torch.bfloat16)
+        state = first_state(encoder, 1)
+        frames = graphs.MOST_FRAMES if replayed else 0
+
+        def run():
+            with mock.patch.object(state_module, "MOST_FRAMES", frames):
+                encode_next(encoder, features, 2, 14, state)
+
+        return run
+
+    return counted_replay(lambda: [ConformerEncoder(config)], work, replayed)
+
+
+def counted_replay(make, work, replayed: bool) -> Count:
+    with replaying():
+        count = on_gpu(make, work)
+    if replayed:
+        count.kernels["a graph"] += 1
+    return count
+
+
 def step_case(size: str, batch: int) -> Count:
     config = config_of(size)
 
@@ -265,6 +331,9 @@ def measure() -> dict[str, tuple[Count, str, int, int]]:
             count, kept = training_case(size, batch, seconds, in_kernels)
             name = f"{size}, {what}, {batch} of {seconds} s"
             cases[name] = count, "frame", frames_of(batch, seconds), kept
+    for name, case in (("one clip of 10 s", launches_case), ("a chunk of 1.12 s", chunk_case)):
+        cases[f"0.6b, all of {name}"] = case("0.6b", False), "frame", 0, 0
+        cases[f"0.6b, all of {name}, by a graph"] = case("0.6b", True), "frame", 0, 0
     for size, batch in STEPS:
         cases[f"{size}, a step of decoding {batch}"] = step_case(size, batch), "frame", 0, 0
     return cases
@@ -302,7 +371,7 @@ def main(argv: list[str] | None = None) -> int:
         | ({"kb_kept_a_frame": round(kept / n / 1e3, 1)} if kept else {})
         for name, (count, unit, n, kept) in cases.items()
     ]
-    print(f"{'a layer, the subsampling, or a step':<44} kernels  KB a frame, or a second  KB kept")
+    print(f"{'a layer, subsampling, all, or a step':<44} kernels  KB a frame, or a second  KB kept")
     for row in rows:
         traffic = row.get("kb_a_second", row.get("kb_a_frame")) or "-"
         kept = row.get("kb_kept_a_frame", "-")

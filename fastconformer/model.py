@@ -132,7 +132,7 @@ class ASRModel(nn.Module):
                 f"expected (B, {n_mels}, T) and (B,)"
             )
         there = sent(lengths, features.device)
-        encoded, counts = self.encoder(features.to(self.dtype), there)
+        encoded, counts = self.encoder.replayed(features.to(self.dtype), there)
         if there is not lengths:
             counts = encoded_length(self.config.encoder, lengths)
         return self.conditioned(encoded, prompt_indices), counts

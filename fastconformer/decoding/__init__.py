@@ -7,7 +7,6 @@ from .ctc import ctc_greedy, ctc_next
 from .ctc_alignment import ctc_align
 from .ctc_beam import ctc_beam
 from .fusion import unwritable
-from .graphs import GraphCache
 from .hypothesis import Hypothesis
 from .ngram import NGramModel, read_arpa
 from .options import DecodingOptions, read_phrases
@@ -17,7 +16,6 @@ from .transducer_beam import transducer_beam
 __all__ = [
     "Confidence",
     "DecodingOptions",
-    "GraphCache",
     "Hypothesis",
     "NGramModel",
     "aed_search",

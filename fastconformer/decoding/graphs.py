@@ -1,106 +1,71 @@
-"""CUDA graphs of the label loop, kept between calls."""
-
-import threading
-from collections import OrderedDict
+"""The label loop by CUDA graphs, kept between calls."""
 
 import torch
 
+from ..networks.graphs import GraphCache
 from .label_loop import LabelLoop, window_frames
 
-
-class GraphCache:
-    """CUDA graphs of the label loop for a few numbers of clips, kept by a model between calls.
-
-    The number of clips is rounded up, and their frames lie in one line of fixed size, so that one
-    graph serves nearly all batches of a run; clips that are not there have length 0. One call at a
-    time uses it. A copy of the model starts with an empty one.
-    """
-
-    SHAPES = 4  # graphs kept; each holds a batch of projected frames
-    FRAMES = 512  # of a clip, that a graph has room for: 40 s; the whole line is shared
-    ROWS = 2048  # of a graph, at least
-    STEPS = 16  # steps in a graph: what is wasted at the end against what a launch costs
-
-    def __init__(self):
-        self.lock = threading.Lock()
-        self.graphs: OrderedDict[tuple, tuple] = OrderedDict()
-
-    def __deepcopy__(self, memo):
-        return GraphCache()
-
-    def __reduce__(self):
-        return GraphCache, ()
-
-    def run(self, projected: torch.Tensor, lengths: torch.Tensor, options: tuple):
-        """As `LabelLoop.run`, by replays. The host reads whether all clips have ended one replay
-        late, and so never waits for the device while there is work."""
-        with self.lock:
-            loop, replay = self._loop(projected, options)
-            batch, n_frames = projected.shape[:2]
-            loop.projected[: batch * n_frames].copy_(projected.flatten(0, 1))
-            loop.starts.zero_()
-            loop.starts[:batch].copy_(loop.rows[:batch] * n_frames)
-            loop.begin(lengths)
-            ints, floats, before = [], [], None
-            while True:
-                replay()
-                ints.append(loop.int_records.clone())
-                floats.append(loop.float_records.clone())
-                flag = (loop.frame < loop.lengths).any()
-                flag, event = _to_host(flag) if flag.is_cuda else (flag, None)
-                if before is not None:
-                    if before[1] is not None:
-                        before[1].synchronize()
-                    if not bool(before[0]):
-                        break
-                before = flag, event
-            return torch.cat(ints), torch.cat(floats), loop.state()
-
-    def _loop(self, projected: torch.Tensor, options: tuple):
-        """A loop with room for `projected`, and the function that replays its steps."""
-        decoder, joint, blank, durations, max_symbols, bias, confidence = options
-        batch = _round_up(max(1, len(projected)))
-        # a graph reads its weights where they lay when it was made
-        weights = tuple(p.data_ptr() for m in (decoder, joint) for p in m.parameters())
-        tokens = None if bias is None else tuple(bias.tolist())
-        key = batch, projected.dtype, projected.device, weights, tokens, confidence
-        key += (blank, durations, max_symbols)
-        rows = max(self.ROWS, self.FRAMES * batch)
-        while rows < projected.shape[0] * projected.shape[1]:
-            rows *= 2
-        if key in self.graphs and len(self.graphs[key][0].projected) >= rows:
-            self.graphs.move_to_end(key)
-            return self.graphs[key]
-        self.graphs.pop(key, None)  # it has too little room
-        while len(self.graphs) >= self.SHAPES:
-            self.graphs.popitem(last=False)
-        # kept for later calls, which may run outside of an inference mode that holds now
-        with torch.inference_mode(False), torch.no_grad():
-            loop = LabelLoop(*options, batch, window_frames(batch, projected.device), self.STEPS)
-            shape = rows, projected.shape[2]
-            loop.projected = torch.zeros(shape, dtype=projected.dtype, device=projected.device)
-
-            def replay():
-                for i in range(self.STEPS):
-                    loop.step(i)
-
-            if projected.is_cuda:
-                replay = _captured(replay, projected.device)
-        self.graphs[key] = loop, replay
-        return self.graphs[key]
+# Graphs are for a few numbers of clips: it is rounded up, and their frames lie in one line of fixed
+# size, so that one serves nearly all batches of a run; clips that are not there have length 0.
+KEPT = 4  # each holds a batch of projected frames
+FRAMES = 512  # of a clip, that a graph has room for: 40 s; the whole line is shared
+ROWS = 2048  # of a graph, at least
+STEPS = 16  # steps in a graph: what is wasted at the end against what a launch costs
 
 
-def _captured(function, device: torch.device):
-    """The kernels of `function()` as a CUDA graph; returns what replays it."""
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):  # libraries choose and load their kernels before the capture
-        function()
-    torch.cuda.current_stream(device).wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.device(device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        function()
-    return graph.replay
+def run_loop(graphs: GraphCache, projected: torch.Tensor, lengths: torch.Tensor, options: tuple):
+    """As `LabelLoop.run`, by replays. The host reads whether all clips have ended one replay late,
+    and so never waits for the device while there is work."""
+    with graphs.turn(projected.device):
+        loop, replay = loop_for(graphs, projected, options)
+        batch, n_frames = projected.shape[:2]
+        loop.projected[: batch * n_frames].copy_(projected.flatten(0, 1))
+        loop.starts.zero_()
+        loop.starts[:batch].copy_(loop.rows[:batch] * n_frames)
+        loop.begin(lengths)
+        ints, floats, before = [], [], None
+        while True:
+            replay()
+            ints.append(loop.int_records.clone())
+            floats.append(loop.float_records.clone())
+            flag = (loop.frame < loop.lengths).any()
+            flag, event = _to_host(flag) if flag.is_cuda else (flag, None)
+            if before is not None:
+                if before[1] is not None:
+                    before[1].synchronize()
+                if not bool(before[0]):
+                    break
+            before = flag, event
+        return torch.cat(ints), torch.cat(floats), loop.state()
+
+
+def loop_for(graphs: GraphCache, projected: torch.Tensor, options: tuple):
+    """A loop with room for `projected`, and the function that replays its steps."""
+    decoder, joint, blank, durations, max_symbols, bias, confidence = options
+    batch = _round_up(max(1, len(projected)))
+    # a graph reads its weights where they lay when it was made
+    weights = tuple(p.data_ptr() for m in (decoder, joint) for p in m.parameters())
+    tokens = None if bias is None else tuple(bias.tolist())
+    key = batch, projected.dtype, projected.device, weights, tokens, confidence
+    key += (blank, durations, max_symbols)
+    rows = max(ROWS, FRAMES * batch)
+    while rows < projected.shape[0] * projected.shape[1]:
+        rows *= 2
+    if key in graphs.graphs and len(graphs.graphs[key][0].projected) < rows:
+        del graphs.graphs[key]  # it has too little room
+
+    def make():
+        loop = LabelLoop(*options, batch, window_frames(batch, projected.device), STEPS)
+        shape = rows, projected.shape[2]
+        loop.projected = torch.zeros(shape, dtype=projected.dtype, device=projected.device)
+
+        def steps():
+            for i in range(STEPS):
+                loop.step(i)
+
+        return loop, steps
+
+    return graphs.get(key, make, KEPT, projected.device)
 
 
 def _to_host(flag: torch.Tensor):

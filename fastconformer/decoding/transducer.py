@@ -9,9 +9,10 @@ from types import ModuleType
 
 import torch
 
+from ..networks.graphs import GraphCache
 from ..networks.heads import Joint, PredictionNetwork
 from .confidence import Confidence
-from .graphs import GraphCache
+from .graphs import run_loop
 from .hypothesis import Hypothesis
 from .label_loop import LabelLoop, by_clip, window_frames
 from .segments import in_segments
@@ -48,7 +49,7 @@ def transducer_greedy(
 
     def run(projected, lengths):
         if graphs is not None:
-            return graphs.run(projected, lengths, options)
+            return run_loop(graphs, projected, lengths, options)
         loop = LabelLoop(*options, len(lengths), window_frames(len(lengths), encoded.device))
         return loop.run(projected, lengths)
 

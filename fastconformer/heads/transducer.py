@@ -12,13 +12,13 @@ from torch import nn
 from ..config import ModelConfig
 from ..decoding import (
     DecodingOptions,
-    GraphCache,
     Hypothesis,
     transducer_beam,
     transducer_greedy,
     transducer_next,
 )
 from ..losses import fused_transducer_loss, rnnt_loss
+from ..networks.graphs import GraphCache
 from ..networks.heads import Joint, PredictionNetwork, StatelessNetwork
 from ..recordings.timestamps import Span
 from ..text.tokenizer import Tokenizer

@@ -15,6 +15,7 @@ from ..config import EncoderConfig
 from .attention import position_encoding
 from .birwkv7 import Carry
 from .conformer_layer import ConformerLayer
+from .graphs import MOST_FRAMES, STEP_FRAMES, GraphCache
 from .linear import Linear
 from .subsampling import ConvSubsampling, Reduction, encoded_length
 
@@ -55,6 +56,7 @@ class ConformerEncoder(nn.Module):
         )
         self.dropout_emb = nn.Dropout(config.dropout_emb)
         self.drop_probs = _layer_drop_probs(config)
+        self.graphs = GraphCache()  # of small inputs on a GPU, kept between calls
         self.recompute = False  # in training: keep only each layer's input, for less memory
 
     def tie_biases(self):
@@ -84,6 +86,28 @@ class ConformerEncoder(nn.Module):
                 pos_emb, att_mask, pad_mask = self._positions_and_masks(x, lengths)
         x = x if self.out_proj is None else self.out_proj(x)
         return self.reduction_subsampling(x, lengths) if self.reduces_after == -1 else (x, lengths)
+
+    def replayed(self, features: torch.Tensor, lengths: torch.Tensor):
+        """As `forward`, by a CUDA graph where the input is small and on a GPU. Frames are rounded
+        up, and clips to a power of two: what is padding changes no valid frame."""
+        config = self.config
+        # several global tokens are mixed over the clips of a batch
+        if not self.graphs.usable(features) or config.mixes_clips or config.global_tokens > 1:
+            return self(features, lengths)
+        n_clips, n_mels, n_frames = features.shape
+        rows = 1 << max(0, n_clips - 1).bit_length()
+        frames = -(-n_frames // STEP_FRAMES) * STEP_FRAMES
+        if not 0 < n_clips * frames <= rows * frames <= MOST_FRAMES:
+            return self(features, lengths)
+
+        def own(encoded, counts):
+            n_encoded = encoded_length(config, n_frames)
+            return encoded[:n_clips, :n_encoded].clone(), counts[:n_clips].clone()
+
+        shapes = (rows, n_mels, frames), (rows,)
+        inputs = features, lengths
+        found = self.graphs.run("forward", self, self.forward, inputs, shapes, own)
+        return self(features, lengths) if found is None else found
 
     def encode_in_chunks(
         self,

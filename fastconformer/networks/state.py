@@ -15,6 +15,7 @@ import torch
 
 from .attention import position_encoding
 from .conformer import ConformerEncoder
+from .graphs import MOST_FRAMES
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,11 @@ def why_not_in_chunks(config) -> str | None:
     return "it reduces frames between layers" if config.reduces else None
 
 
+def frames_beside(config) -> int:
+    """Encoder frames before a chunk whose features its first frame sees."""
+    return 2 if config.causal_downsampling else 1
+
+
 def first_state(encoder: ConformerEncoder, batch: int) -> EncoderState:
     """The state before the first frame. ValueError: an encoder that cannot be run in chunks."""
     config = encoder.config
@@ -58,6 +64,41 @@ def first_state(encoder: ConformerEncoder, batch: int) -> EncoderState:
         weight.new_zeros(n, batch, config.d_model, config.conv_kernel_size - 1),
         torch.zeros(batch, dtype=torch.long, device=weight.device),
     )
+
+
+@torch.no_grad()
+def encode_next(
+    encoder: ConformerEncoder, features: torch.Tensor, before: int, count: int, state: EncoderState
+):
+    """features (B, M, T), all valid, of a chunk's `count` frames and of the `before` frames that
+    they see -> encoded (B, count, D'), the state after it; on a GPU, of chunks amid a clip, by a
+    CUDA graph."""
+
+    def chunk(features, channel, time, filled):
+        lengths = torch.full((len(features),), features.shape[2], device=features.device)
+        x, _ = encoder.pre_encode(features, lengths)
+        state = EncoderState(channel, time, filled)
+        x, state = encode_chunk(encoder, x[:, before : before + count], state)
+        return x, state.channel, state.time, state.filled
+
+    inputs = features, state.channel, state.time, state.filled
+    n_streams, found, config = len(features), None, encoder.config
+    rows = 1 << (n_streams - 1).bit_length()
+    amid = count == config.att_contexts[0][1] + 1 and before == frames_beside(config)
+    small = rows * features.shape[2] <= MOST_FRAMES
+    if amid and small and encoder.graphs.usable(features):
+
+        def own(x, channel, time, filled):
+            of_layers = (y[:, :n_streams].clone() for y in (channel, time))
+            return x[:n_streams].clone(), *of_layers, filled[:n_streams].clone()
+
+        def room(x, dim):
+            return *x.shape[:dim], rows, *x.shape[dim + 1 :]
+
+        shapes = [room(x, dim) for x, dim in zip(inputs, (0, 1, 1, 0), strict=True)]
+        found = encoder.graphs.run("chunk", encoder, chunk, inputs, shapes, own)
+    x, *after = chunk(*inputs) if found is None else found
+    return x, EncoderState(*after)
 
 
 @torch.no_grad()

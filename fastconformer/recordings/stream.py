@@ -13,7 +13,13 @@ import torch
 
 from ..config.encoder import output_length
 from ..decoding import Hypothesis
-from ..networks.state import EncoderState, encode_chunk, first_state, why_not_in_chunks
+from ..networks.state import (
+    EncoderState,
+    encode_next,
+    first_state,
+    frames_beside,
+    why_not_in_chunks,
+)
 from ..surgery.look_ahead import with_look_ahead
 from .partial import Partial, RunningText
 from .samples import as_float, read_piece
@@ -169,7 +175,7 @@ class Stream:
                 return None
         if not self._featurize(needed, to_the_end):
             return None
-        beside = 2 if causal else 1  # encoder frames whose features the first one sees too
+        beside = frames_beside(encoder)
         first = max(0, state.n_encoded - beside)
         features = state.features[:, first * factor - state.first_feature :]
         count = end - state.n_encoded
@@ -264,14 +270,12 @@ def _advance(model, head, group) -> None:
     states = [stream.state for stream, *_ in group]
     _, features, before, count = group[0]
     features = torch.stack([f for _, f, *_ in group]).to(model.device, model.dtype)
-    lengths = torch.full((len(group),), features.shape[2], device=model.device)
-    x, _ = model.encoder.pre_encode(features, lengths)
     encoder = EncoderState(
         torch.cat([state.encoder.channel for state in states], 1),
         torch.cat([state.encoder.time for state in states], 1),
         torch.cat([state.encoder.filled for state in states]),
     )
-    encoded, encoder = encode_chunk(model.encoder, x[:, before : before + count], encoder)
+    encoded, encoder = encode_next(model.encoder, features, before, count, encoder)
     if model.config.prompts is not None:
         encoded = model.conditioned(encoded, [stream.prompt_index for stream, *_ in group])
     decoder = None

@@ -34,3 +34,8 @@ def test_what_a_layer_and_a_step_ask_for():
 def test_what_subsampling_asks_for():
     count = kernel_counts.subsampling_case("0.6b", 64, 30)
     assert count.kernels.total() <= 30 and count.bytes.total() <= 2.5e6 * 64 * 30
+
+
+def test_what_a_replay_saves():
+    for case in (kernel_counts.launches_case, kernel_counts.chunk_case):
+        assert case("0.6b", True).kernels.total() <= 12 < 500 < case("0.6b", False).kernels.total()

@@ -8,10 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastconformer.config import JointConfig, PredictionConfig
-from fastconformer.decoding import Confidence, GraphCache, ctc_greedy, segments, transducer_greedy
+from fastconformer.decoding import Confidence, ctc_greedy, segments, transducer_greedy
 from fastconformer.decoding import graphs as graphs_module
 from fastconformer.decoding import transducer as transducer_module
 from fastconformer.decoding.label_loop import LabelLoop
+from fastconformer.networks.graphs import GraphCache
 from fastconformer.networks.heads import Joint, PredictionNetwork
 
 V, D = 6, 5
@@ -117,7 +118,7 @@ def test_kept_graphs_serve_other_shapes_and_weights():
         arguments = (encoded, lengths, decoder, joint, V, durations, 10)
         kept = transducer_greedy(*arguments, graphs=graphs)
         assert [h.tokens for h in kept] == [h.tokens for h in transducer_greedy(*arguments)]
-        assert len(graphs.graphs) <= GraphCache.SHAPES
+        assert len(graphs.graphs) <= graphs_module.KEPT
     decoder, joint = transducer(5, seed=9)
     arguments = (encoded, lengths, decoder, joint, V, durations, 10)
     kept = transducer_greedy(*arguments, graphs=graphs)
@@ -202,9 +203,11 @@ def test_an_hour_of_clips_makes_few_graphs(monkeypatch):
     for batch in frames.split(64):
         for lengths in (batch, batch[:1] // 2 + 1):
             projected = torch.zeros(len(lengths), int(lengths.max()), 8)
-            graphs._loop(projected, options)
+            graphs_module.loop_for(graphs, projected, options)
     assert len(built) <= 8 and max(built) == 64
     before = len(built)
-    assert len(graphs._loop(torch.zeros(1, 5000, 8), options)[0].projected) >= 5000
-    graphs._loop(torch.zeros(1, 400, 8), options)
+    assert (
+        len(graphs_module.loop_for(graphs, torch.zeros(1, 5000, 8), options)[0].projected) >= 5000
+    )
+    graphs_module.loop_for(graphs, torch.zeros(1, 400, 8), options)
     assert len(built) == before + 1

@@ -10,6 +10,7 @@ from played_gpu import GPU, PlayedGpu
 
 import fastconformer
 from fastconformer.decoding import graphs
+from fastconformer.networks import graphs as networks_graphs
 from fastconformer.networks import kernels, tiles
 from fastconformer.transfers import sent
 
@@ -33,7 +34,7 @@ def test_at_most_three_waits_a_batch(name, monkeypatch):
     generator = np.random.default_rng(0)
     clips = [0.1 * generator.standard_normal(n).astype(np.float32) for n in (16000, 24000, 30000)]
     expected = [t.text for t in model.transcribe(clips, retry=False, memory_gb=1)]
-    monkeypatch.setattr(graphs, "_captured", lambda function, device: function)
+    monkeypatch.setattr(networks_graphs, "captured", lambda cache, function, device: function)
     monkeypatch.setattr(graphs, "_to_host", lambda flag: (torch.tensor(flag.numpy()), Done()))
     monkeypatch.setattr(kernels, "takes", lambda x: False)
     monkeypatch.setattr(tiles, "gpu_memory", lambda device: 24 << 30)
