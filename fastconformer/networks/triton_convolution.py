@@ -42,7 +42,7 @@ def _convolution_kernel(
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     is_channel = c < width
     total = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
-    for tap in tl.static_range(TAPS):
+    for tap in range(TAPS):
         frame = t + tap - left
         inside = (frame >= 0) & (frame < n_frames)
         padding = tl.load(pad_ptr + clip * clip_stride + frame, mask=inside, other=1)
