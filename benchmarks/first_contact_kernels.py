@@ -89,9 +89,9 @@ def _modules(dry: bool, device: torch.device):
     yield "attention, chunks", attention, (x, positions, chunks)
     convolution = Convolution(width, 9, (4, 4), "batch_norm", True).to(device).eval()
     yield "convolution", convolution, (x, pad_mask)
-    n_bins, channels = (16, 16) if dry else (128, 256)
-    features = torch.randn(batch, n_bins, 8 * n_frames - 7, device=device)
-    lengths = torch.linspace(features.shape[2], 1, batch, device=device).long()
+    n_bins, channels, n_features = (8, 16, 41) if dry else (128, 256, 3001)
+    features = torch.randn(batch, n_bins, n_features, device=device)
+    lengths = torch.linspace(n_features, 1, batch, device=device).long()
     subsampling = ConvSubsampling("dw_striding", 8, n_bins, width, channels, False)
     yield "subsampling", subsampling.to(device).eval(), (features, lengths)
 
