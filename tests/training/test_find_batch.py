@@ -106,6 +106,12 @@ def limit_above_now(recipe, gb: float) -> float:
     return round(process_memory.resident_bytes() / 1e9 + gb, 3)
 
 
+@pytest.mark.parametrize("memory", ["0", "-1", "nan", "inf"])
+def test_a_memory_that_is_none_is_bad_usage(memory, capsys):
+    assert main(["recipe.yaml", f"--memory-gb={memory}"]) == 2
+    assert capsys.readouterr().err.count("--memory-gb is") == 1
+
+
 def test_a_cpu_with_a_limit(case, capsys):
     """More memory, larger batches; all that was taken is within the limit, what was not is above
     what was found."""

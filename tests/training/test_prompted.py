@@ -153,6 +153,17 @@ def test_further_languages_start_as_asked(archive):
             with_languages(model, added)
 
 
+def test_keys_of_a_prompt_that_a_model_lacks(archive, manifest):
+    plain, told = load_model(golden("ctc_bpe") / "model.nemo"), load_model(archive)
+    for model, keys, message in (
+        (plain, {"prompt": {"pnc": "yes"}}, r"data.prompt.pnc: this model's prompt .* \(none\)"),
+        (told, {"prompt": {"pnc": "yes"}}, r"no such slot \(target_lang\)"),
+        (plain, {"auto_share": 0.9}, "auto_share: this model is told no language"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_data(DataRecipe((str(manifest),), **keys), AugmentRecipe(), 7, model, model.heads)
+
+
 def test_a_vocabulary_that_grows(archive, manifest, tmp_path):
     """Proven on each line's own language before the first step."""
     tokenizer = tmp_path / "tokenizer.model"

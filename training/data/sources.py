@@ -62,6 +62,7 @@ def load_data(
     Raises:
         ValueError, FileNotFoundError: a manifest is missing, or has no line that can be used.
     """
+    check_prompt_keys(data, model)
     limits = training_limits(data, heads)
     encoder_frames = _frame_counter(model, max(augment.speeds, default=1.0), data.pad_to_s)
     trained = model.head(heads[0]) if heads else None
@@ -129,6 +130,19 @@ def load_data(
     if len(sources) > 1:
         log.info("%s", mixture_table(train, data.temperature))
     return train, {name: store(clips) for name, clips in validation.items()}
+
+
+def check_prompt_keys(data: DataRecipe, model: ASRModel) -> None:
+    """ValueError: keys of a prompt that this model does not take."""
+    slots = {slot for name in model.heads for slot in model.head(name).slots}
+    for slot in data.prompt:
+        if slot not in slots and not (slot == "taskname" and "task" in slots):
+            known = ", ".join(sorted(slots)) or "none"
+            raise ValueError(f"data.prompt.{slot}: this model's prompt has no such slot ({known})")
+    given = [source.auto_share for source in data.sources if source.auto_share is not None]
+    is_told = data.auto_share != DataRecipe.auto_share or given
+    if is_told and "target_lang" not in slots:
+        raise ValueError("auto_share: this model is told no language")
 
 
 # How often NeMo's prompt_mode of a line says "auto"; another says it as often as `data.auto_share`.
