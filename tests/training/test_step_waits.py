@@ -80,7 +80,12 @@ def test_at_most_five_waits_a_step(corpus, counted):
     place a GPU has its kernels."""
     recipe, _ = corpus
     options = ["trainer.max_steps=12", "data.validation={}", "trainer.ema_decay=0.99"]
-    options += ["spec_augment.freq_masks=2", "spec_augment.time_masks=2", "loss.eps=1e-3"]
+    options += [
+        "model.dropout=0.1",
+        "spec_augment.freq_masks=2",
+        "spec_augment.time_masks=2",
+        "loss.eps=1e-3",
+    ]
     assert main([str(recipe), *options]) == 0
     [gpu] = counted
     waits = [x for x in gpu.waits if not x.startswith(vectorised.__file__)]
