@@ -30,6 +30,11 @@ def inputs(batch, n_frames, n_heads, width, seed=0):
     return [torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes]
 
 
+def output_gradient(given):
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(given[0].shape, generator=generator, dtype=torch.float64)
+
+
 def masks(kind, batch, n_frames):
     lengths = torch.linspace(n_frames, 1, batch).long()
     hidden = (torch.arange(n_frames) >= lengths[:, None])[:, None, None]
@@ -85,7 +90,7 @@ def assert_equal(actual, expected, tolerance=3e-6):
 )
 def test_gradients_equal_the_plain_form(batch, n_frames, n_heads, width, mask):
     given = *inputs(batch, n_frames, n_heads, width), masks(mask, batch, n_frames)
-    grad = torch.randn_like(given[0])
+    grad = output_gradient(given)
     expected = gradients(plain, given, grad)
     single = [x.float() if x.is_floating_point() else x for x in given]
     assert_equal(gradients(kernel, single, grad.float()), expected)
@@ -93,12 +98,12 @@ def test_gradients_equal_the_plain_form(batch, n_frames, n_heads, width, mask):
 
 def test_float16_is_as_near_as_the_plain_form():
     given = *inputs(1, 21, 1, 16), masks("padding", 1, 21)
-    grad = torch.randn_like(given[0])
+    grad = output_gradient(given)
     expected = gradients(plain, given, grad)
     half = [x.half() if x.is_floating_point() else x for x in given]
     actual, other = (gradients(f, half, grad.half()) for f in (kernel, plain))
     for a, b, e in zip(actual, other, expected, strict=True):
-        assert (a - e).abs().max() <= 2 * (b - e).abs().max()
+        assert (a - e).norm() <= 2 * (b - e).norm()  # sums of 16 numbers have lucky maxima
 
 
 def kept_weights(seed, dropout, batch=2, n_frames=17, n_heads=2, width=32):
@@ -116,7 +121,7 @@ def test_dropout_is_the_same_in_both_passes():
     assert set((keep * 0.7).round(decimals=4).flatten().tolist()) == {0.0, 1.0}
     keep = keep.round(decimals=4) / keep.max().round(decimals=4) / 0.7
     given = *inputs(1, 17, 2, 32), masks("chunks", 1, 17)
-    grad = torch.randn_like(given[0])
+    grad = output_gradient(given)
     expected = gradients(lambda *x: plain(*x, keep=keep.double()), given, grad)
     single = [x.float() if x.is_floating_point() else x for x in given]
     actual = gradients(kernel, single, grad.float(), dropout=0.3, seed=2**61 + 7)
