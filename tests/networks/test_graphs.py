@@ -148,7 +148,8 @@ def test_no_graph_where_more_than_numbers_is_wanted():
             encoder.replayed(*batch(encoder, [2, 9, 5] * 50))
             other = encoder_of("striding4_ctc_char")
             assert other.config.mixes_clips
-            other.replayed(*batch(other, [90]))
+            with PlayedGpu(other):
+                other.replayed(*batch(other, [90]))
     assert len(taps) == 1 and encoder.graphs.captures == other.graphs.captures == 0
     assert difference(encoder, [90]) < 2e-5 and encoder.graphs.captures == 1
     assert not copy.deepcopy(encoder).graphs.graphs
@@ -213,8 +214,9 @@ def test_chunks_of_streams():
     beside = frames_beside(config)
     for n in (1, 3, 4):
         features, _ = batch(encoder, [factor * (count * 5 + 2)] * n)
-        states = [first_state(encoder, n)] * 2
         with PlayedGpu(encoder, PACKAGE) as gpu:
+            states = [first_state(encoder, n)] * 2
+            gpu.waits.clear()
             for start in range(0, 5 * count + 2, count):
                 before, own = min(start, beside), min(count, 5 * count + 2 - start)
                 first, last = (start - before) * factor, (start + own) * factor
