@@ -198,6 +198,9 @@ def test_subtitle_flags(nemo, recordings, capsys):
     assert blocks and all(len(block.split("\n")[1].split()) == 1 for block in blocks)
     assert main([*command, "--lines", "0"]) == 2
     assert "--lines" in capsys.readouterr().err
+    for flags in (["--lines", "1"], ["--highlight-words"]):
+        assert main([*command[:-2], *flags]) == 2
+        assert "--format srt or vtt" in capsys.readouterr().err
 
 
 def test_srt_text():
