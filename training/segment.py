@@ -58,6 +58,12 @@ def segment(options) -> int:
     except UnicodeDecodeError as error:
         raise ValueError(f"{options.text} is not UTF-8 text: {error}") from None
     model = cli.load_model(options)
+    prompts = model.config.prompts
+    if options.lang and prompts is not None and not prompts.knows(options.lang):
+        known = ", ".join(prompts.names)
+        print(
+            f"segment: the model is told auto, not {options.lang}: it has {known}", file=sys.stderr
+        )
     samples = load_audio(options.audio, model.sample_rate)
     found = find_segments(
         model,

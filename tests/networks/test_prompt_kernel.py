@@ -21,6 +21,7 @@ from fastconformer.recordings import longform
 from fastconformer.recordings.in_windows import transcribe_in_windows
 from fastconformer.recordings.stream import Stream
 from fastconformer.surgery.look_ahead import with_look_ahead
+from training import segment
 from training.data.segments import find_segments
 
 FOLDER = golden("stream_chunked_hybrid_rnnt")
@@ -182,6 +183,15 @@ def test_windows_and_alignments_are_told_the_language(model):
     scores = {lang: [s.score for s in find_segments(model, whole, text, lang=lang)]
               for lang in (None, "auto", "de-DE")}  # fmt: skip
     assert scores[None] == scores["auto"] != scores["de-DE"]
+
+
+def test_segment_says_which_language_it_does_not_tell(archive, tmp_path, capsys):
+    soundfile.write(tmp_path / "talk.wav", np.concatenate(CLIPS), 16000)
+    (tmp_path / "talk.txt").write_text("one two")
+    command = [str(tmp_path / "talk.wav"), str(tmp_path / "talk.txt"), f"--model={archive}"]
+    for lang, n_said in (("de-DE", 0), ("de", 1)):
+        segment.main([*command, f"--lang={lang}", "-o", str(tmp_path / lang)])
+        assert capsys.readouterr().err.count(f"told auto, not {lang}: it has auto, en-US") == n_said
 
 
 def test_the_server_tells_windows_in_a_language(model, monkeypatch):
