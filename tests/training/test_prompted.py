@@ -10,6 +10,8 @@ import torch
 from conftest import golden, load_case, logged
 from safetensors.torch import load_file
 
+from converters.merge_tokenizers import merge_tokenizers
+from converters.train_tokenizer import train_tokenizer
 from fastconformer import load_model
 from fastconformer.checkpoint.nemo_archive import read_nemo, write_nemo
 from fastconformer.surgery.language import with_languages
@@ -166,8 +168,9 @@ def test_keys_of_a_prompt_that_a_model_lacks(archive, manifest):
 
 def test_a_vocabulary_that_grows(archive, manifest, tmp_path):
     """Proven on each line's own language before the first step."""
-    tokenizer = tmp_path / "tokenizer.model"
-    tokenizer.write_bytes(read_nemo(archive).tokenizer_files["tokenizer.model"])
+    tokenizer, own = tmp_path / "tokenizer.model", read_nemo(archive).tokenizer_files
+    greek = train_tokenizer(["καλημέρα κόσμε", "ναι ή όχι", "καλό βράδυ σε όλους"], 40)
+    tokenizer.write_bytes(merge_tokenizers(own["tokenizer.model"], greek)[0])
     recipe = {
         "output": str(tmp_path / "run"),
         "model": {"init_from": str(archive), "tokenizer": str(tokenizer)},
@@ -177,5 +180,8 @@ def test_a_vocabulary_that_grows(archive, manifest, tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text(json.dumps(recipe))
     assert main([str(path)]) == 0
-    assert load_model(tmp_path / "run" / "model.nemo").config.prompts.names
+    model, before = load_model(tmp_path / "run" / "model.nemo"), load_model(archive)
+    assert model.config.prompts.names == before.config.prompts.names
+    assert model.tokenizer.decode(model.tokenizer.encode("yes ναι")) == "yes ναι"
+    assert model.tokenizer.vocab_size > before.tokenizer.vocab_size
     assert main([str(path), "model.tokenizer=null", "model.labels=[a, b]"]) == 1
