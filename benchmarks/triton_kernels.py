@@ -255,7 +255,7 @@ def launches(few: bool) -> Iterator[tuple[str, str, Callable[[], None]]]:
     for step, name in itertools.product(steps[: 1 if few else None], names):
         yield (
             "step",
-            f"{name} step of {step[2]}, {step[0]} tokens",
+            f"{name} step of {step[2]}, {step[0]} tokens, {step[1]} durations",
             partial(launch_step, DTYPES[name], *step),
         )
     if few:
