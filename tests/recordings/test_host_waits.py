@@ -1,4 +1,5 @@
-"""How often the host waits for the device in transcription, counted on a CPU that plays a GPU."""
+"""Transcription on a CPU that plays a GPU: how often the host waits, and whether all tensors of an
+operator are on one device."""
 
 from pathlib import Path
 
