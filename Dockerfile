@@ -7,6 +7,9 @@
 FROM python:3.12-slim
 
 ARG TORCH=cpu
+# Triton, which CUDA builds of torch bring, calls a C compiler on the card's machine
+RUN if [ "${TORCH}" != cpu ]; then apt-get update && apt-get install -y --no-install-recommends \
+    gcc libc6-dev && rm -rf /var/lib/apt/lists/*; fi
 RUN pip install --no-cache-dir torch --index-url https://download.pytorch.org/whl/${TORCH}
 
 WORKDIR /app
@@ -16,7 +19,8 @@ COPY rwkv_cuda rwkv_cuda
 COPY training training
 COPY converters converters
 COPY benchmarks benchmarks
-RUN pip install --no-cache-dir ".[serve,media]" && useradd --no-create-home served
+# the home holds what numba and Triton have compiled
+RUN pip install --no-cache-dir ".[serve,media,fast,llm]" && useradd --create-home served
 
 USER served
 EXPOSE 8000

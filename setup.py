@@ -38,10 +38,11 @@ class BuildWithKernels(build_py):
             self.copy_file(str(path), str(target))
 
 
+FAST = ["numba>=0.60"]  # the CPU's compiled decoding and layers
 TRAIN = [
     "omegaconf>=2.3",
     "bitsandbytes>=0.45",
-    "numba>=0.60",
+    *FAST,
     "jiwer>=3.0",
     "tensorboard>=2.16",
     "rich>=13",
@@ -98,6 +99,7 @@ setup(
         "pyyaml>=6",
     ],
     extras_require={
+        "fast": FAST,
         "train": TRAIN,
         "quickstart": QUICKSTART,
         "export": EXPORT,

@@ -118,6 +118,23 @@ def test_imports_in_pages_exist():
     assert seen > 1
 
 
+def test_extras_exist():
+    """Those that pages, refusals and comments name, and what the refusals of a bare install say."""
+    known = re.findall(r'^        "(\w+)": ', (ROOT / "setup.py").read_text(), re.M)
+    sources = [*PAGES, ROOT / "Dockerfile", ROOT / "Makefile"]
+    sources += [p for folder in ("fastconformer", "training", "converters", "benchmarks")
+                for p in (ROOT / folder).rglob("*.py")]  # fmt: skip
+    named = {}
+    for path in sources:
+        text = path.read_text(encoding="utf-8")
+        found = re.findall(r"(?:\bfastconformer|[ \"'`]\.)\[([a-z][a-z,]*)\]", text)
+        found += re.findall(r"extra `(\w+)`", text)
+        for name in ",".join(found).split(",") if found else ():
+            named[name] = path.name
+    assert named.keys() >= {"fast", "train", "serve", "export", "media", "hub", "eval", "llm"}
+    assert not named.keys() - set(known), named
+
+
 def test_make_targets_exist():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for page in PAGES[:-1]:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..networks import kernels
 from . import fused_vectorised
 from .checks import check_batch, check_targets
 from .fused_cells import (
@@ -258,20 +259,21 @@ def _differentiate(ctx, grad_losses, *_):
 transducer_forward.register_autograd(_differentiate, setup_context=_setup_context)
 
 
+def _backend(device: torch.device) -> ModuleType:
+    if device.type == "cpu":
+        return _cpu_backend()
+    if device.type == "cuda" and kernels.triton_works(device):
+        from . import fused_triton
+
+        return fused_triton
+    return fused_vectorised
+
+
 @functools.cache
-def _backend_of(kind: str) -> ModuleType:
+def _cpu_backend() -> ModuleType:
     try:
-        if kind == "cpu":
-            from . import fused_cpu as backend
-        elif kind == "cuda":
-            from . import fused_triton as backend
-        else:
-            return fused_vectorised
+        from . import fused_cpu
     except ImportError as error:
         log.warning("the fused transducer loss runs on plain PyTorch, slower: %s", error)
         return fused_vectorised
-    return backend
-
-
-def _backend(device: torch.device) -> ModuleType:
-    return _backend_of(device.type)
+    return fused_cpu

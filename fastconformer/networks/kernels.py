@@ -6,13 +6,17 @@ alone has a gradient; without Triton or numba, and on other devices, the layers'
 """
 
 import functools
-import importlib.util
+import logging
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from ..config.encoder import output_length
+
+log = logging.getLogger(__name__)
+
+OLDEST_CARD = 8, 0  # the compute capability from which on Triton supports NVIDIA's cards
 
 # Of attention's kernels: wider ones, compiled, spill hundreds of registers.
 WIDEST_HEAD, WIDEST_HEAD_FLOAT32_GRADIENT = 128, 64
@@ -26,7 +30,7 @@ def usable(x: Tensor) -> bool:
 def takes(x: Tensor) -> bool:
     """Whether the kernels take `x`: on a GPU, in a type of theirs."""
     types = (torch.float32, torch.bfloat16, torch.float16)
-    return x.is_cuda and x.dtype in types and _has_triton()
+    return x.is_cuda and x.dtype in types and triton_works(x.device)
 
 
 def for_cpu(x: Tensor) -> ModuleType | None:
@@ -49,7 +53,8 @@ def for_cpu(x: Tensor) -> ModuleType | None:
 def _compiled_layers() -> ModuleType | None:
     try:
         from . import compiled_layers
-    except ImportError:
+    except ImportError as error:
+        log.warning("slower on this CPU: %s; pip install 'fastconformer[fast]'", error)
         return None
     return compiled_layers
 
@@ -61,9 +66,28 @@ def take_heads(q: Tensor, width: int) -> bool:
     return width <= WIDEST_HEAD
 
 
+@torch.compiler.assume_constant_result
+def triton_works(device: torch.device) -> bool:
+    """Whether Triton compiles and runs a kernel on this GPU, tried once; where it does not, for
+    want of a C compiler or on an old card, the reason is logged in a line."""
+    return _tried(device)
+
+
 @functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+def _tried(device: torch.device) -> bool:
+    try:
+        from . import triton_probe
+
+        with torch.cuda.device(device):
+            card = torch.cuda.get_device_capability()
+            if torch.version.hip is None and card < OLDEST_CARD:
+                raise RuntimeError("compute capability {}.{}, 8.0 is needed".format(*card))
+            triton_probe.run(device)
+    except Exception as error:  # of any kind: also what a compiler's process raises
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        log.warning("no Triton kernels on %s, so plain PyTorch, slower: %s", device, reason)
+        return False
+    return True
 
 
 @torch.library.custom_op("fastconformer::rel_pos_attention", mutates_args=())

@@ -1,5 +1,7 @@
 """numba's kernels between a layer's products, beside the plain form and float64."""
 
+import sys
+
 import pytest
 import torch
 
@@ -129,3 +131,18 @@ def test_only_without_gradients_on_plain_tensors():
         assert kernels.for_cpu(x.double()) is None and kernels.for_cpu(x.to("meta")) is None
         with torch.autocast("cpu"):
             assert kernels.for_cpu(x) is None
+
+
+def test_a_cpu_without_numba_is_told_what_it_misses(monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "numba", None)
+    for name in ("compiled", "networks.compiled_layers"):
+        monkeypatch.delitem(sys.modules, f"fastconformer.{name}")
+    monkeypatch.delattr("fastconformer.networks.compiled_layers")
+    kernels._compiled_layers.cache_clear()
+    try:
+        with torch.no_grad():
+            assert kernels.for_cpu(torch.ones(1)) is kernels.for_cpu(torch.ones(1)) is None
+    finally:
+        kernels._compiled_layers.cache_clear()
+    (record,) = caplog.records
+    assert "numba" in record.getMessage() and "fastconformer[fast]" in record.getMessage()
