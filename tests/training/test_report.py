@@ -138,6 +138,12 @@ def test_phases(wer, emission, name):
 def test_a_folder_without_a_model_is_one_line(tmp_path, capsys):
     assert main([str(tmp_path)]) == 1
     assert "has no recipe.yaml" in capsys.readouterr().err
+    data = {"train": ["a.jsonl"], "validation": ["b.jsonl"]}
+    copied = {"output": "run", "model": {"init_from": "a.nemo"}, "data": data}
+    copied["trainer"] = {"max_steps": 1}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(copied))
+    assert main([str(tmp_path)]) == 1 and not (tmp_path / "report.html").exists()
+    assert "no run" in capsys.readouterr().err
 
 
 def test_the_best_is_what_the_run_kept():

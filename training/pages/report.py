@@ -43,6 +43,9 @@ def report(run: Path, n_worst: int = 15) -> str:
         raise FileNotFoundError(f"{run} has no recipe.yaml; give the folder of a run")
     recipe = load_recipe(run / "recipe.yaml")
     stages = sorted(run.glob("stage_*")) or [run]
+    traces = ("run.json", "log.jsonl", "ledger.jsonl")
+    if not any((folder / name).is_file() for folder in stages for name in traces):
+        raise FileNotFoundError(f"{run} has a recipe.yaml and no run; start it, or give another")
     log, ledger, dropped = [], [], []
     for number, folder in enumerate(stages, start=1):
         before = log[-1]["at"] if log else 0  # steps of the stages before
