@@ -109,10 +109,10 @@ def manifest_lines(path: str | os.PathLike, lang: str | None = None) -> Iterator
             try:
                 entry = _of_chat(_entry(line))
                 name = str(_audio(entry) or "")
-                if lang is not None and entry.get("lang") not in (None, lang):
-                    raise BadLine("other_language", f"lang is {entry['lang']!r}")
                 if entry.get("_skipme"):
                     raise BadLine("skipme", "the manifest says _skipme")
+                if lang is not None and language_in(entry) not in (None, lang):
+                    raise BadLine("other_language", f"lang is {entry['lang']!r}")
                 yield _clip(entry, path, number)
                 junk = -1
             except BadLine as error:
@@ -175,7 +175,7 @@ def _clip(entry: dict, manifest: Path, number: int) -> Clip:
         path = manifest.parent / Path(audio).expanduser()
     except RuntimeError:  # no user of that name
         path = manifest.parent / audio
-    text, lang = entry.get("text"), entry.get("lang")
+    text = entry.get("text")
     if text is None and isinstance(entry.get("text_filepath"), str):
         text = _text_of_file(manifest.parent / entry["text_filepath"])
     if isinstance(text, str) and not _is_text(text):
@@ -189,12 +189,20 @@ def _clip(entry: dict, manifest: Path, number: int) -> Clip:
         offset_s=_seconds(entry, "offset", "0 or more"),
         duration_s=_seconds(entry, "duration", "more than 0"),
         text=text,
-        lang=lang if isinstance(lang, str) else None,
+        lang=language_in(entry),
         channel=_channel(entry.get("channel")),
         manifest=str(manifest),
         line=number,
         others={key: value for key, value in entry.items() if key not in known},
     )
+
+
+def language_in(entry: dict, key: str = "lang") -> str | None:
+    """BadLine: it is no string, and the line would go as one without a language."""
+    lang = entry.get(key)
+    if lang is not None and not (isinstance(lang, str) and _is_text(lang)):
+        raise BadLine("bad_lang", f"{key} is {ascii(lang)[:40]}, expected a string")
+    return lang
 
 
 def _audio(entry: dict):

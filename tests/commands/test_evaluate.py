@@ -237,6 +237,14 @@ def test_skipme_lines_are_left_out_and_counted(folder, nemo, tmp_path, capsys):
     assert status == 0 and results["n_skipme"] == 1 and results["n_skipped"] == 0
     assert [u["audio"] for u in results["utterances"]] == ["0.wav", "2.wav"]
     assert "1 left out by _skipme" in capsys.readouterr().out
+    lines = [lines[0], skipped | {"lang": "fr"}, json.loads(lines[1]) | {"lang": 7}, lines[2]]
+    write_manifest(folder / "languages.jsonl", lines)
+    options = ["--lang", "en"]
+    status, results = evaluate(
+        folder, nemo, tmp_path / "l.json", *options, manifest="languages.jsonl"
+    )
+    assert status == 0 and (results["n_skipme"], results["n_skipped"]) == (1, 1)
+    assert results["skipped"][0]["reason"] == "lang is 7, expected a string"
 
 
 def test_utterances_without_an_error_are_counted(folder, nemo, hypotheses, tmp_path, capsys):

@@ -91,6 +91,18 @@ def test_text_and_language_by_other_keys_and_in_files(folder):
     assert read_utterances(path)[0][0].text == "from a file"
 
 
+@pytest.mark.parametrize("lang", [5, ["en"], {}, False, "\ud800"])
+def test_a_language_that_is_no_word_is_named(folder, lang):
+    path = write_manifest(folder, [entry(lang=lang), entry(1, lang="en"), entry(2, lang=None)])
+    for wanted in (None, "en"):
+        found, bad = read_utterances(path, wanted)
+        assert [u.lang for u in found] == ["en", None]
+        assert [(d.line, d.reason) for d in bad] == [(1, "bad_lang")]
+    path = write_manifest(folder, [entry(target_lang=lang), entry(1, target_lang="en")])
+    found, bad = read_utterances(path, "en", fields=Fields(lang="target_lang"))
+    assert [u.lang for u in found] == ["en"] and bad[0].detail.startswith("target_lang is ")
+
+
 def test_a_good_manifest(folder):
     absolute = str(folder / "c1.wav")
     lines = [entry(), "", entry(1, audio_filepath=absolute, offset=0.1, duration=0.2, lang="en")]

@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 
 from fastconformer.audio.files import audio_duration
-from fastconformer.formats.manifest import Clip, LeftOut, manifest_lines
+from fastconformer.formats.manifest import BadLine, Clip, LeftOut, language_in, manifest_lines
 from fastconformer.text.prompt import SLOTS
 from training.data.tarred import shard_number
 
@@ -72,12 +72,14 @@ class Fields:
     default_channel: int | None = None
 
     def of(self, clip: Clip) -> Clip:
-        """The clip with the text, language and channel that these keys and defaults say."""
+        """The clip with the text, language and channel that these keys and defaults say. BadLine: a
+        language that is none."""
         changes = {}
-        for name, key in (("text", self.text), ("lang", self.lang)):
-            if key != name:
-                value = clip.others.get(key)
-                changes[name] = value if isinstance(value, str) else None
+        if self.text != "text":
+            value = clip.others.get(self.text)
+            changes["text"] = value if isinstance(value, str) else None
+        if self.lang != "lang":
+            changes["lang"] = language_in(clip.others, self.lang)
         if self.default_lang is not None and changes.get("lang", clip.lang) is None:
             changes["lang"] = self.default_lang
         if self.default_channel is not None and clip.channel is None:
@@ -117,7 +119,7 @@ def read_utterances(
             if not own_lang and lang is not None and found.lang not in (None, lang):
                 raise UnusableLine("other_language", f"{fields.lang} is {found.lang!r}")
             utterances.append(_utterance(found, tars, needs_text))
-        except UnusableLine as error:
+        except (UnusableLine, BadLine) as error:
             name = str(found.audio)
             dropped.append(Dropped(found.manifest, found.line, *error.args, audio_filepath=name))
     return utterances, dropped
