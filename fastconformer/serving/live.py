@@ -191,8 +191,11 @@ class Session:
             raise Refused("an event is a JSON object with a type") from None
         if kind in ("session.update", "transcription_session.update"):
             session = _part(event, "session")
-            self.update(session if kind == "session.update" else _of_before(session))
-            await self.send("session.updated", session=self.described())
+            session = session if kind == "session.update" else _of_before(session)
+            self.update(session)
+            unused = _unused(session, self.batcher.model.head(self.head).slots)
+            told = {"unused_fields": unused} if unused else {}
+            await self.send("session.updated", session=self.described(), **told)
         elif kind == "input_audio_buffer.append":
             await self.append(event.get("audio"))
         elif kind == "input_audio_buffer.commit":
@@ -212,6 +215,31 @@ def _part(of: dict, name: str) -> dict:
     return value or {}
 
 
+def _unused(session: dict, slots) -> list[str]:
+    """Fields of an update that change nothing here, by their dotted names: a `prompt`, since no
+    stream is decoded with phrases, or a language where the model takes none."""
+    audio = _part(session, "audio")
+    heard = _part(audio, "input")
+    read = {  # the model may be any word
+        "": (session, {"type", "object", "audio", "include"}),
+        "audio.": (audio, {"input"}),
+        "audio.input.": (heard, {"format", "transcription", "turn_detection"}),
+        "audio.input.format.": (_part(heard, "format"), {"type", "rate"}),
+        "audio.input.transcription.": (
+            _part(heard, "transcription"),
+            {"model", "language"} if spoken_in("", slots) else {"model"},
+        ),
+    }
+    found = [
+        prefix + name
+        for prefix, (part, known) in read.items()
+        for name, value in part.items()
+        if value and name not in known
+    ]
+    others = any(name != "words" for name in session.get("include") or ())
+    return found + ["include"] * others
+
+
 def _of_before(session: dict) -> dict:
     """A session as the protocol's first version wrote it, as clients still do."""
     audio: dict = {"transcription": _part(session, "input_audio_transcription")}
@@ -222,8 +250,9 @@ def _of_before(session: dict) -> dict:
         audio["format"] = {"type": "audio/pcm", "rate": DEFAULT_RATE_HZ}
     if "turn_detection" in session:
         audio["turn_detection"] = session["turn_detection"]
-    include = {"include": session["include"]} if "include" in session else {}
-    return include | {"audio": {"input": audio}}
+    known = ("input_audio_transcription", "input_audio_format", "turn_detection")
+    rest = {name: value for name, value in session.items() if name not in known}
+    return rest | {"audio": {"input": audio}}
 
 
 async def serve_session(

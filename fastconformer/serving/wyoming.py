@@ -138,13 +138,19 @@ class Session:
         return {"asr": [program]} | others
 
     def asked(self, data: dict) -> dict:
-        """Options of `transcribe` from a `transcribe` event."""
+        """Options of `transcribe` from a `transcribe` event. Unusable: other than its types."""
         options: dict = {}
         language = data.get("language")
-        if isinstance(language, str):
+        if not isinstance(language, str | None):
+            raise Unusable(f"language is {language!r}, expected a string")
+        if language:
             options |= spoken_in(language, self.batcher.model.head(self.head).slots)
-        terms = [*(data.get("transcript_names") or ()), *(data.get("transcript_terms") or ())]
-        phrases = [term for term in terms if isinstance(term, str) and term.strip()]
+        phrases = []
+        for name in ("transcript_names", "transcript_terms"):
+            terms = data.get(name) or []
+            if not isinstance(terms, list) or not all(isinstance(term, str) for term in terms):
+                raise Unusable(f"{name} is {terms!r}, expected a list of strings")
+            phrases += [term for term in terms if term.strip()]
         return options | ({"boost": phrases} if phrases else {})
 
     def hear(self, data: dict, payload: bytes) -> None:

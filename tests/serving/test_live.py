@@ -101,6 +101,23 @@ def test_what_an_update_does_not_name_stays(server):
     client.socket.close()
 
 
+def test_what_changes_nothing_is_named(server):
+    client = Client(server)
+    transcription = {"model": "any", "prompt": "Kennedy", "language": "en"}
+    audio = {"input": {"transcription": transcription, "noise_reduction": {"type": "near_field"}}}
+    session = {"type": "transcription", "audio": audio, "include": ["words", {}], "speed": 2}
+    client.send("session.update", session=session)
+    places = ["noise_reduction", "transcription.language", "transcription.prompt"]
+    wanted = ["include", "speed", *(f"audio.input.{place}" for place in places)]
+    assert sorted(client.receive()["unused_fields"]) == sorted(wanted)
+    before = {"input_audio_transcription": {"model": "any", "prompt": "Kennedy"}}
+    client.send("transcription_session.update", session=before)
+    assert client.receive()["unused_fields"] == ["audio.input.transcription.prompt"]
+    client.send("session.update", session={"audio": {"input": {"transcription": {"prompt": ""}}}})
+    assert "unused_fields" not in client.receive()
+    client.socket.close()
+
+
 def test_other_rates_are_resampled(server, clip):
     client = Client(server)
     at_24k = soxr.resample(clip[:64000], 16000, 24000)
