@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 BLOCK_FRAMES = 1 << 22
 UNKNOWN_FRAMES = 2**63 - 1  # of a FLAC that was written to a pipe
 LENGTH_SLACK_S = 0.1  # by which a header may be wrong before it is said
+LOUDEST = 1e10  # of samples that are 1 at most; the power of far louder ones float32 cannot hold
 CANCELLED = 1e-3  # of the channels' power: with less in their average they cancel
 
 Source = str | os.PathLike | bytes | BinaryIO
@@ -192,8 +193,7 @@ class _Mixer:
     def result(self) -> np.ndarray:
         """(L,), or (C, L) where the channels are apart."""
         samples = self.blocks[0] if len(self.blocks) == 1 else np.concatenate(self.blocks)
-        if not np.isfinite(samples).all():
-            raise ValueError(f"{self.name} holds NaN or infinite samples")
+        check_samples(samples, self.name)
         return samples.T
 
 
@@ -210,6 +210,15 @@ def _compare_lengths(sound: Sound, read_s: float, damage: str) -> tuple[str, lis
     if sound.is_cut and not damage:
         return "", [f"the file ends before its stream does, {read_s:.2f} s were read"]
     return damage, [f"damaged{because}, {read_s:.2f} s were read"] if damage else []
+
+
+def check_samples(samples: np.ndarray, name: str) -> None:
+    """ValueError: NaN, infinite, or so large that they are no sound."""
+    peak = max(samples.max(), -samples.min())
+    if not np.isfinite(peak):
+        raise ValueError(f"{name} holds NaN or infinite samples")
+    if peak > LOUDEST:
+        raise ValueError(f"{name} holds samples of up to {peak:.0e}, expected -1 to 1")
 
 
 def resample(

@@ -5,7 +5,7 @@ import os
 import numpy as np
 import torch
 
-from ..audio.files import load_audio, resample
+from ..audio.files import check_samples, load_audio, resample
 
 
 def read_samples(item, sample_rate_hz: int) -> np.ndarray:
@@ -13,7 +13,7 @@ def read_samples(item, sample_rate_hz: int) -> np.ndarray:
     int16), or a pair (samples, their rate in Hz) -> (L,) float32 or int16.
 
     Raises:
-        ValueError, FileNotFoundError: unreadable, empty, not finite, or not one-dimensional.
+        ValueError, FileNotFoundError: unreadable, empty, not one-dimensional, NaN, or no sound.
     """
     if isinstance(item, (str, os.PathLike, bytes, bytearray, memoryview)) or hasattr(item, "read"):
         return load_audio(item, sample_rate_hz)
@@ -39,8 +39,7 @@ def read_samples(item, sample_rate_hz: int) -> np.ndarray:
         raise ValueError(f"an audio array has type {samples.dtype}, expected float or int16")
     with np.errstate(over="ignore"):  # what float32 cannot hold is infinite, and refused
         samples = samples.astype(np.float32, copy=False)
-    if not np.isfinite(samples).all():
-        raise ValueError("an audio array holds NaN or infinite samples")
+    check_samples(samples, "an audio array")
     return samples
 
 

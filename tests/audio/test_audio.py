@@ -8,6 +8,7 @@ import soundfile
 from conftest import SAMPLES
 
 from fastconformer.audio.files import audio_duration, load_audio
+from fastconformer.recordings.samples import read_samples
 
 
 def tone(seconds=0.5, rate=16000, hz=440.0):
@@ -150,6 +151,16 @@ def test_samples_that_are_not_finite_are_named(tmp_path, value):
     samples = tone()
     samples[77] = value
     refused(write(tmp_path / "a.wav", samples, subtype="FLOAT"), "NaN or infinite samples")
+
+
+def test_samples_that_are_no_sound_are_named(tmp_path):
+    samples = tone()
+    samples[77] = -1e30
+    with pytest.raises(ValueError, match="a.wav holds samples of up to 1e"):
+        load_audio(write(tmp_path / "a.wav", samples, subtype="FLOAT"), 16000)
+    with pytest.raises(ValueError, match="an audio array holds samples of up to 1e"):
+        read_samples(samples, 16000)
+    assert len(read_samples(samples.clip(-1) * 40000, 16000)) == len(samples)  # as 16 bits count
 
 
 def test_an_impossible_rate_is_named(tmp_path):
