@@ -44,6 +44,15 @@ def test_the_best_k_stay_best_first():
     assert steps(kept) == [4, 1, 3]  # a tie: the earlier one first
 
 
+def test_all_stay_where_no_number_is_given():
+    kept = Kept()
+    for step in range(5):
+        kept.consider(record(step, 0.5 - 0.1 * step), KeepRecipe(top_k=None, average=True), True)
+    assert steps(kept) == [4, 3, 2, 1, 0]
+    with pytest.raises(ValueError, match="set top_k to 2 or more"):
+        KeepRecipe(average=True)
+
+
 def test_equal_metrics_are_told_apart_by_cer():
     kept = Kept()
     for step, cer in enumerate([0.5, 0.4, 0.45]):

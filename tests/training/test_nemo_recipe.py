@@ -96,6 +96,12 @@ def test_every_key_becomes_ours(nemo_yaml):
     assert (keep.metric, keep.top_k, keep.patience) == ("wer", 3, 4)
 
 
+@pytest.mark.parametrize(("theirs", "ours"), [(-1, None), (0, 1), (1, 1), (5, 5)])
+def test_how_many_models_are_kept(nemo_yaml, theirs, ours):
+    nemo_yaml.write_text(FINETUNE.replace("save_top_k: 3", f"save_top_k: {theirs}"))
+    assert load_recipe(nemo_yaml).keep.top_k == ours
+
+
 def test_the_translation_and_keys_without_effect_are_told(nemo_yaml, caplog):
     with caplog.at_level(logging.INFO, logger="finetune"):
         load_recipe(nemo_yaml)

@@ -62,7 +62,7 @@ def keep_evaluation(run: Run, stop_early) -> None:
     if progress.kept.consider(record, keep, record["guard_holds"]):
         save_model(plain_checkpoint(run.model, run.ema), run.out / "best", ranks)
         progress.best = record
-    if keep.top_k > 1 and progress.step in [number for _, _, number in progress.kept.top]:
+    if keep.top_k != 1 and progress.step in [number for _, _, number in progress.kept.top]:
         folder = top_folder(run.out, progress.step)
         save_model(plain_checkpoint(run.model, run.ema), folder, ranks)
     run.draw(metrics_of(record))

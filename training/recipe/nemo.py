@@ -383,7 +383,9 @@ def _keeping(found: Translation) -> None:
     take(f"{section}.monitor", "keep.metric", metrics.get)
     if found.left.get(f"{section}.mode") not in (None, "min"):
         found.refuse(f"{section}.mode", "the lowest is kept here")
-    take(f"{section}.save_top_k", "keep.top_k", lambda v: max(1, int(v)))
+    if found.left.get(f"{section}.save_top_k") is not None:
+        kept = found.number(f"{section}.save_top_k", 1)  # -1: all
+        found.set("keep.top_k", None if kept < 0 else max(1, int(kept)), f"{section}.save_top_k")
     take(f"{section}.every_n_train_steps", "trainer.save_every_steps")
     if take("exp_manager.create_early_stopping_callback"):
         _early_stopping(monitor, metrics, found)

@@ -225,13 +225,14 @@ class DistillRecipe:
 @dataclasses.dataclass(frozen=True)
 class KeepRecipe:
     metric: str = "wer"  # wer | cer | train_loss | wer/SET/HEAD | cer/SET/HEAD; SET "all": all
-    top_k: int = key(1, at_least=1)  # best evaluations whose models stay, in `top/`; 1: `best/`
+    # Best evaluations whose models stay, in `top/`; 1: `best/` alone; null: all.
+    top_k: int | None = key(1, at_least=1)
     average: bool = False  # at the end, of the top_k; becomes `best/` if it is better
     patience: int | None = key(None, at_least=1)  # evaluations without a better one before the end
     min_delta: float = key(0.0, at_least=0)  # how much better, for patience
 
     def __post_init__(self):
-        if self.average and self.top_k < 2:
+        if self.average and self.top_k == 1:
             raise ValueError("keep.average is of the keep.top_k best; set top_k to 2 or more")
 
 

@@ -17,7 +17,7 @@ from training.data.utterances import Utterance
 from training.objective.objective import batch_loss
 from training.setup.batch_search import training_step
 from training.setup.device import device_memory
-from training.setup.prepare import Prepared
+from training.setup.prepare import Prepared, run_length
 
 UNKNOWN_SHARE, LEFT_OUT_SHARE = 0.01, 0.1  # above these the preflight fails
 
@@ -92,7 +92,10 @@ def disk_suffices(run: Prepared) -> tuple[bool, str]:
     recipe = run.recipe
     parameters = sum(p.numel() for p in run.model.parameters())
     state = 2 if recipe.optim.name == "adamw8bit" else 8
-    copies = 4 * (3 + max(0, recipe.keep.top_k - 1)) + (4 if recipe.trainer.ema_decay else 0)
+    length = run_length(run)
+    evaluations = 1 + math.ceil(length.max_steps / length.val_every)
+    top = min(evaluations, recipe.keep.top_k or evaluations)
+    copies = 4 * (3 + max(0, top - 1)) + (4 if recipe.trainer.ema_decay else 0)
     needed = parameters * ((recipe.trainer.keep_last + 1) * (4 + state) + copies)
     folder = Path(recipe.output).absolute()
     while not folder.exists():

@@ -57,6 +57,7 @@ class Prepared:
 class RunLength:
     batches_an_epoch: int  # of the first
     max_steps: int
+    val_every: int
 
 
 def run_length(prepared: Prepared) -> RunLength:
@@ -71,7 +72,9 @@ def run_length(prepared: Prepared) -> RunLength:
     if steps is None:
         batches = sum(len(batch_order(train, rules, e)) for e in range(trainer.epochs))
         steps = max(1, batches // trainer.accumulate)
-    return RunLength(first_epoch, steps)
+    share = int(first_epoch * (trainer.val_every_epochs or 1))  # as Lightning rounds
+    val_every = trainer.val_every_steps or max(1, share // trainer.accumulate)
+    return RunLength(first_epoch, steps, val_every)
 
 
 def prepare_run(

@@ -144,8 +144,6 @@ def set_up(recipe: Recipe, ranks: Ranks, baseline: dict | None) -> Run:
     tell_size(prepared, length, ranks)
     if ranks.is_main:
         write_facts(out, prepared.device)
-    share = int(length.batches_an_epoch * (trainer.val_every_epochs or 1))  # as Lightning rounds
-    val_every = trainer.val_every_steps or max(1, share // trainer.accumulate)
     run = Run(
         recipe=recipe,
         out=out,
@@ -165,8 +163,8 @@ def set_up(recipe: Recipe, ranks: Ranks, baseline: dict | None) -> Run:
         watch=GradientWatch(model),
         lr_at=lr_at,
         max_steps=length.max_steps,
-        val_every=val_every,
-        save_every=trainer.save_every_steps or val_every,
+        val_every=length.val_every,
+        save_every=trainer.save_every_steps or length.val_every,
         progress=progress,
         baseline=baseline,
         started=time.monotonic() - progress.seconds,
