@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..networks.triton_attention import precision
 from . import fused_vectorised
 from .triton_cells import (
     ACTIVATIONS,
@@ -57,22 +58,13 @@ def scores(job, tile, cells):
     if interpreted:  # small, to see the loops turn; no bfloat16 products
         block_m, block_v, block_k = 16, 16, 16
         rows, weight, bias = rows.float(), weight.float(), bias.float()
-    # In three parts float32 keeps its accuracy on tensor cores.
-    precision = "tf32" if _allows_tf32() else "tf32x3"
     _scores_kernel[(triton.cdiv(n, block_m),)](
         rows, weight, bias, job.targets, *cells, n, tile.first, width, job.n_rows,
         n_main, job.n_classes, n_outputs, job.blank, job.sigma, *clips_of(job),
-        precision, width % block_k == 0, clip_block(job), block_m, block_v,
+        precision(), width % block_k == 0, clip_block(job), block_m, block_v,
         max(16, triton.next_power_of_2(n_outputs - n_main)), block_k,
         num_warps=8 if half else 4, num_stages=2 if interpreted else _stages(),
     )  # fmt: skip
-
-
-def _allows_tf32() -> bool:
-    settings = torch.backends.cuda.matmul
-    if hasattr(settings, "fp32_precision"):  # torch 2.9; then asking for the old name may raise
-        return settings.fp32_precision == "tf32"
-    return settings.allow_tf32
 
 
 def _stages() -> int:

@@ -71,8 +71,10 @@ class GraphCache:
             return self.graphs[key]
         while len(self.graphs) >= most:
             self.graphs.popitem(last=False)
-        # kept for later calls, which may run outside of an inference mode that holds now
-        with torch.inference_mode(False), torch.no_grad():
+        # kept for later calls, which may run outside of an inference mode that holds now, and of an
+        # autocast, whose casts of weights live as long as it does
+        autocast = torch.autocast(device.type, enabled=False)
+        with torch.inference_mode(False), torch.no_grad(), autocast:
             buffers, replay = make()
             if device.type == "cuda" and not self.failed:
                 try:
@@ -156,15 +158,17 @@ def captured(cache: GraphCache, function: Callable[[], None], device: torch.devi
     graph = torch.cuda.CUDAGraph()
     with _capturing, torch.cuda.stream(stream):
         stream.wait_stream(current)
-        function()  # libraries choose and load their kernels before the capture
-        # Not by `torch.cuda.graph`, which empties the caches of all threads, waits for the device,
-        # where others may capture, and has one stream, of one device.
-        graph.capture_begin(pool=cache._pool, capture_error_mode="thread_local")
         try:
-            function()
+            function()  # libraries choose and load their kernels before the capture
+            # Not by `torch.cuda.graph`, which empties the caches of all threads, waits for the
+            # device, where others may capture, and has one stream, of one device.
+            graph.capture_begin(pool=cache._pool, capture_error_mode="thread_local")
+            try:
+                function()
+            finally:
+                _end(graph, device, cache._pool)
         finally:
-            _end(graph, device, cache._pool)
-    current.wait_stream(stream)
+            current.wait_stream(stream)  # the buffers are being written, also where it failed
     return graph.replay
 
 
@@ -176,7 +180,16 @@ def _end(graph, device: torch.device, pool) -> None:
         # ask this graph at each allocation, and free nothing that two streams have used.
         _invalid.append(graph)
         with contextlib.suppress(RuntimeError):
-            torch._C._cuda_endAllocateToPool(device.index, pool)
+            end = getattr(torch._C, "_cuda_endAllocateToPool", None)
+            end = end or torch._C._cuda_endAllocateCurrentStreamToPool  # before torch 2.8
+            end(device.index, pool)
+        # Nor, in some versions, does the device's random generator hear of it, for which dropout
+        # and all other graphs would raise from then on; a capture that succeeds tells it.
+        with contextlib.suppress(RuntimeError):
+            one, again = torch.zeros(1, device=device), torch.cuda.CUDAGraph()
+            again.capture_begin(capture_error_mode="thread_local")
+            one.add_(1)
+            again.capture_end()
         raise
 
 
@@ -209,9 +222,11 @@ class _Contents:
 
 
 def _settings() -> tuple:
-    """Of torch, by which kernels are chosen."""
+    """Of torch, by which kernels are chosen. Where the new names are used the old ones raise."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    new = hasattr(matmul, "fp32_precision")  # from torch 2.9 on
     return (
-        torch.get_float32_matmul_precision(),
-        torch.backends.cudnn.allow_tf32,
+        matmul.fp32_precision if new else torch.get_float32_matmul_precision(),
+        cudnn.conv.fp32_precision if new else cudnn.allow_tf32,
         torch.are_deterministic_algorithms_enabled(),
     )

@@ -82,7 +82,10 @@ def _block(block_k: int, dtype: torch.dtype, by_query: bool) -> tuple[int, int, 
 
 def precision() -> str:
     """Of float32 products: as torch's own may be; in three parts they keep float32's accuracy."""
-    return "tf32" if torch.get_float32_matmul_precision() != "highest" else "tf32x3"
+    settings = torch.backends.cuda.matmul
+    if hasattr(settings, "fp32_precision"):  # torch 2.9; then asking for the old names may raise
+        return "tf32" if settings.fp32_precision == "tf32" else "tf32x3"
+    return "tf32" if settings.allow_tf32 else "tf32x3"
 
 
 def threshold(dropout: float) -> int:
