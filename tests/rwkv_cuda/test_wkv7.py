@@ -1,7 +1,9 @@
 """The WKV7 operator against its definition: golden data, gradients, lengths, decays, errors."""
 
+import importlib
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -325,3 +327,17 @@ def test_wrong_arguments(change, message):
     arguments = dict(zip(NAMES, inputs(2, 8, 1, 32))) | change
     with pytest.raises(ValueError, match=message):
         wkv7(**arguments)
+
+
+@pytest.mark.parametrize(
+    "card", [(8, 6), (8, 9), (12, 0), (12, 1), (8, 0), (8, 7), (9, 0), (10, 0)]
+)
+def test_wide_heads_where_shared_memory_is_little(monkeypatch, card):
+    module = importlib.import_module("rwkv_cuda.wkv7")  # the package has a function of this name
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: card)
+    monkeypatch.setattr(module, "_kernels_usable", lambda: True)
+    little = card in ((8, 6), (8, 9), (12, 0), (12, 1))
+    x = SimpleNamespace(is_cuda=True, dtype=torch.float32, device=torch.device("cuda", 0))
+    for width in (64, 65, 128):
+        x.shape = 1, 9, 2, width
+        assert module._choose(x) == ("chunked" if little and width > 64 else "cuda")
