@@ -65,8 +65,9 @@ def _close_stdout() -> None:
 
 
 def _out_of_memory(error: RuntimeError) -> bool:
-    # torch's own class would need torch; on a CPU it raises a plain RuntimeError
-    return type(error).__name__ == "OutOfMemoryError" or "not enough memory" in str(error)
+    # torch's own class would need torch; a CPU, the CUDA runtime and Triton have none
+    said = ("out of memory", "not enough memory", "can't allocate memory")
+    return any(words in str(error) for words in said)
 
 
 def use_utf8() -> None:

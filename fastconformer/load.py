@@ -1,5 +1,6 @@
 """From a path, or a checkpoint in memory, to a model: tensors are checked, placed and cast."""
 
+import functools
 import logging
 from pathlib import Path
 
@@ -58,7 +59,22 @@ def model_of(
     model.requires_grad_(True)
     _check_dtype(model, dtype, torch.device(device))
     _cast(model, dtype)
-    return model.to(device).eval()
+    model = model.to(device).eval()
+    if dtype == torch.bfloat16 and is_slow_in_bfloat16(model.device):
+        _say_slow(model.device)
+    return model
+
+
+def is_slow_in_bfloat16(device: torch.device) -> bool:
+    """Whether it is a GPU that has no bfloat16 and computes it by other means."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device) < (8, 0)
+
+
+@functools.cache
+def _say_slow(device: torch.device) -> None:
+    logger.warning("%s has no bfloat16, and is slow in it: float16 or float32 is faster", device)
 
 
 def _nemo_model(checkpoint: Checkpoint, stft_pad: str) -> ASRModel:

@@ -106,3 +106,21 @@ def test_a_device_that_does_not_exist():
         with pytest.raises(cli.UsageError, match="expected one of cpu, cuda"):
             cli.choose_device(name)
     assert cli.choose_device("cpu").type == "cpu"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "CUDA out of memory. Tried to allocate 2 GiB",
+        "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported",
+        "Triton Error [CUDA]: out of memory",
+        "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes",
+    ],
+)
+def test_memory_that_is_over_is_one_line_whoever_says_it(words, capsys):
+    def job():
+        raise RuntimeError(words)
+
+    assert cli.run("transcribe", job) == 1
+    told = capsys.readouterr().err
+    assert told.startswith("transcribe: out of memory: ") and told.count("\n") == 1

@@ -25,18 +25,17 @@ def choose_device(name: str) -> torch.device:
     except RuntimeError:
         raise ValueError(f"trainer.device is {name!r}, expected auto, cpu or cuda") from None
     if device.type == "cuda":
+        count = torch.cuda.device_count()
+        if (device.index or 0) >= count:
+            raise ValueError(f"trainer.device is {device}, but there are {count} GPUs, from cuda:0")
         torch.cuda.set_device(device)
     return device
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Also cuBLAS's and the CPU's own ways to say so."""
-    words = str(error)
-    return (
-        isinstance(error, torch.OutOfMemoryError)
-        or "ALLOC_FAILED" in words
-        or "can't allocate memory" in words
-    )
+    """Also the CUDA runtime's, cuBLAS's, Triton's and the CPU's own ways to say so."""
+    said = ("out of memory", "ALLOC_FAILED", "can't allocate memory")
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in said)
 
 
 def release_memory() -> None:

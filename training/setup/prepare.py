@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from fastconformer import ASRModel
+from fastconformer.load import is_slow_in_bfloat16
 from fastconformer.surgery.vocabulary import MARGINS, Change, check_transfer, match_pieces
 from training.data.batching import BatchRules
 from training.data.old_language import OldLanguage, old_language
@@ -95,6 +96,11 @@ def prepare_run(
     if trainer.threads is not None:
         torch.set_num_threads(trainer.threads)
     device = choose_device(trainer.device)
+    if trainer.precision != "fp32" and is_slow_in_bfloat16(device):
+        log.warning(
+            "trainer.precision is %s, but %s has no bfloat16, and is slow in it: use fp32",
+            *(trainer.precision, device),
+        )
     model = build_model(recipe.model, recipe.loss, trainer.seed, recipe.encoder, recipe.prompt)
     objective = objective_of(model, recipe.loss, recipe.spec_augment, trainer.precision == "bf16")
     share = batch_share(ranks, trainer.accumulate, trainer.sync_batchnorm)
