@@ -4,6 +4,8 @@ A copy from ordinary memory, or back, makes the host wait until the device has d
 given; a GPU that is waited for so has nothing to do afterwards.
 """
 
+import functools
+import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -11,12 +13,37 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from torch import Tensor
 
+log = logging.getLogger(__name__)
+
 
 def sent(x: Tensor, device: torch.device) -> Tensor:
     """x on a device, from the host through pinned memory; x itself where it is there."""
     if device.type == "cuda" and x.device.type == "cpu":
-        return x.pin_memory().to(device, non_blocking=True)
+        try:
+            return x.pin_memory().to(device, non_blocking=True)
+        except RuntimeError as error:
+            _say_once(error)
     return x.to(device)
+
+
+def host_zeros(shape: tuple[int, ...], dtype: torch.dtype, pinned: bool) -> Tensor:
+    """Zeros on the host; `pinned`: in memory that a GPU reads by itself, if there is any."""
+    if pinned:
+        try:
+            return torch.zeros(shape, dtype=dtype, pin_memory=True)
+        except RuntimeError as error:
+            _say_once(error)
+    return torch.zeros(shape, dtype=dtype)
+
+
+def _say_once(error: RuntimeError) -> None:
+    """Of pinned memory, of which WSL and small containers give little."""
+    _say(str(error).partition("\n")[0])
+
+
+@functools.cache
+def _say(reason: str) -> None:
+    log.warning("no pinned memory, so the host waits for its copies: %s", reason)
 
 
 def on_host(*tensors: Tensor) -> list[Tensor]:

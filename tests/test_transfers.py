@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import golden
 
-from fastconformer import load_model
+from fastconformer import load_model, transfers
 from fastconformer.audio.files import as_int16
 from fastconformer.recordings.samples import as_float
 from fastconformer.transfers import ahead, on_host
@@ -98,3 +98,30 @@ def test_batches_in_a_row_are_those_alone():
         assert sorted(place for place, _ in found) == list(range(5))
         for place, transcript in found:
             assert transcript == alone[place]
+
+
+def test_without_pinned_memory_the_copies_are_ordinary(monkeypatch, caplog):
+    """As where WSL or a small container gives no more of it: said once."""
+    zeros = torch.zeros
+
+    def refuses(*arguments, pin_memory=False, **more):
+        if pin_memory:
+            raise RuntimeError("CUDA error: out of memory\nCUDA kernel errors might")
+        return zeros(*arguments, **more)
+
+    class OnHost(torch.Tensor):
+        def pin_memory(self):
+            raise RuntimeError("CUDA error: out of memory\nCUDA kernel errors might")
+
+        def to(self, device, non_blocking=False):
+            assert not non_blocking
+            return "there"
+
+    monkeypatch.setattr(torch, "zeros", refuses)
+    transfers._say.cache_clear()
+    for _ in range(2):
+        assert transfers.host_zeros((2, 3), torch.int16, pinned=True).shape == (2, 3)
+        x = torch.arange(3).as_subclass(OnHost)
+        assert transfers.sent(x, torch.device("cuda", 0)) == "there"
+    (record,) = caplog.records
+    assert record.getMessage().endswith("its copies: CUDA error: out of memory")

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from ..audio.files import check_samples, load_audio, resample
+from ..transfers import host_zeros
 
 
 def read_samples(item, sample_rate_hz: int) -> np.ndarray:
@@ -70,7 +71,7 @@ def collate(
     lengths = [max(len(clip), shortest) for clip in clips]
     all_int16 = all(clip.dtype == np.int16 for clip in clips)
     dtype = torch.int16 if all_int16 else torch.float32
-    audio = torch.zeros(len(clips), max(lengths), dtype=dtype, pin_memory=pinned)
+    audio = host_zeros((len(clips), max(lengths)), dtype, pinned)
     shifts = []
     # Through numpy: torch takes no array that is read-only or runs backwards.
     for row, clip, length in zip(audio.numpy(), clips, lengths):

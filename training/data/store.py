@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastconformer.audio.files import audio_duration, load_audio
 from fastconformer.formats.manifest import DURATION_MISMATCH
-from fastconformer.transfers import sent
+from fastconformer.transfers import host_zeros, sent
 from training.augment.waveform import WaveAugment, change_speed
 from training.data.batching import Draw, leaves_unsaid
 from training.data.tarred import TarReader
@@ -243,7 +243,7 @@ def collate(
     utterances, clips = tuple(utterances), list(clips)
     audio_lengths = torch.tensor([len(samples) for samples in clips])
     target_lengths = torch.tensor([len(utterance.tokens) for utterance in utterances])
-    audio = torch.zeros(len(clips), int(audio_lengths.max()), pin_memory=pinned)
+    audio = host_zeros((len(clips), int(audio_lengths.max())), torch.float32, pinned)
     targets = torch.zeros(len(clips), int(target_lengths.max()), dtype=torch.int64)
     for row, (utterance, samples) in enumerate(zip(utterances, clips, strict=True)):
         audio[row, : len(samples)] = torch.from_numpy(samples)
