@@ -48,8 +48,10 @@ from fastconformer.networks import (
 )
 from fastconformer.networks.kernels import take_heads
 
-# Shared memory that a block may ask for, bytes: A100; H100 and H200; RTX 50 (as RTX 30 and 40).
-SHARED_BYTES = {80: 166_912, 90: 232_448, 120: 101_376}
+# Shared memory that a block may ask for, bytes: A100; H100 and H200; RTX 50. Asked for by number:
+# RTX 30, A10; RTX 40, L4, L40; B200; B300; GB10.
+TARGETS = {80: 166_912, 90: 232_448, 120: 101_376}
+SHARED_BYTES = TARGETS | {86: 101_376, 89: 101_376, 100: 232_448, 103: 232_448, 121: 101_376}
 PARTS = ("attention", "convolution", "subsampling", "step", "loss")
 DTYPES = {
     "bf16": torch.bfloat16,
@@ -427,7 +429,11 @@ def main(argv: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--target", type=int, action="append", choices=SHARED_BYTES, help="all by default"
+        "--target",
+        type=int,
+        action="append",
+        choices=SHARED_BYTES,
+        help=f"{', '.join(map(str, TARGETS))} by default",
     )
     parser.add_argument("--few", action="store_true", help="one case of each kind")
     parser.add_argument("--only", action="append", choices=PARTS, help="all by default")
@@ -444,7 +450,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     parts = parts_kept(args.out, args.only)
     result = {"benchmark": "triton_kernels", "triton": triton.__version__, "parts": parts}
-    for _ in measure(parts, args.target or list(SHARED_BYTES), args.few, args.only):
+    for _ in measure(parts, args.target or list(TARGETS), args.few, args.only):
         if args.out:  # after each launch: all of them take hours
             with atomic_file(args.out) as temporary:
                 temporary.write_text(written(result))

@@ -20,6 +20,7 @@ OLDEST_CARD = 8, 0  # the compute capability from which on Triton supports NVIDI
 
 # Of attention's kernels: wider ones, compiled, spill hundreds of registers.
 WIDEST_HEAD, WIDEST_HEAD_FLOAT32_GRADIENT = 128, 64
+MOST_LANES = 65_535  # clips times heads: the second dimension of a grid
 
 
 def usable(x: Tensor) -> bool:
@@ -60,7 +61,9 @@ def _compiled_layers() -> ModuleType | None:
 
 
 def take_heads(q: Tensor, width: int) -> bool:
-    """Whether attention's kernels take queries with heads of that width."""
+    """Whether attention's kernels take queries (B, T, H K) with heads of that width."""
+    if len(q) * (q.shape[-1] // width) > MOST_LANES:
+        return False
     if q.dtype == torch.float32 and torch.is_grad_enabled():
         return width <= WIDEST_HEAD_FLOAT32_GRADIENT
     return width <= WIDEST_HEAD

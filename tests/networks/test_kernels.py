@@ -159,3 +159,9 @@ def test_no_kernel_on_a_cpu_or_with_gradients():
     with torch.no_grad():
         assert not kernels.usable(torch.zeros(2))
         assert not kernels.usable(torch.zeros(2, device="meta"))
+
+
+def test_more_clips_than_a_grid_has_rows_take_the_plain_form():
+    q = torch.empty(8192, 1, 64, device="meta")
+    assert kernels.take_heads(q[:8191], 8) and not kernels.take_heads(q, 8)
+    assert kernels.take_heads(q, 64)
