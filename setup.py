@@ -55,6 +55,7 @@ EVAL = ["whisper-normalizer>=0.1.10", "sacrebleu>=2.4"]
 SERVE = ["starlette>=0.45", "uvicorn>=0.30", "python-multipart>=0.0.18", "websockets>=13"]
 LISTEN = ["sounddevice>=0.4.6"]  # PortAudio for the microphone
 LLM = ["tokenizers>=0.20"]  # Qwen's tokenizer, of Fun-ASR-Nano
+DATA = ["lhotse>=1.32", "urllib3>=2"]  # which Lhotse imports and does not ask for
 
 setup(
     name="fastconformer",
@@ -109,6 +110,7 @@ setup(
         "media": MEDIA,
         "hub": HUB,
         "eval": EVAL,
+        "data": DATA,
         # Triton's interpreter runs the GPU kernels' tests where there is no GPU.
         "test": [
             *QUICKSTART,
@@ -117,6 +119,7 @@ setup(
             *MEDIA,
             *HUB,
             *EVAL,
+            *DATA,
             "httpx>=0.27",
             *LLM,
             "pytest>=8",

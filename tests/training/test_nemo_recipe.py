@@ -218,8 +218,18 @@ def test_no_key_is_lost():
         (("CosineAnnealing", "PolynomialHoldDecayAnnealing"), "needs hold_steps"),
         (("shuffle: true", "augmentor: {transcode_aug: {prob: 1.0}}"), "transcode_aug: has no c"),
         (("shuffle: true", "hf_data_cfg: [{path: x}]"), "Hugging Face data sets are not read here"),
-        (("shuffle: true", "shar_path: shars"), "Lhotse Shar is not read here, where clips are co"),
-        (("shuffle: true", "cuts_path: cuts"), "Lhotse cuts are not read here; write a NeMo mani"),
+        (
+            ("shuffle: true", "shar_path: [[my shars, 0.5], b]"),
+            "Lhotse Shar is not read here; make a manifest: python -m training.manifest 'my shars' "
+            "-o FOLDER; then ~model.train_ds.shar_path model.train_ds.manifest_filepath=FOLDER/",
+        ),
+        (("shuffle: true", "shar_path: {cuts: a}"), "training.manifest SOURCE -o FOLDER; then ~"),
+        (("shuffle: true", "cuts_path: cuts.jsonl.gz"), "manifest cuts.jsonl.gz -o FOLDER; then ~"),
+        (
+            ('{manifest_filepath: "dev.json,other.json",', "{cuts_path: dev.jsonl,"),
+            "validation_ds.cuts_path: Lhotse cuts are not read here; make a manifest: python -m "
+            "training.manifest dev.jsonl -o FOLDER",
+        ),
         (("shuffle: true", "normalize_text: true"), "texts are tokenized as they stand; normalis"),
         (
             ("loss: {loss_name: tdt", "loss: {_target_: a.MultiMLMLoss"),
@@ -449,13 +459,19 @@ def test_input_cfg(tmp_path):
     groups[0]["input_cfg"] = members
     with pytest.raises(ValueError, match=r"input_cfg\[0\]: the group has a weight; give one to ea"):
         data_of({"input_cfg": groups})
-    for kind, why in (
-        ("lhotse", "Lhotse cuts are not read here; write a NeMo manifest"),
-        ("lhotse_shar", "Lhotse Shar is not read here, where clips are counted"),
-        ("multimodal_conversation", "give NeMo manifests"),
+    for item, why in (
+        ({"type": "lhotse", "cuts_path": "a.jsonl"}, "training.manifest a.jsonl -o FOLDER; then t"),
+        (
+            {"type": "lhotse_shar", "shar_path": "a"},
+            r"input_cfg\[0\].shar_path: Lhotse Shar is not r",
+        ),
+        (
+            {"type": "multimodal_conversation"},
+            "'multimodal_conversation' is not read here; give NeM",
+        ),
     ):
-        with pytest.raises(ValueError, match=f"type: '{kind}' is not read here; {why}"):
-            data_of({"input_cfg": [{"type": kind}]})
+        with pytest.raises(ValueError, match=why):
+            data_of({"input_cfg": [item]})
 
 
 def test_what_nemo_does_not_leave_out_or_pad_is_not_here():

@@ -4,6 +4,7 @@ Sources: NeMo's `asr/data/audio_to_text_dataset.py`, `common/data/lhotse/cutset.
 `asr/parts/preprocessing/perturb.py` (augmentor).
 """
 
+import shlex
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -14,16 +15,12 @@ from training.recipe.fields import named_files
 
 SECTION = "model.train_ds"
 # Clips are counted, filtered and put in order before the first step, so that a run goes on exactly
-# where it was stopped; data sets that only a library can list are not.
+# where it was stopped; data sets that only a library can list are made manifests of before.
 ELSEWHERE = {
-    "hf_data_cfg": "Hugging Face data sets are not read here, where clips are counted and put in "
-    "order before the first step; save them as audio files with a NeMo manifest, and give "
-    "~model.train_ds.hf_data_cfg model.train_ds.manifest_filepath=FILE",
-    "shar_path": "Lhotse Shar is not read here, where clips are counted and put in order before "
-    "the first step; write a NeMo manifest, plain or tarred",
-    "cuts_path": "Lhotse cuts are not read here; write a NeMo manifest, plain or tarred",
-    "normalize_text": "texts are tokenized as they stand; normalise them in the manifest",
+    "shar_path": "Lhotse Shar is",
+    "cuts_path": "Lhotse cuts are",
 }
+AS_THEY_STAND = "texts are tokenized as they stand; normalise them in the manifest"
 AUTO_SHARES = {"langID": 0.0, "auto": 1.0, "unified": None}  # None: unified_auto_ratio
 NO_LIMIT_S = 7 * 24 * 3600.0  # longer than any clip that a manifest may name
 
@@ -34,18 +31,22 @@ def translate_data(tree: dict, found) -> None:
     train, take = model.get("train_ds") or {}, found.take
     if take(f"{SECTION}.trim_silence"):
         found.refuse(f"{SECTION}.trim_silence", "is not done here; trim the audio before")
-    for key, why in ELSEWHERE.items():
+    if train.get("hf_data_cfg"):
+        why = "Hugging Face data sets are not read here; save them as files with a NeMo manifest"
+        found.refuse(f"{SECTION}.hf_data_cfg", why)
+    for key in ELSEWHERE:
         if train.get(key):
-            found.refuse(f"{SECTION}.{key}", why)
+            then = f"; then ~{SECTION}.{key} {SECTION}.manifest_filepath=FOLDER/manifest.jsonl"
+            found.refuse(f"{SECTION}.{key}", _elsewhere(key, train[key]) + then)
     for key in (
         *("is_concat", "batch_augmentor", "bucketing_batch_size", "bucket_batch_size"),
         *("bucketing_weights", "drop_last"),
     ):
         if train.get(key):
             found.refuse(f"{SECTION}.{key}", "has no counterpart here; delete it")
-    for key in ("normalize", "normalize_transcripts"):
+    for key in ("normalize_text", "normalize", "normalize_transcripts"):
         if take(f"{SECTION}.{key}"):
-            found.refuse(f"{SECTION}.{key}", ELSEWHERE["normalize_text"])
+            found.refuse(f"{SECTION}.{key}", AS_THEY_STAND)
     sources = _sources(train, found)
     if sources:
         found.set("data.train", sources, f"{SECTION}.manifest_filepath")
@@ -63,9 +64,12 @@ def translate_data(tree: dict, found) -> None:
             found.taken.append((key, f"{ours}: {sets}"))
         elif manifests:
             found.set(ours, manifests, key)
-        for name in ("input_cfg", "tarred_audio_filepaths", "datasets", *ELSEWHERE):
+        for name in ("input_cfg", "tarred_audio_filepaths", "datasets", "hf_data_cfg"):
             if found.left.get(f"model.{section}.{name}"):
                 found.refuse(f"model.{section}.{name}", "give plain NeMo manifests by name")
+        for name in ELSEWHERE:
+            if given := (model.get(section) or {}).get(name):
+                found.refuse(f"model.{section}.{name}", _elsewhere(name, given))
     duration = take(f"{SECTION}.batch_duration", "data.batch_duration_s", float)
     size = found.number(f"{SECTION}.batch_size", 0)
     if size > 0:
@@ -106,6 +110,18 @@ def translate_data(tree: dict, found) -> None:
     _augmentor(train.get("augmentor") or {}, found)
 
 
+def _elsewhere(key: str, value) -> str:
+    """Why a key of ELSEWHERE is refused, with the command that makes a manifest of its data set; of
+    several, which NeMo lists alone or with weights, the first."""
+    while isinstance(value, list) and value:
+        value = value[0]
+    words = [value]
+    if not isinstance(value, str):
+        words = ["SOURCE"]
+    command = shlex.join(["python", "-m", "training.manifest", *words, "-o", "FOLDER"])
+    return f"{ELSEWHERE[key]} not read here; make a manifest: {command}"
+
+
 def _languages_said(train: dict, found) -> None:
     """What an encoder is told of a clip's language: how often "auto" in its place, and languages
     that the checkpoint may lack. Source: NeMo's LhotseSpeechToTextBpeDatasetWithPromptIndex."""
@@ -133,9 +149,9 @@ def _set_options(section: str, train: dict, found) -> dict:
     defaults, not those of the training set."""
     if found.take(f"{section}.trim_silence"):
         found.refuse(f"{section}.trim_silence", "is not done here; trim the audio before")
-    for key in ("normalize", "normalize_transcripts"):
+    for key in ("normalize_text", "normalize", "normalize_transcripts"):
         if found.take(f"{section}.{key}"):
-            found.refuse(f"{section}.{key}", ELSEWHERE["normalize_text"])
+            found.refuse(f"{section}.{key}", AS_THEY_STAND)
     options = {"channel": _channel(section, found)}
     for key, default, bounded in (("min_duration", 0.0, max), ("max_duration", NO_LIMIT_S, min)):
         limit = found.number(f"{section}.{key}", default)
@@ -248,6 +264,10 @@ def _group(config, key: str, found, share: float | None, tags: dict) -> list[dic
         name, kind = f"{key}[{number}]", item.get("type")
         part = (share or 1.0) * weights[number] / total if weighted and total else share
         own_tags = tags | (item.get("tags") or {})
+        if kind in ("lhotse", "lhotse_shar"):
+            source = "shar_path" if item.get("shar_path") else "cuts_path"
+            then = "; then type: nemo, manifest_filepath: FOLDER/manifest.jsonl"
+            found.refuse(f"{name}.{source}", _elsewhere(source, item.get(source)) + then)
         known = {"type", "weight", "tags", "input_cfg", "manifest_filepath"}
         known |= {"tarred_audio_filepaths", "reweight_temperature"}
         unknown = [k for k, v in item.items() if k not in known and v not in (None, False)]
@@ -258,8 +278,7 @@ def _group(config, key: str, found, share: float | None, tags: dict) -> list[dic
         elif kind in ("nemo", "nemo_tarred"):
             sources += _nemo_sources(item, name, found, part, own_tags)
         else:
-            why = {"lhotse_shar": "shar_path", "lhotse": "cuts_path"}.get(kind)
-            why = ELSEWHERE[why] if why else "give NeMo manifests (types nemo, nemo_tarred, group)"
+            why = "give NeMo manifests (types nemo, nemo_tarred, group)"
             found.refuse(f"{name}.type", f"{kind!r} is not read here; {why}")
     return sources
 
