@@ -20,7 +20,7 @@ import soundfile
 import soxr
 
 from . import containers
-from .streams import find_frames, is_cut, ogg_links, promised_share, with_length
+from .streams import find_frames, is_cut, ogg_links, promised_share, sized_header, with_length
 
 log = logging.getLogger(__name__)
 
@@ -250,9 +250,13 @@ def as_int16(samples: np.ndarray) -> np.ndarray:
 def _open(source: str | bytes, name: str, stack: contextlib.ExitStack, track: int = 0) -> Sound:
     """Opens a path or a content with what reads it. ValueError: nothing does."""
     with _file(source) as file:
-        head = file.read(64)
+        head = file.read(1 << 16)
+        sized = sized_header(head, file.seek(0, os.SEEK_END))
+        if sized is not None:
+            file.seek(len(sized))
+            source = sized + file.read()
     suffix = Path(source).suffix.lower() if isinstance(source, str) else ""
-    if _is_container(head) or track:
+    if _is_container(head[:64]) or track:
         return _open_container(source, name, stack, track)
     if head[:3] == b"ID3" or head[:1] == b"\xff" or suffix in (".mp3", ".mp2", ".mpga"):
         return _open_mpeg(source, name, stack)

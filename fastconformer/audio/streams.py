@@ -4,7 +4,7 @@ MP3: encoders that write to a pipe leave no length, joined files have the first 
 libsndfile believes either: it stops before the end, or promises more than there is. Reading the
 frame headers tells the length; an Info frame with it, put in front, tells libsndfile. Ogg: of links
 in a chain libsndfile reads the first. WAV, AIFF, AU, W64 cut short: it reads what is there, and
-only its log tells the difference.
+only its log tells the difference. WAV, RF64, W64 from a pipe: their header gets the length.
 Source: ISO/IEC 11172-3, 2.4.2.3; the Info frame as LAME and mpg123 describe it; RFC 3533.
 """
 
@@ -23,6 +23,7 @@ BITRATES = {
 BITRATES[(False, 3)] = BITRATES[(False, 2)]
 RATES_HZ = (44100, 48000, 32000)
 UNKNOWN_BYTES = 0x7FFF0000  # of sound, and more: what is written to a pipe has some such length
+UNKNOWN_LONG = 1 << 62  # the same, of sizes in 64 bits
 VERSIONS = {3: 1, 2: 2, 0: 4}  # two bits of the header -> divisor of the rate
 
 
@@ -174,6 +175,63 @@ def promised_share(log: str) -> float:
         return 1.0
     there = int(found[2] or re.search(r"^Length : (\d+)$", log, re.M)[1])
     return max(1.0, int(found[1]) / max(1, there))
+
+
+def sized_header(head: bytes, size: int) -> bytes | None:
+    """The first bytes of a WAV, RF64 or W64 file of so many bytes, with the length that its sound
+    has: what writes to a pipe cannot go back and leaves 0 or the largest number. None: its header
+    tells a length, or is none of these, or is longer than `head`.
+
+    Source: EBU Tech 3306 (RF64); Sony's W64 as libsndfile and FFmpeg read it.
+    """
+    found, whole = bytearray(head), head[8:12] == b"WAVE"
+    if head[:4] == b"RIFF" and whole:
+        at = _chunk(head, b"data", 12)
+        if at is None or head[at + 4 : at + 8] != bytes(4) or _only_chunks(head, at + 8, size):
+            return None
+        for place, length in ((4, size - 8), (at + 4, size - at - 8)):
+            found[place : place + 4] = min(length, 0xFFFFFFFF).to_bytes(4, "little")
+        return bytes(found)
+    if head[:4] in (b"RF64", b"BW64") and whole and head[12:16] == b"ds64":
+        at, told = _chunk(head, b"data", 12), int.from_bytes(head[28:36], "little")
+        if at is None or 0 < told < UNKNOWN_LONG:
+            return None
+        for place, length in ((20, size - 8), (28, size - at - 8)):
+            found[place : place + 8] = length.to_bytes(8, "little")
+        return bytes(found)
+    if head[:4] == b"riff" and head[24:28] == b"wave":
+        at = _chunk(head, b"data", 40, id_bytes=16, size_bytes=8)
+        told = None if at is None else int.from_bytes(head[at + 16 : at + 24], "little")
+        if told is None or 24 < told < UNKNOWN_LONG:
+            return None
+        for place, length in ((16, size), (at + 16, size - at)):
+            found[place : place + 8] = length.to_bytes(8, "little")
+        return bytes(found)
+    return None
+
+
+def _chunk(
+    head: bytes, name: bytes, at: int, id_bytes: int = 4, size_bytes: int = 4
+) -> int | None:
+    """Where the first chunk of this name begins, of those from a place on; None: not in `head`. In
+    W64 a size counts the chunk's header, and chunks begin at multiples of 8."""
+    in_w64 = size_bytes == 8
+    while at + id_bytes + size_bytes <= len(head):
+        if head[at : at + 4] == name:
+            return at
+        length = int.from_bytes(head[at + id_bytes :][:size_bytes], "little")
+        if in_w64 and length < 24:
+            return None
+        at += (length + 7) // 8 * 8 if in_w64 else 8 + length + length % 2
+    return None
+
+
+def _only_chunks(head: bytes, at: int, size: int) -> bool:
+    """Whether chunks follow one another to the file's end: the sound before them is empty."""
+    while at + 8 <= len(head) and head[at : at + 4].isascii() and head[at : at + 4].strip(b"\0"):
+        at += 8 + int.from_bytes(head[at + 4 : at + 8], "little")
+        at += at % 2
+    return size <= at <= size + 1
 
 
 def is_cut(data: bytes) -> bool:

@@ -1,5 +1,6 @@
 """Audio reading: formats, rates, sections, bad files."""
 
+import io
 import os
 
 import numpy as np
@@ -7,7 +8,8 @@ import pytest
 import soundfile
 from conftest import SAMPLES
 
-from fastconformer.audio.files import audio_duration, load_audio
+from fastconformer.audio import containers
+from fastconformer.audio.files import audio_duration, load_audio, read_audio
 from fastconformer.recordings.samples import read_samples
 
 
@@ -135,6 +137,50 @@ def test_bad_files_are_named(tmp_path):
 def test_a_pipe_does_not_block(tmp_path):
     os.mkfifo(tmp_path / "pipe.wav")
     refused(tmp_path / "pipe.wav", "is not a file")
+
+
+def as_from_a_pipe(kind: str, samples: np.ndarray) -> bytes:
+    """A file whose writer could not go back to tell its length, as FFmpeg and GStreamer write."""
+    data = io.BytesIO()
+    soundfile.write(data, samples, 16000, format=kind, subtype="PCM_16")
+    found = bytearray(data.getvalue())
+    if kind == "W64":
+        at = found.index(b"data") + 16
+        found[16:24], found[at : at + 8] = b"\xff" * 8, b"\xff" * 7 + b"\x7f"
+    elif kind == "RF64":
+        found[20:44] = bytes(24)
+    else:
+        at = found.index(b"data") + 4
+        found[4:8] = found[at : at + 4] = bytes(4)
+    return bytes(found)
+
+
+@pytest.mark.parametrize("kind", ["WAV", "RF64", "W64"])
+@pytest.mark.parametrize("has_media", [True, False])
+def test_a_header_without_a_length_is_read_to_the_end(tmp_path, monkeypatch, kind, has_media):
+    if not has_media:
+        monkeypatch.setattr(containers, "is_installed", lambda: False)
+    samples = tone()
+    content = as_from_a_pipe(kind, samples)
+    path = tmp_path / "a.wav"
+    path.write_bytes(content)
+    for source in (content, path):
+        audio = read_audio(source, 16000)
+        assert np.abs(audio.samples - samples).max() < 1e-4 and not audio.notes
+        assert audio_duration(source) == 0.5
+    path.write_bytes(as_from_a_pipe(kind, np.zeros(0)))
+    refused(path, "holds no samples" if has_media else "holds no samples|damaged")
+    cut = io.BytesIO()  # a length that is told stays what is promised
+    soundfile.write(cut, samples, 16000, format=kind, subtype="PCM_16")
+    [note] = read_audio(cut.getvalue()[:-8000], 16000).notes
+    assert note.startswith("its header says 0.") and note.endswith("0.25 s were read")
+
+
+def test_an_empty_wav_is_not_what_follows_its_sound(monkeypatch):
+    monkeypatch.setattr(containers, "is_installed", lambda: False)
+    content = as_from_a_pipe("WAV", np.zeros(0)) + b"LIST" + (1000).to_bytes(4, "little")
+    with pytest.raises(ValueError, match="holds no samples"):
+        load_audio(content + b"INFO" * 250, 16000)
 
 
 def test_a_truncated_flac_is_named(tmp_path):
