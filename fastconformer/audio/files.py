@@ -25,6 +25,7 @@ from .streams import find_frames, is_cut, ogg_links, promised_share, sized_heade
 log = logging.getLogger(__name__)
 
 BLOCK_FRAMES = 1 << 22
+LARGEST_PAGE = 1 << 16  # bytes: more than a page of Ogg, and than the usual header
 UNKNOWN_FRAMES = 2**63 - 1  # of a FLAC that was written to a pipe
 LENGTH_SLACK_S = 0.1  # by which a header may be wrong before it is said
 LOUDEST = 1e10  # of samples that are 1 at most; the power of far louder ones float32 cannot hold
@@ -250,11 +251,22 @@ def as_int16(samples: np.ndarray) -> np.ndarray:
 def _open(source: str | bytes, name: str, stack: contextlib.ExitStack, track: int = 0) -> Sound:
     """Opens a path or a content with what reads it. ValueError: nothing does."""
     with _file(source) as file:
-        head = file.read(1 << 16)
-        sized = sized_header(head, file.seek(0, os.SEEK_END))
+        head, size = file.read(LARGEST_PAGE), file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - LARGEST_PAGE))
+        cut = is_cut(head, file.read(), size)
+        sized = sized_header(head, size)
         if sized is not None:
             file.seek(len(sized))
             source = sized + file.read()
+    sound = _opened(source, head, name, stack, track)
+    sound.is_cut = cut
+    return sound
+
+
+def _opened(
+    source: str | bytes, head: bytes, name: str, stack: contextlib.ExitStack, track: int
+) -> Sound:
+    """By what its first bytes are, or its name says."""
     suffix = Path(source).suffix.lower() if isinstance(source, str) else ""
     if _is_container(head[:64]) or track:
         return _open_container(source, name, stack, track)
@@ -263,12 +275,9 @@ def _open(source: str | bytes, name: str, stack: contextlib.ExitStack, track: in
     try:
         if head[:4] == b"OggS":
             with _file(source) as file:
-                content = file.read()
-            links = ogg_links(content)
+                links = ogg_links(file.read())
             parts = links if len(links) > 1 else [source]
-            sound = _chain([_open_soundfile(part, name, stack) for part in parts])
-            sound.is_cut = is_cut(content)
-            return sound
+            return _chain([_open_soundfile(part, name, stack) for part in parts])
         return _open_soundfile(source, name, stack)
     except (soundfile.SoundFileError, ValueError) as error:
         reason = str(error)

@@ -210,9 +210,7 @@ def sized_header(head: bytes, size: int) -> bytes | None:
     return None
 
 
-def _chunk(
-    head: bytes, name: bytes, at: int, id_bytes: int = 4, size_bytes: int = 4
-) -> int | None:
+def _chunk(head: bytes, name: bytes, at: int, id_bytes: int = 4, size_bytes: int = 4) -> int | None:
     """Where the first chunk of this name begins, of those from a place on; None: not in `head`. In
     W64 a size counts the chunk's header, and chunks begin at multiples of 8."""
     in_w64 = size_bytes == 8
@@ -234,10 +232,28 @@ def _only_chunks(head: bytes, at: int, size: int) -> bool:
     return size <= at <= size + 1
 
 
-def is_cut(data: bytes) -> bool:
-    """Whether an Ogg file ends before its stream does: its last page is not marked as that."""
-    at = data.rfind(b"OggS")
-    return at >= 0 and not (at + 27 <= len(data) and data[at + 5] & 4)
+def is_cut(head: bytes, tail: bytes, size: int) -> bool:
+    """Whether a file of so many bytes, of which these are the first and the last, ends before its
+    sound does: an Ogg's last page is not marked as that, or the header of a CAF or NIST SPHERE file
+    tells of more. (libsndfile's log tells it of others, see `promised_share`.)"""
+    if head[:4] == b"OggS":
+        at = tail.rfind(b"OggS")
+        return at >= 0 and not (at + 27 <= len(tail) and tail[at + 5] & 4)
+    end = 0
+    if head[:4] == b"caff":
+        at, length = 8, 0
+        while at + 12 <= len(head) and head[at : at + 4] != b"data" and length >= 0:
+            length = int.from_bytes(head[at + 4 : at + 12], "big", signed=True)
+            at += 12 + length
+        end = at + 12 + int.from_bytes(head[at + 4 : at + 12], "big", signed=True)  # a pipe's: -1
+    elif head[:8] == b"NIST_1A\n":
+        said = dict(re.findall(rb"^(\w+) -\w+ (\S+)$", head[:4096], re.M))
+        names = (b"sample_count", b"channel_count", b"sample_n_bytes")
+        is_plain = said.get(b"sample_coding", b"pcm") in (b"pcm", b"ulaw", b"alaw")
+        if is_plain and all(said.get(name, b"").isdigit() for name in names):
+            count, channels, n_bytes = (int(said[name]) for name in names)
+            end = int(re.match(rb"\s*(\d*)", head[8:16])[1] or 0) + count * channels * n_bytes
+    return end > size
 
 
 def ogg_links(data: bytes) -> list[bytes]:
