@@ -4,33 +4,41 @@
     python -m benchmarks.first_contact --out first.json --only machine,check_loss
     python -m benchmarks.first_contact --out dry.json --dry                 # on a CPU, tiny sizes
 
-Steps run one after the other, the most telling first, in a process of their own: what raises, hangs
-or takes the device down costs its step alone, and each result is in the file at once. Checks
-compare with the same computation on the CPU (or with NeMo's golden values) and say by how much they
-differ; timings are medians of ten, after a warm-up, beside the goals of docs/gpu.md. A table is
-printed at the end, and `--plot FILE.svg` draws RTFx over the batch size.
+The most telling steps come first, in processes of their own: what raises, hangs or takes the device
+down costs the rest of its step alone, and each result is in the file at once. Checks compare with
+the same computation on the CPU (or with NeMo's golden values) and say by how much they differ. Most
+of their time compiles kernels, so that several run at once. Timings run alone: medians of ten,
+after a warm-up, beside the goals of docs/gpu.md. A table is printed at the end, and `--plot
+FILE.svg` draws RTFx over the batch size.
 
 Exit status 1: a step failed or a check is beyond its limit.
 """
 
 import argparse
+import contextlib
+import itertools
 import json
 import multiprocessing
 import os
+import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from benchmarks import commit, machine
+from benchmarks import commit, first_contact_tools, machine
 from fastconformer.checkpoint.files import atomic_file
 
 SECONDS = 240
+TOGETHER = 4  # checks at a time, where there are cores for them
 
 
 def worker(connection, steps: dict[str, Callable], dry: bool) -> None:
-    """Runs the steps that it is told by name, and answers each."""
+    """Runs the steps that it is told by name, tells their rows as they come, and answers each."""
     kept: dict = {}  # models and the like, from one step to the next
+    first_contact_tools.tell = lambda row: connection.send({"row": row})
     while (name := connection.recv()) is not None:
         try:
             connection.send({"result": steps[name](dry, kept)})
@@ -52,21 +60,26 @@ class Worker:
             self.process = context.Process(target=worker, args=(child, self.steps, self.dry))
             self.process.start()
             child.close()
-        start = time.monotonic()
+        start, rows, answer = time.monotonic(), [], {"row": None}
         try:
             self.connection.send(name)
-            there = self.connection.poll(limit_s)
-            answer = self.connection.recv() if there else {"error": f"not done in {limit_s:.0f} s"}
+            while "row" in answer:
+                if self.connection.poll(max(0.0, start + limit_s - time.monotonic())):
+                    answer = self.connection.recv()
+                    rows += [answer["row"]] if "row" in answer else []
+                else:
+                    answer = {"error": f"not done in {limit_s:.0f} s"}
         except (EOFError, OSError):
             self.process.join()
             answer = {"error": f"its process ended with {self.process.exitcode}"}
-            there = False
-        # After an illegal access nothing on the device works for that process.
-        if not there or "CUDA error" in answer.get("error", ""):
-            self.end()
+        if "error" in answer:
+            # After an illegal access nothing on the device works for that process, whoever says so.
+            self.close()
+            kinds = ("checks", "ok"), ("timings", "unit")
+            answer["result"] = {kind: [r for r in rows if key in r] for kind, key in kinds}
         return answer | {"seconds": round(time.monotonic() - start, 2)}
 
-    def end(self) -> None:
+    def close(self) -> None:
         if self.process is not None:
             self.process.kill()
             self.process.join()
@@ -74,27 +87,56 @@ class Worker:
 
 
 def run(
-    steps: dict[str, Callable], limits: dict[str, float], dry: bool, seconds: float, report: Path
+    steps: dict[str, Callable],
+    limits: dict[str, float],
+    dry: bool,
+    seconds: float,
+    report: Path,
+    together: int = 1,
 ) -> dict:
-    """Runs the steps within `seconds`, writing the report after each."""
+    """Runs the steps within `seconds`, writing the report after each; `together`: so many checks in
+    a row run at once, each in a process of its own."""
     result = {"benchmark": "first_contact", "commit": commit(), "machine": machine()}
     result |= {"dry": dry, "steps": {}}
-    started, helper = time.monotonic(), Worker(steps, dry)
-    try:
-        for name in steps:
-            left = seconds - (time.monotonic() - started)
-            if left < 2:
-                result["steps"][name] = {"error": f"not begun: {seconds:.0f} s were over"}
-            else:
-                print(f"{name} ...", file=sys.stderr, flush=True)
-                result["steps"][name] = helper.run(name, min(left, limits.get(name, seconds)))
+    started, done, lock = time.monotonic(), {}, threading.Lock()
+
+    def step(name: str, helper: Worker) -> None:
+        left = seconds - (time.monotonic() - started)
+        if left < 2:
+            found = {"error": f"not begun: {seconds:.0f} s were over"}
+        else:
+            print(f"{name} ...", file=sys.stderr, flush=True)
+            found = helper.run(name, min(left, limits.get(name, seconds)))
+        with lock:
+            done[name] = found
+            result["steps"] = {name: done[name] for name in steps if name in done}
             result["seconds"] = round(time.monotonic() - started, 1)
             result["failed"] = failures(result["steps"])
             with atomic_file(report) as temporary:
                 temporary.write_text(json.dumps(result, indent=1) + "\n")
-    finally:
-        helper.end()
+
+    def alone(name: str) -> None:
+        with contextlib.closing(Worker(steps, dry)) as helper:
+            step(name, helper)
+
+    with contextlib.closing(Worker(steps, dry)) as helper:
+        for are_checks, names in itertools.groupby(steps, lambda name: name.startswith("check_")):
+            if are_checks and together > 1:
+                with ThreadPoolExecutor(together) as pool:
+                    list(pool.map(alone, names))
+            else:
+                for name in names:
+                    step(name, helper)
     return result
+
+
+def checks_together() -> int:
+    """How many checks may run at a time: the card may be set to take one process alone."""
+    with contextlib.suppress(OSError):
+        asked = ["nvidia-smi", "--query-gpu=compute_mode", "--format=csv,noheader"]
+        if "Exclusive" in subprocess.run(asked, capture_output=True, text=True).stdout:
+            return 1
+    return max(1, min(TOGETHER, (os.cpu_count() or 1) // 2))
 
 
 def failures(steps: dict[str, dict]) -> list[str]:
@@ -169,7 +211,8 @@ def main(argv: list[str] | None = None) -> int:
     steps = {name: STEPS[name] for name in names}
     if args.dry:  # before the worker, in which torch may load Triton at any step
         os.environ["TRITON_INTERPRET"] = "1"
-    result = run(steps, {} if args.dry else LIMITS, args.dry, args.seconds, args.out)
+    limits, together = ({}, 1) if args.dry else (LIMITS, checks_together())
+    result = run(steps, limits, args.dry, args.seconds, args.out, together)
     print(table(result))
     if args.plot:
         args.plot.write_text(plot(result))

@@ -1,5 +1,6 @@
-"""The step of `benchmarks.first_contact` that sets each kernel beside the plain form."""
+"""The steps of `benchmarks.first_contact` that set each kernel beside the plain form."""
 
+from contextlib import nullcontext
 from functools import partial
 from unittest import mock
 
@@ -9,62 +10,59 @@ from benchmarks.first_contact_tools import check, device_of, distance, milliseco
 
 
 def check_kernels(dry: bool, kept: dict) -> dict:
-    """The encoder's kernels against the plain form in float64, and the time of both; the step of
-    decoding in few kernels beside the plain one."""
-    from fastconformer.networks import kernels
-
-    rows, times, device = [], [], device_of(dry)
-    limits = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
-    for name, module, inputs in _modules(dry, device):
-        with torch.no_grad(), mock.patch.object(kernels, "takes", lambda x: False):
+    """The encoder's kernels against the plain form in float64."""
+    rows, limits = [], {torch.float32: 2e-5, torch.bfloat16: 3e-2}
+    for name, module, inputs in _modules(dry, device_of(dry)):
+        with torch.no_grad(), in_kernels(False):
             expected = _frames(module.double()(*_cast(inputs, torch.float64)))
         for dtype, limit in limits.items():
             if dry and dtype == torch.bfloat16:
                 continue  # the interpreter has no such products
-            module.to(dtype)
-            given = _cast(inputs, dtype)
-            with torch.no_grad(), mock.patch.object(kernels, "takes", lambda x: True):
-                value = distance(_frames(module(*given)), expected)
-                what = f"{name} {dtype}".replace("torch.", "")
-                rows.append(check(what, value, limit))
-                times.append(timing(what, milliseconds(lambda: module(*given), dry), "ms"))  # noqa: B023
-            with torch.no_grad(), mock.patch.object(kernels, "takes", lambda x: False):
-                ms = milliseconds(lambda: module(*given), dry)  # noqa: B023
-                times.append(timing(f"{what}, plain", ms, "ms"))
+            with torch.no_grad(), in_kernels(True):
+                value = distance(_frames(module.to(dtype)(*_cast(inputs, dtype))), expected)
+            rows.append(check(f"{name} {dtype}".replace("torch.", ""), value, limit))
         if name.startswith("attention"):
-            found = _check_gradients(name, module, inputs, dry)
-            rows.append(found["check"])
-            times.extend(found["timings"])
-    return {"checks": rows, "timings": times}
+            dtype, limit = (torch.float32, 2e-5) if dry else (torch.bfloat16, 5e-2)
+            expected = _gradients(module, inputs, torch.float64, False)
+            pairs = zip(_gradients(module, inputs, dtype, True), expected, strict=True)
+            # the keys' bias has a gradient of 0
+            least = 1e-6 * expected[0].abs().max()
+            value = max(distance(a, e) for a, e in pairs if e.abs().max() > least)
+            what = f"{name} with gradients {dtype}".replace("torch.", "")
+            rows.append(check(what, value, limit))
+    return {"checks": rows}
 
 
-def _check_gradients(name: str, module, inputs, dry: bool) -> dict:
-    """Forward and backward in the kernels, against the plain form in float64 and in time."""
-    from fastconformer.networks import kernels
+def time_kernels(dry: bool, kept: dict) -> dict:
+    """The same, and attention with its gradients, by kernels and in the plain form."""
+    rows, dtypes = [], (torch.float32,) if dry else (torch.bfloat16, torch.float32)
+    for name, module, inputs in _modules(dry, device_of(dry)):
+        for dtype in dtypes:
+            given = _cast(inputs, dtype)
+            module.to(dtype)
+            works = {"": torch.no_grad()(partial(module, *given))}
+            if name.startswith("attention") and dtype == torch.bfloat16:
+                works[" with gradients"] = partial(_gradients, module, inputs, dtype)
+            for what, work in works.items():
+                for form, kernels in (("", True), (", plain", False)):
+                    with in_kernels(kernels):
+                        ms = milliseconds(work, dry)
+                    label = f"{name}{what} {dtype}{form}".replace("torch.", "")
+                    rows.append(timing(label, ms, "ms"))
+    return {"timings": rows}
 
-    dtype, limit = (torch.float32, 2e-5) if dry else (torch.bfloat16, 5e-2)
-    what = f"{name} with gradients {dtype}".replace("torch.", "")
 
-    def gradients(dtype: torch.dtype, in_kernels: bool) -> list:
-        given = _cast(inputs, dtype)
-        given[0].requires_grad_()
-        with mock.patch.object(kernels, "takes", lambda x: in_kernels):
-            out = module.to(dtype)(*given)
-        return torch.autograd.grad(out, [given[0], *module.parameters()], out.detach())
+def in_kernels(kernels: bool):
+    """Whether the encoder's layers take their kernels, inside."""
+    return mock.patch("fastconformer.networks.kernels.takes", lambda x: kernels)
 
-    expected = gradients(torch.float64, False)
-    pairs = zip(gradients(dtype, True), expected, strict=True)
-    # the keys' bias has a gradient of 0
-    value = max(distance(a, e) for a, e in pairs if e.abs().max() > 1e-6 * expected[0].abs().max())
-    times = (
-        []
-        if dry
-        else [
-            timing(label, milliseconds(partial(gradients, dtype, in_kernels), dry), "ms")
-            for label, in_kernels in ((what, True), (f"{what}, plain", False))
-        ]
-    )
-    return {"check": check(what, value, limit), "timings": times}
+
+def _gradients(module, inputs, dtype: torch.dtype, kernels: bool | None = None) -> list:
+    given = _cast(inputs, dtype)
+    given[0].requires_grad_()
+    with nullcontext() if kernels is None else in_kernels(kernels):
+        out = module.to(dtype)(*given)
+    return torch.autograd.grad(out, [given[0], *module.parameters()], out.detach())
 
 
 def _modules(dry: bool, device: torch.device):

@@ -4,11 +4,12 @@ import json
 import os
 import time
 import xml.etree.ElementTree as ET
+from functools import partial
 
 import pytest
 
 from benchmarks import first_contact
-from benchmarks.first_contact_steps import STEPS, check, distance
+from benchmarks.first_contact_steps import STEPS, check, distance, timing
 
 
 def test_dry_run(tmp_path, capsys, monkeypatch):
@@ -33,14 +34,18 @@ def good(dry, kept):
 
 
 def raises(dry, kept):
+    check("loss", 0.5, 1.0)
+    timing("loss", 2.0, "ms")
     raise RuntimeError("no kernel image\nmore")
 
 
 def hangs(dry, kept):
+    check("loss", 2.0, 1.0)
     time.sleep(60)
 
 
 def dies(dry, kept):
+    timing("loss", 3.0, "ms")
     os._exit(9)
 
 
@@ -48,21 +53,43 @@ def wrong(dry, kept):
     return {"checks": [check("gradient", float("nan"), 1e-3)]}
 
 
+def meets(folder, others, dry, kept):
+    """Done when the others have come, too."""
+    own = folder / str(len(others))
+    own.touch()
+    until = time.monotonic() + 60
+    while not all((folder / str(n)).exists() for n in others):
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    return {"facts": {"came": len(others)}}
+
+
 def test_each_step_stands_alone(tmp_path):
-    steps = {"good": good, "raises": raises, "again": good, "hangs": hangs, "dies": dies}
-    steps |= {"wrong": wrong, "after": good}
+    steps = {"good": good, "once more": good, "raises": raises, "again": good, "hangs": hangs}
+    steps |= {"dies": dies, "wrong": wrong, "after": good}
     out = tmp_path / "out.json"
     result = first_contact.run(steps, {"hangs": 1.0}, True, 100.0, out)
     assert json.dumps(json.loads(out.read_text())) == json.dumps(result)
     runs = {k: v["result"]["facts"]["runs"] for k, v in result["steps"].items() if steps[k] is good}
-    assert runs == {"good": 1, "again": 2, "after": 1}  # a new process after one that was lost
+    assert runs == {"good": 1, "once more": 2, "again": 1, "after": 1}  # a new process after errors
+    rows = [result["steps"][name]["result"] for name in ("raises", "hangs", "dies")]
+    assert [len(r["checks"]) for r in rows] == [1, 1, 0]  # what was known before them
+    assert [len(r["timings"]) for r in rows] == [1, 0, 1]
     assert result["failed"] == [
         "raises: RuntimeError: no kernel image",
         "hangs: not done in 1 s",
+        "hangs: loss is 2.0, limit 1.0",
         "dies: its process ended with 9",
         "wrong: gradient is nan, limit 0.001",
     ]
     assert "FAIL gradient" in first_contact.table(result)
+
+
+def test_checks_run_at_once_and_timings_alone(tmp_path):
+    steps = {"check_a": partial(meets, tmp_path, [2]), "check_b": partial(meets, tmp_path, [1, 2])}
+    steps |= {"time_a": partial(meets, tmp_path, [])}
+    result = first_contact.run(steps, {}, True, 100.0, tmp_path / "out.json", together=2)
+    assert not result["failed"] and list(result["steps"]) == list(steps)
 
 
 def test_time_that_is_over_begins_nothing(tmp_path):
