@@ -55,7 +55,8 @@ EVAL = ["whisper-normalizer>=0.1.10", "sacrebleu>=2.4"]
 SERVE = ["starlette>=0.45", "uvicorn>=0.30", "python-multipart>=0.0.18", "websockets>=13"]
 LISTEN = ["sounddevice>=0.4.6"]  # PortAudio for the microphone
 LLM = ["tokenizers>=0.20"]  # Qwen's tokenizer, of Fun-ASR-Nano
-DATA = ["lhotse>=1.32", "urllib3>=2"]  # which Lhotse imports and does not ask for
+LHOTSE = ["lhotse>=1.32", "urllib3>=2"]  # which Lhotse imports and does not ask for
+DATA = [*LHOTSE, "datasets>=4.4"]
 
 setup(
     name="fastconformer",
@@ -119,7 +120,7 @@ setup(
             *MEDIA,
             *HUB,
             *EVAL,
-            *DATA,
+            *LHOTSE,
             "httpx>=0.27",
             *LLM,
             "pytest>=8",

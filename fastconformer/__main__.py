@@ -19,7 +19,7 @@ COMMANDS = {
         "average": ("training.average", "the mean of several checkpoints"),
         "report": ("training.report", "a run on one page"),
         "find_batch": ("training.find_batch", "the largest batch that the device takes"),
-        "manifest": ("training.manifest", "Lhotse's cuts as a manifest"),
+        "manifest": ("training.manifest", "a data set of Lhotse or Hugging Face to a manifest"),
         "segment": ("training.segment", "a long recording and its text to training clips"),
         "synthesize": ("training.synthesize", "speak a corpus of clips and texts"),
     },

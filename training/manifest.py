@@ -1,12 +1,14 @@
-"""Lhotse's cuts become a NeMo manifest.
+"""Data sets of Lhotse and Hugging Face become a NeMo manifest.
 
     python -m training.manifest cuts.jsonl.gz -o corpus
+    python -m training.manifest owner/name --split train --lang nl -o corpus
 
 Writes `corpus/manifest.jsonl`, which training, transcribe and evaluate take. It names audio where
 that lies in files; other audio is written beside it, in `corpus/audio`. What cannot be used is
 named on stderr, with its reason in `corpus/left_out.jsonl`.
 """
 
+import dataclasses
 import importlib
 import sys
 from pathlib import Path
@@ -19,14 +21,28 @@ TOLD = 10  # of those that cannot be used, on stderr
 def main(arguments: list[str] | None = None) -> int:
     parser = cli.parser(
         "training.manifest",
-        "Make a NeMo manifest of Lhotse cuts or a Lhotse Shar folder.",
+        "Make a NeMo manifest of Lhotse cuts or of a Hugging Face data set.",
         "cuts.jsonl.gz -o corpus",
     )
-    parser.add_argument("source", help="cuts (.jsonl, .jsonl.gz) or a Shar folder")
+    parser.add_argument(
+        "source",
+        help="cuts (.jsonl, .jsonl.gz), a Shar folder, a folder of save_to_disk, parquet or arrow "
+        "files, or a name of the Hugging Face hub",
+    )
     parser.add_argument(
         "-o", "--output", type=Path, required=True, metavar="FOLDER", help="a new folder"
     )
     parser.add_argument("--lang", help="the language of lines that have none")
+    group = parser.add_argument_group("Hugging Face data sets")
+    group.add_argument("--split", help="such as train (the only one)")
+    group.add_argument("--config", help="of several under a name of the hub")
+    group.add_argument("--audio-column", metavar="NAME", help="(the only one of audio)")
+    group.add_argument(
+        "--text-column",
+        metavar="NAME",
+        help="(text, sentence, transcription, transcript, normalized_text: the first there)",
+    )
+    group.add_argument("--lang-column", metavar="NAME", help="(lang, where there is one)")
     options = parser.parse_args(arguments)
     return cli.run("manifest", lambda: run(options))
 
@@ -52,18 +68,26 @@ def run(options) -> int:
 
 def read_items(options):
     """What the source holds, item by item. FileNotFoundError, or ValueError of something else."""
-    from training.corpora import lhotse_cuts
+    from training.corpora import hugging_face, lhotse_cuts
 
     path = Path(options.source)
+    asked = {f.name: getattr(options, f.name) for f in dataclasses.fields(hugging_face.Wanted)}
+    is_file = path.is_file() and ".jsonl" in path.suffixes
+    if not is_file and not lhotse_cuts.is_shar(path) and hugging_face.is_dataset(options.source):
+        need("datasets")
+        return hugging_face.read_dataset(options.source, hugging_face.Wanted(**asked))
+    given = [name.replace("_", "-") for name, value in asked.items() if value is not None]
+    if given:
+        raise cli.UsageError(f"--{given[0]} is for Hugging Face data sets, {path} is none")
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder")
-    if path.is_file() and ".jsonl" in path.suffixes:
-        need("lhotse")
-        return lhotse_cuts.read_cuts(path)
-    if lhotse_cuts.is_shar(path):
-        need("lhotse")
-        return lhotse_cuts.read_shar(path)
-    raise ValueError(f"{path} holds no Lhotse cuts (.jsonl, .jsonl.gz), and is no Shar folder")
+    if not is_file and not lhotse_cuts.is_shar(path):
+        raise ValueError(
+            f"{path} is no file of Lhotse cuts (.jsonl, .jsonl.gz), no Shar folder and no Hugging "
+            "Face data set"
+        )
+    need("lhotse")
+    return lhotse_cuts.read_cuts(path) if is_file else lhotse_cuts.read_shar(path)
 
 
 def need(package: str) -> None:

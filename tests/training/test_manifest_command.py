@@ -269,11 +269,141 @@ def test_other_sources_are_told(tmp_path, lhotse, speech, capsys):
         ("recordings.jsonl", "lhotse cut simple"),
         ("empty.jsonl", "nothing in it can be used"),
         ("missing.jsonl", "no such file"),
-        ("mono.wav", "no Lhotse cuts"),
+        ("mono.wav", "no file of Lhotse cuts"),
     ):
         assert main([str(tmp_path / name), "-o", str(tmp_path / "out")]) == 1
         assert message in capsys.readouterr().err
         assert not list(tmp_path.glob("*out*"))
+
+
+@pytest.fixture
+def datasets():
+    return pytest.importorskip("datasets", reason="datasets is not installed (extra data)")
+
+
+@pytest.fixture
+def rows(speech):
+    """Columns of a data set of three rows: a WAV's content twice, and a file."""
+    content = speech["mono"].path.read_bytes()
+    sounds = [(content, "a.wav"), (content, None), (None, str(speech["stereo"].path))]
+    return {
+        "audio": [{"bytes": content, "path": path} for content, path in sounds],
+        "sentence": ["een", "twee", "drie"],
+        "speaker": [7, 8, 9],
+        "locale": [1, 0, 1],
+        "embedding": [[0.5, 1.0]] * 3,
+    }
+
+
+def test_saved_data_sets(tmp_path, datasets, rows, speech, capsys):
+    """By save_to_disk, which puts the files' contents in; audio is the same to the bit."""
+    locale = datasets.ClassLabel(names=["de", "nl"])
+    found = datasets.Dataset.from_dict(rows).cast_column("locale", locale)
+    found = found.cast_column("audio", datasets.Audio())
+    found.save_to_disk(tmp_path / "saved")
+    lines = made(tmp_path, tmp_path / "saved", "--lang-column", "locale")
+    assert lines[0] == {
+        "audio_filepath": "audio/000000.wav", "duration": 2.0, "text": "een", "lang": "nl",
+        "speaker": 7,
+    }  # fmt: skip
+    assert [line["text"] for line in lines] == ["een", "twee", "drie"]
+    assert [line["lang"] for line in lines] == ["nl", "de", "nl"]
+    assert "fields that no line takes: embedding" in capsys.readouterr().err
+    names = ("mono", "mono", "stereo")
+    for name, samples in zip(names, heard(tmp_path), strict=True):
+        np.testing.assert_array_equal(samples, speech[name].samples.mean(axis=1))
+    splits = datasets.DatasetDict(train=found, test=found.select([2]))
+    splits.save_to_disk(tmp_path / "splits")
+    for more, message in (
+        ([], "has the splits train, test; give one of them with --split"),
+        (["--split", "dev"], "has no split 'dev'; it has train, test"),
+        (["--split", "test", "--text-column", "words"], "has no column 'words'; it has audio, sen"),
+        (["--split", "test", "--config", "nl"], "has no configurations"),
+    ):
+        assert main([str(tmp_path / "splits"), "-o", str(tmp_path / "new"), *more]) == 1
+        assert message in capsys.readouterr().err
+    command = [str(tmp_path / "splits"), "-o", str(tmp_path / "new"), "--lang", "nl"]
+    assert main([*command, "--split", "test"]) == 0
+    [line] = (tmp_path / "new" / "manifest.jsonl").read_text().splitlines()
+    assert json.loads(line)["lang"] == "nl" and json.loads(line)["duration"] == 1.5
+
+
+@pytest.mark.parametrize("kind", ["parquet", "bare", "arrow", "folder"])
+def test_files_of_data_sets(tmp_path, datasets, rows, speech, kind):
+    """With the columns' kinds, as `datasets` writes them, or without, and a folder of splits."""
+    found = datasets.Dataset.from_dict(rows).remove_columns("locale")
+    if kind != "bare":
+        found = found.cast_column("audio", datasets.Audio())
+    (tmp_path / "data").mkdir()
+    source = tmp_path / "data" / "test-00000-of-00001.parquet"
+    if kind == "arrow":
+        found.save_to_disk(tmp_path / "saved")
+        [source] = (tmp_path / "saved").glob("*.arrow")
+    else:
+        found.to_parquet(source)
+    if kind == "folder":
+        found.select([0]).to_parquet(tmp_path / "data" / "train-00000-of-00001.parquet")
+        source = tmp_path / "data"
+    lines = made(tmp_path, source, *(["--split", "test"] if kind == "folder" else []))
+    assert [line["text"] for line in lines] == ["een", "twee", "drie"]
+    assert [line["duration"] for line in lines] == [2.0, 2.0, 1.5]
+    if kind == "bare":
+        assert lines[2]["audio_filepath"] == str(speech["stereo"].path)
+    for name, samples in zip(("mono", "mono", "stereo"), heard(tmp_path), strict=True):
+        np.testing.assert_array_equal(samples, speech[name].samples.mean(axis=1))
+
+
+def test_bad_rows_and_columns(tmp_path, datasets, rows, capsys):
+    rows = rows | {"text": ["eins", None, "drei"], "other": rows["audio"]}
+    rows["audio"][2] = {"bytes": b"no audio at all", "path": "x.wav"}
+    rows = {key: [*values, values[0]] for key, values in rows.items() if key != "embedding"}
+    rows["audio"][3] = {"bytes": None, "path": "gone.wav"}
+    found = datasets.Dataset.from_dict(rows)
+    found.to_parquet(tmp_path / "rows.parquet")
+    command = [str(tmp_path / "rows.parquet"), "-o", str(tmp_path / "out")]
+    assert main(command) == 1
+    assert "columns of audio audio, other; name the one of audio" in capsys.readouterr().err
+    assert main([*command, "--audio-column", "audio"]) == 0
+    told = capsys.readouterr()
+    assert "row 1: text is None" in told.err and "row 2: the audio is damaged" in told.err
+    assert "row 3: no such audio file: gone.wav" in told.err and "1 clips" in told.out
+    found.select_columns(["other", "speaker"]).to_parquet(tmp_path / "rows.parquet")
+    shutil.rmtree(tmp_path / "out")
+    assert main(command) == 1
+    assert "has the columns other, speaker; name the texts' with" in capsys.readouterr().err
+    (tmp_path / "rows.parquet").write_bytes(b"PAR1 and no more")
+    assert main(command) == 1 and not (tmp_path / "out").exists()
+    assert "rows.parquet" in capsys.readouterr().err
+
+
+def test_names_of_the_hub(tmp_path, datasets, rows, monkeypatch, capsys):
+    """Are handed to `datasets` with the revision."""
+    asked = []
+
+    def load_dataset(*words, **more):
+        asked.append((words, more))
+        return datasets.IterableDatasetDict(
+            train=datasets.Dataset.from_dict(rows).to_iterable_dataset()
+        )
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert len(made(tmp_path, "owner/name@v2", "--config", "nl", "--split", "train")) == 3
+    assert asked == [(("owner/name", "nl"), {"revision": "v2", "streaming": True})]
+    cuts = tmp_path / "cuts.jsonl"
+    cuts.write_text("{}\n")
+    assert main([str(cuts), "-o", str(tmp_path / "new"), "--text-column", "text"]) == 2
+    assert "--text-column is for Hugging Face data sets" in capsys.readouterr().err
+
+
+def test_loose_files_beside_a_table(tmp_path, datasets, rows, speech, monkeypatch, capsys):
+    table = '{"file_name": "mono.wav", "text": "een"}\n'
+    (tmp_path / "metadata.jsonl").write_text(table)
+    assert main([str(tmp_path), "-o", str(tmp_path / "out")]) == 1
+    assert "no Hugging Face data set" in capsys.readouterr().err
+    loose = datasets.load_dataset(str(tmp_path), streaming=True)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *words, **more: loose)
+    assert main(["owner/name", "-o", str(tmp_path / "out")]) == 1
+    assert "is a set of loose audio files, which is not read" in capsys.readouterr().err
 
 
 def test_nothing_is_written_over_and_nothing_stays_half_written(tmp_path, lhotse, speech, capsys):
@@ -291,6 +421,8 @@ def test_nothing_is_written_over_and_nothing_stays_half_written(tmp_path, lhotse
 
 def test_without_the_packages(tmp_path, monkeypatch, capsys):
     (tmp_path / "cuts.jsonl").write_text('{"type": "MonoCut"}\n')
-    monkeypatch.setitem(sys.modules, "lhotse", None)
-    assert main([str(tmp_path / "cuts.jsonl"), "-o", str(tmp_path / "out")]) == 1
-    assert 'lhotse is not installed; pip install "fastconformer[data]"' in capsys.readouterr().err
+    for package, source in (("lhotse", tmp_path / "cuts.jsonl"), ("datasets", "owner/name")):
+        monkeypatch.setitem(sys.modules, package, None)
+        assert main([str(source), "-o", str(tmp_path / "out")]) == 1
+        told = capsys.readouterr().err
+        assert f'{package} is not installed; pip install "fastconformer[data]"' in told

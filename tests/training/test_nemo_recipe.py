@@ -96,12 +96,6 @@ def test_every_key_becomes_ours(nemo_yaml):
     assert (keep.metric, keep.top_k, keep.patience) == ("wer", 3, 4)
 
 
-@pytest.mark.parametrize(("theirs", "ours"), [(-1, None), (0, 1), (1, 1), (5, 5)])
-def test_how_many_models_are_kept(nemo_yaml, theirs, ours):
-    nemo_yaml.write_text(FINETUNE.replace("save_top_k: 3", f"save_top_k: {theirs}"))
-    assert load_recipe(nemo_yaml).keep.top_k == ours
-
-
 def test_the_translation_and_keys_without_effect_are_told(nemo_yaml, caplog):
     with caplog.at_level(logging.INFO, logger="finetune"):
         load_recipe(nemo_yaml)
@@ -217,7 +211,10 @@ def test_no_key_is_lost():
         (("min_lr: 1e-6", "min_lr: 1e-6, max_steps: 77"), "sched.max_steps: is 77, the run has 20"),
         (("CosineAnnealing", "PolynomialHoldDecayAnnealing"), "needs hold_steps"),
         (("shuffle: true", "augmentor: {transcode_aug: {prob: 1.0}}"), "transcode_aug: has no c"),
-        (("shuffle: true", "hf_data_cfg: [{path: x}]"), "Hugging Face data sets are not read here"),
+        (
+            ("shuffle: true", "hf_data_cfg: [{path: a/b, name: nl, split: train}]"),
+            "training.manifest a/b --config nl --split train -o FOLDER",
+        ),
         (
             ("shuffle: true", "shar_path: [[my shars, 0.5], b]"),
             "Lhotse Shar is not read here; make a manifest: python -m training.manifest 'my shars' "

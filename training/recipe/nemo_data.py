@@ -17,6 +17,7 @@ SECTION = "model.train_ds"
 # Clips are counted, filtered and put in order before the first step, so that a run goes on exactly
 # where it was stopped; data sets that only a library can list are made manifests of before.
 ELSEWHERE = {
+    "hf_data_cfg": "Hugging Face data sets are",
     "shar_path": "Lhotse Shar is",
     "cuts_path": "Lhotse cuts are",
 }
@@ -31,9 +32,6 @@ def translate_data(tree: dict, found) -> None:
     train, take = model.get("train_ds") or {}, found.take
     if take(f"{SECTION}.trim_silence"):
         found.refuse(f"{SECTION}.trim_silence", "is not done here; trim the audio before")
-    if train.get("hf_data_cfg"):
-        why = "Hugging Face data sets are not read here; save them as files with a NeMo manifest"
-        found.refuse(f"{SECTION}.hf_data_cfg", why)
     for key in ELSEWHERE:
         if train.get(key):
             then = f"; then ~{SECTION}.{key} {SECTION}.manifest_filepath=FOLDER/manifest.jsonl"
@@ -64,7 +62,7 @@ def translate_data(tree: dict, found) -> None:
             found.taken.append((key, f"{ours}: {sets}"))
         elif manifests:
             found.set(ours, manifests, key)
-        for name in ("input_cfg", "tarred_audio_filepaths", "datasets", "hf_data_cfg"):
+        for name in ("input_cfg", "tarred_audio_filepaths", "datasets"):
             if found.left.get(f"model.{section}.{name}"):
                 found.refuse(f"model.{section}.{name}", "give plain NeMo manifests by name")
         for name in ELSEWHERE:
@@ -116,7 +114,10 @@ def _elsewhere(key: str, value) -> str:
     while isinstance(value, list) and value:
         value = value[0]
     words = [value]
-    if not isinstance(value, str):
+    if isinstance(value, dict):  # load_dataset's arguments
+        options = {"--config": value.get("name"), "--split": value.get("split")}
+        words = [value.get("path"), *(w for pair in options.items() if pair[1] for w in pair)]
+    if not all(isinstance(word, str) for word in words):
         words = ["SOURCE"]
     command = shlex.join(["python", "-m", "training.manifest", *words, "-o", "FOLDER"])
     return f"{ELSEWHERE[key]} not read here; make a manifest: {command}"
