@@ -127,11 +127,12 @@ def _transcribe_round(model, reads: list[Read], batch_size: int, options) -> Ite
             del left[place]
             yield {place: Result(reads[place].clip, transcript, "")}
     except (RuntimeError, ValueError):  # out of memory, mostly: batch by batch, then one by one
-        order = list(left)
-        for first in range(0, len(order), batch_size):
-            batch = order[first : first + batch_size]
-            found = _transcribe_batch(model, [reads[k] for k in batch], options)
-            yield dict(zip(batch, found, strict=True))
+        pass  # and not here, where the error holds what memory is full of
+    order = list(left)
+    for first in range(0, len(order), batch_size):
+        batch = order[first : first + batch_size]
+        found = _transcribe_batch(model, [reads[k] for k in batch], options)
+        yield dict(zip(batch, found, strict=True))
 
 
 def _each(model, reads: list[Read], batch_size: int, options):
@@ -143,12 +144,12 @@ def _each(model, reads: list[Read], batch_size: int, options):
 def _transcribe_batch(model, reads: list[Read], options) -> list[Result]:
     try:
         transcripts = dict(_each(model, reads, len(reads), options))
+        return [Result(read.clip, transcripts[k], "") for k, read in enumerate(reads)]
     except (RuntimeError, ValueError) as error:
         if len(reads) == 1:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             return [Result(reads[0].clip, None, f"transcription failed: {reason}")]
-        return [result for read in reads for result in _transcribe_batch(model, [read], options)]
-    return [Result(read.clip, transcripts[k], "") for k, read in enumerate(reads)]
+    return [result for read in reads for result in _transcribe_batch(model, [read], options)]
 
 
 def own_prompts(model: "ASRModel", clips: list[Clip], options: dict) -> dict:

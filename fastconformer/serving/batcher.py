@@ -217,7 +217,7 @@ class Batcher:
     def _transcribe(self, batch: list[_Job]) -> None:
         try:
             samples, options, tell = [job.samples for job in batch], batch[0].options, batch[0].tell
-            found: list[Transcript] = (
+            found: list[Transcript] | None = (
                 self.model.transcribe(samples, batch_size=len(batch), **options)
                 if tell is None
                 else [transcribe_in_windows(self.model, samples[0], tell, **_untimed(options))]
@@ -227,9 +227,11 @@ class Batcher:
                 if isinstance(error, ValueError):  # the client's: nobody reads where it was raised,
                     error.__traceback__ = None  # and the frames there would hold the samples
                 batch[0].done.set_exception(error)
-            else:
-                for job in batch:
-                    self._transcribe([job])
+                return
+            found = None  # and not again here, where the error holds what memory is full of
+        if found is None:
+            for job in batch:
+                self._transcribe([job])
             return
         self.audio_s["files"] += sum(transcript.duration for transcript in found)
         for job, transcript in zip(batch, found, strict=True):
