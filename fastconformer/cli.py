@@ -279,12 +279,15 @@ def load_model(args):
 
     import fastconformer
 
+    from .load import check_usable
+
     if args.batch_size < 1:
         raise UsageError(f"--batch-size is {args.batch_size}, expected at least 1")
     device, dtype = choose_device(args.device), getattr(torch, args.dtype)
     if device.index is not None and device.type != "cpu":
         # The current device: what is made or launched there without a word lands beside the model.
         getattr(torch, device.type).set_device(device)
+    check_usable(device)
     model = fastconformer.load_model(args.model, device=device, dtype=dtype)
     if args.head is not None and args.head not in model.heads:
         raise UsageError(f"--head is {args.head}, this model has {', '.join(model.heads)}")
@@ -311,9 +314,10 @@ def choose_device(name: str):
     there = getattr(torch.backends if kind == "mps" else torch, kind).is_available()
     if not there:
         raise ValueError(f"--device is {name}, but this torch sees no GPU; use --device cpu")
-    count = 1 if kind == "cpu" else getattr(torch, kind).device_count()
-    if (device.index or 0) >= count:
-        raise ValueError(f"--device is {name}, but there are {count} of its kind, from {kind}:0 on")
     if kind != "cpu" and device.index is None and "LOCAL_RANK" in os.environ:
         device = torch.device(kind, int(os.environ["LOCAL_RANK"]))
+    count = 1 if kind == "cpu" else getattr(torch, kind).device_count()
+    if (device.index or 0) >= count:
+        told = f"--device is {name if str(device) == name else f'{name}, here {device}'}"
+        raise ValueError(f"{told}, but there are {count} of its kind, from {kind}:0 on")
     return device

@@ -65,6 +65,16 @@ def model_of(
     return model
 
 
+def check_usable(device: torch.device) -> None:
+    """ValueError: a GPU that is there computes nothing, since another process has it for itself,
+    or this torch has no kernels for a card of its age."""
+    try:
+        torch.zeros(1, device=device).add_(1).item()
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{device} cannot be used: {reason}") from None
+
+
 def is_slow_in_bfloat16(device: torch.device) -> bool:
     """Whether it is a GPU that has no bfloat16 and computes it by other means."""
     if device.type != "cuda" or torch.version.hip is not None:

@@ -108,6 +108,20 @@ def test_a_device_that_does_not_exist():
     assert cli.choose_device("cpu").type == "cpu"
 
 
+def test_more_processes_than_gpus(monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert str(cli.choose_device("cuda")) == "cuda:1"
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(ValueError, match="--device is cuda, here cuda:2, but there are 2 of"):
+        cli.choose_device("cuda")
+    with pytest.raises(ValueError, match="--device is cuda:3, but there are 2 of"):
+        cli.choose_device("cuda:3")
+
+
 @pytest.mark.parametrize(
     "words",
     [

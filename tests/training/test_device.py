@@ -6,6 +6,7 @@ from conftest import golden
 
 from fastconformer import load, load_model
 from training.recipe.recipe import load_recipe
+from training.setup import device as device_module
 from training.setup import prepare
 from training.setup.device import choose_device, is_out_of_memory
 
@@ -16,6 +17,7 @@ def two_gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setattr(device_module, "check_usable", lambda device: None)
     return taken
 
 
@@ -27,6 +29,16 @@ def test_a_gpu_that_is_not_there_is_one_line(two_gpus, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "2")  # torchrun with more processes than GPUs
     with pytest.raises(ValueError, match="cuda:2, but there are 2"):
         choose_device("auto")
+
+
+def test_a_gpu_that_computes_nothing_is_one_line(two_gpus, monkeypatch):
+    def fails(*_, **__):
+        raise RuntimeError("CUDA error: no kernel image is available\nCUDA kernel errors might be")
+
+    monkeypatch.setattr(device_module, "check_usable", load.check_usable)
+    monkeypatch.setattr(torch, "zeros", fails)
+    with pytest.raises(ValueError, match="cuda:1 cannot be used: CUDA error: no .*available$"):
+        choose_device("cuda:1")
 
 
 def test_memory_that_is_over_by_another_library_splits_a_step_too():

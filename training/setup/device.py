@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from fastconformer import process_memory
+from fastconformer.load import check_usable
 
 CUDA_SHARE = 0.95  # of the free memory: the allocator needs room between blocks
 CPU_SHARE = 0.5  # of the available memory: other programs live there too
@@ -29,6 +30,7 @@ def choose_device(name: str) -> torch.device:
         if (device.index or 0) >= count:
             raise ValueError(f"trainer.device is {device}, but there are {count} GPUs, from cuda:0")
         torch.cuda.set_device(device)
+        check_usable(device)
     return device
 
 
