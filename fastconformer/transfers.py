@@ -59,6 +59,12 @@ def on_host(*tensors: Tensor) -> list[Tensor]:
     ]
 
 
+@functools.cache
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all calls: memory that a stream has freed, torch gives to no other."""
+    return torch.cuda.Stream(device)
+
+
 def ahead(
     items: Iterable, make: Callable, device: torch.device
 ) -> Iterator[tuple[object, tuple[Tensor, ...]]]:
@@ -72,7 +78,7 @@ def ahead(
         for known, tensors in map(make, items):
             yield known, tuple(sent(x, device) for x in tensors)
         return
-    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+    stream = _copy_stream(device) if device.type == "cuda" else None
 
     def sent_by_the_way(item):
         known, tensors = make(item)

@@ -1,6 +1,7 @@
 """What a thread makes ahead: the same, in order, errors and interrupts included."""
 
 import _thread
+import contextlib
 import threading
 import time
 
@@ -125,3 +126,25 @@ def test_without_pinned_memory_the_copies_are_ordinary(monkeypatch, caplog):
         assert transfers.sent(x, torch.device("cuda", 0)) == "there"
     (record,) = caplog.records
     assert record.getMessage().endswith("its copies: CUDA error: out of memory")
+
+
+def test_copies_have_one_stream(monkeypatch):
+    """torch's allocator keeps what each has freed apart."""
+    made = []
+
+    class Stream:
+        def __init__(self, device):
+            made.append(device)
+
+        def record_event(self):
+            return None
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(transfers, "sent", lambda x, device: x)
+    transfers._copy_stream.cache_clear()
+    for _ in range(3):
+        found = ahead(range(3), lambda i: (i, (torch.tensor(i),)), torch.device("cuda", 0))
+        assert [known for known, _ in found] == [0, 1, 2]
+    assert made == [torch.device("cuda", 0)]
+    transfers._copy_stream.cache_clear()
