@@ -121,7 +121,9 @@ def local_arches() -> tuple[str, ...]:
 
 
 def _arch_of(capability: tuple[int, int]) -> str:
-    return "sm_90a" if capability == (9, 0) else "sm_{}{}".format(*capability)
+    """From 10.0 on the family's first, which its later cards run, too: compilers know it longer."""
+    major, minor = capability
+    return "sm_90a" if capability == (9, 0) else f"sm_{major}{minor if major < 10 else 0}"
 
 
 @functools.cache

@@ -111,3 +111,10 @@ def test_a_driver_that_refuses_is_told(monkeypatch, tmp_path):
     kernels = cuda.Kernels(library, lambda device: 0)
     with pytest.raises(nvrtc.NvrtcError, match="error 209"):
         kernels.forward(inputs(1, 2, 1, 64), None, None, [False], False)
+
+
+def test_later_cards_of_a_family_take_its_first_ones_code():
+    """An NVRTC older than the card knows that: B300 is 10.3, GB10 12.1."""
+    wanted = {(8, 0): "80", (8, 9): "89", (9, 0): "90a", (10, 0): "100", (10, 3): "100"}
+    wanted |= {(11, 0): "110", (12, 0): "120", (12, 1): "120"}
+    assert {card: build._arch_of(card).removeprefix("sm_") for card in wanted} == wanted
