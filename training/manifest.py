@@ -11,11 +11,14 @@ named on stderr, with its reason in `corpus/left_out.jsonl`.
 import dataclasses
 import importlib
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from fastconformer import cli
 
 TOLD = 10  # of those that cannot be used, on stderr
+EVERY_S = 1.0
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -50,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
 def run(options) -> int:
     from training.corpora.written import write_manifest
 
-    found = write_manifest(read_items(options), options.output, options.lang)
+    found = write_manifest(counted(read_items(options)), options.output, options.lang)
     for item in found.unusable[:TOLD]:
         cli.report("manifest", item.name, item.reason)
     if len(found.unusable) > TOLD:
@@ -66,7 +69,7 @@ def run(options) -> int:
     return 0
 
 
-def read_items(options):
+def read_items(options) -> Iterator:
     """What the source holds, item by item. FileNotFoundError, or ValueError of something else."""
     from training.corpora import hugging_face, lhotse_cuts
 
@@ -88,6 +91,22 @@ def read_items(options):
         )
     need("lhotse")
     return lhotse_cuts.read_cuts(path) if is_file else lhotse_cuts.read_shar(path)
+
+
+def counted(items: Iterator) -> Iterator:
+    """The items; on a terminal a line tells how many there were so far."""
+    if not sys.stderr.isatty():
+        yield from items
+        return
+    told = time.monotonic()
+    try:
+        for number, item in enumerate(items, start=1):
+            yield item
+            if time.monotonic() - told > EVERY_S:
+                told = time.monotonic()
+                print(f"\r\033[K{number} items", end="", file=sys.stderr, flush=True)
+    finally:
+        print("\r\033[K", end="", file=sys.stderr, flush=True)
 
 
 def need(package: str) -> None:

@@ -12,6 +12,7 @@ import soundfile
 
 from fastconformer.audio.files import load_audio
 from fastconformer.formats.manifest import read_manifest
+from training.corpora.written import Item, write_manifest
 from training.data.utterances import read_utterances
 from training.manifest import main
 
@@ -178,6 +179,7 @@ def test_bad_items_are_named_and_left_out(tmp_path, lhotse, speech, capsys):
     damaged.write_bytes(damaged.read_bytes()[:20000])
     features = {key: value for key, value in good.to_dict().items() if key != "recording"}
     records |= {"mixed": mixed, "half": half, "broken": broken, "features": features}
+    records |= {"backwards": good.to_dict() | {"duration": -1.0}}
     records |= {"empty": {}, "incomplete": {"type": "MonoCut", "id": "x"}}
     lines = [json.dumps(good.to_dict()), *map(json.dumps, records.values()), "{", "7"]
     (tmp_path / "cuts.jsonl").write_text("\n\n".join(lines) + "\n")
@@ -189,10 +191,11 @@ def test_bad_items_are_named_and_left_out(tmp_path, lhotse, speech, capsys):
     assert "its audio is the url" in left["3"] and "its audio is the command" in left["5"]
     assert "no such audio file: touch" in left["7"] and "its audio is the command" in left["9"]
     assert left["11"] == "its text holds half of a character" and "damaged" in left["13"]
-    assert left["15"] == "it has no recording" and "its type is None" in left["17"]
+    assert left["15"] == "it has no recording" and "its type is None" in left["19"]
+    assert left["17"] == "it starts at 0.0 s and lasts -1.0 s"
     told = capsys.readouterr()
-    assert "cuts.jsonl:3: its audio is the url" in told.err and "and 1 more" in told.err
-    assert "1 clips" in told.out and "11 left out" in told.out
+    assert "cuts.jsonl:3: its audio is the url" in told.err and "and 2 more" in told.err
+    assert "1 clips" in told.out and "12 left out" in told.out
 
 
 def test_a_file_that_ends_early(tmp_path, lhotse, speech, capsys):
@@ -415,6 +418,14 @@ def test_nothing_is_written_over_and_nothing_stays_half_written(tmp_path, lhotse
     assert main([str(source), "-o", str(tmp_path / "out")]) == 1
     assert "is there already" in capsys.readouterr().err
     assert (tmp_path / "out" / "manifest.jsonl").read_bytes() == before
+
+    def interrupted():
+        yield Item("one", {"duration": 1.0}, b"RIFF", ".wav")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_manifest(interrupted(), tmp_path / "new", None)
+    assert not list(tmp_path.glob("*new*"))
     (tmp_path / "new").mkdir()  # an empty one is as good as none
     assert main([str(source), "-o", str(tmp_path / "new")]) == 0
 

@@ -23,7 +23,7 @@ OF_SHAR = ("shard_origin", "shar_epoch")  # fields that Lhotse's reader adds
 
 
 def is_shar(folder: Path) -> bool:
-    return folder.is_dir() and bool(_shards(folder))
+    return folder.is_dir() and any(folder.glob("cuts.*.jsonl*"))
 
 
 def read_cuts(path: Path) -> Iterator[Item | Unusable]:
@@ -66,19 +66,19 @@ def read_shar(folder: Path) -> Iterator[Item | Unusable]:
 
 def _shards(folder: Path) -> list[tuple[Path, dict[str, list[str]]]]:
     """Each shard's cuts, and its files of audio and of texts by field; arrays are left alone."""
-    shards = []
-    for cuts in sorted(folder.glob("cuts.*.jsonl*")):
-        number = cuts.name.split(".")[1]
-        audio, texts = folder.glob(f"recording.{number}.tar*"), folder.glob(f"*.{number}.jsonl*")
-        files = [*audio, *(path for path in texts if path != cuts)]
-        shards.append((cuts, {path.name.split(".")[0]: [str(path)] for path in files}))
-    return shards
+    shards: dict[str, dict[str, Path]] = {}
+    for path in sorted(folder.glob("*.*.*")):
+        field, number, kind = path.name.split(".")[:3]
+        if kind == "jsonl" or (kind == "tar" and field == "recording"):
+            shards.setdefault(number, {})[field] = path
+    found = [(files.pop("cuts"), files) for files in shards.values() if "cuts" in files]
+    return [(cuts, {field: [str(p)] for field, p in files.items()}) for cuts, files in found]
 
 
 def _of_line(line: bytes, name: str, path: Path, first: bool) -> Item | Unusable:
     try:
         record = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         return Unusable(name, f"not a JSON object: {error}")
     kind = record.get("type") if isinstance(record, dict) else None
     if kind not in CUTS:

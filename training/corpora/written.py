@@ -13,6 +13,7 @@ import numpy as np
 import soundfile
 
 from fastconformer.checkpoint.files import naming_file, sync, work_folder
+from fastconformer.formats.manifest import ABSURD_DURATION_S
 
 # Keys of a manifest that an item's own fields must not stand for.
 RESERVED = {"audio_filepath", "audio_filename", "offset", "duration", "channel"}
@@ -104,16 +105,26 @@ def _line(item: Item | Unusable, lang: str | None, done: Written) -> str | None:
         if lang is not None and not line.get("lang"):
             line["lang"] = lang
         text = json.dumps(line, ensure_ascii=False) + "\n"
-        try:
-            text.encode()
-        except UnicodeEncodeError:  # JSON can write half of a surrogate pair
-            item = Unusable(item.name, "its text holds half of a character")
-        else:
+        reason = _why_not(line, text)
+        if reason is None:
             done.n_clips += 1
             done.seconds += line["duration"]
             done.left_fields |= item.left
             return text
+        item = Unusable(item.name, reason)
     done.unusable.append(item)
+    return None
+
+
+def _why_not(line: dict, text: str) -> str | None:
+    """Why a manifest's reader would not take the line; None: it will."""
+    start, duration = line.get("offset", 0), line["duration"]
+    if not (start >= 0 and 0 < duration <= ABSURD_DURATION_S):
+        return f"it starts at {start} s and lasts {duration} s"
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # JSON can write half of a surrogate pair
+        return "its text holds half of a character"
     return None
 
 
