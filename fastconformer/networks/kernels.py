@@ -69,11 +69,15 @@ def take_heads(q: Tensor, width: int) -> bool:
     return width <= WIDEST_HEAD
 
 
-@torch.compiler.assume_constant_result
 def triton_works(device: torch.device) -> bool:
     """Whether Triton compiles and runs a kernel on this GPU, tried once; where it does not, for
     want of a C compiler or on an old card, the reason is logged in a line."""
     return _tried(device)
+
+
+# torch.compile asks it before it traces: what torch.compiler.assume_constant_result does, which
+# imports all of dynamo
+triton_works._dynamo_marked_constant = True
 
 
 @functools.cache

@@ -2,6 +2,8 @@
 
 import contextlib
 import logging
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -69,3 +71,10 @@ def test_an_old_card_and_a_missing_compiler_are_told_apart(asked, monkeypatch, c
     monkeypatch.setattr(triton_probe, "run", no_compiler)
     line = asked()
     assert said in line and "\n" not in line
+
+
+def test_importing_the_library_imports_neither_triton_nor_dynamo():
+    code = "import fastconformer.model, fastconformer.losses, sys\n"
+    code += "from fastconformer.networks import kernels\n"
+    code += "sys.exit(any(name in sys.modules for name in ('torch._dynamo', 'triton')))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
