@@ -92,7 +92,7 @@ setup(
     package_data={"rwkv_cuda": ["csrc/*"], "fastconformer.serving": ["page/*"]},
     cmdclass={"build_py": BuildWithKernels},
     install_requires=[
-        "torch>=2.6,<3",  # 2.6: nn.utils.get_total_norm, which training.finetune calls
+        "torch>=2.7,<3",  # 2.7: operators that take list[...]; Triton 3.3, with tl.gather
         "numpy>=1.26,<3",
         "sentencepiece>=0.2",
         "safetensors>=0.4.3",

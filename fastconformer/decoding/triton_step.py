@@ -118,7 +118,9 @@ def _read_kernel(
 ):  # fmt: skip
     row = tl.program_id(0)
     logits_ptr += row.to(tl.int64) * n_outputs
-    best, token, total = float("-inf"), 0, 0.0
+    best = float("-inf")  # not in one line: Triton 3.3 knows no tuples of numbers
+    token = 0
+    total = 0.0
     for start in range(0, n_tokens, BLOCK):
         v = start + tl.arange(0, BLOCK)
         z = tl.load(logits_ptr + v, mask=v < n_tokens, other=float("-inf"))

@@ -64,7 +64,8 @@ def _arc_scores(
     n_durations, RNNT: tl.constexpr,
 ):  # fmt: skip
     """Scores of arcs from cells (t, u), -inf where they are not allowed."""
-    cell = first + t * n_rows + u
+    # (K, U), as the mask: before Triton 3.5 a pointer is not broadcast
+    cell = first + t * n_rows + u + tl.zeros_like(tokens)
     score = tl.load(label_ptr + cell, mask=allowed & (tokens == 1), other=0.0)
     score += tl.load(blank_ptr + cell, mask=allowed & (tokens == 0), other=0.0)
     if not RNNT:
