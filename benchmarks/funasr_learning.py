@@ -142,6 +142,7 @@ def main(argv=None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.funasr_learning",
         description=__doc__,
+        epilog="example: python -m benchmarks.funasr_learning --steps 500 60 60",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--folder", type=Path, default=Path("runs/funasr_learning"))

@@ -166,6 +166,7 @@ def main(argv=None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.funasr_peers",
         description=__doc__,
+        epilog="example: python -m benchmarks.funasr_peers --scale 0.5",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--scale", type=float, default=1.0, help="of the sizes (%(default)s)")
