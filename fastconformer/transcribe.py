@@ -225,8 +225,8 @@ def choose_outputs(args, found: Found) -> Outputs:
     except ValueError as error:
         raise UsageError(str(error)) from None
     subtitles = any(name in SUBTITLES for name in formats)
-    if "jsonl" in formats and (len(formats) > 1 or args.beside or (output and output.is_dir())):
-        raise UsageError("jsonl is one file for all recordings; write it alone, with -o FILE")
+    if formats == ("jsonl",) and (args.beside or (output and output.is_dir())):
+        raise UsageError("jsonl alone is one file for all recordings, with -o FILE")
     is_folder = bool(output) and (output.is_dir() or len(formats) > 1 or (subtitles and several))
     if not args.beside and not is_folder and (len(formats) > 1 or (subtitles and several)):
         what = f"{len(found.clips)} recordings give as many {formats[0]} files"

@@ -124,8 +124,9 @@ class Outputs:
 
     def _render(self, style: str, group: "list[Part]") -> list[str]:
         """The items of one recording in a format."""
-        if style == "json":
-            return [json_line(clip, transcript) for clip, transcript in group]
+        if style in ("json", "jsonl"):
+            lines = [json_line(clip, transcript) for clip, transcript in group]
+            return lines if style == "json" else [line + "\n" for line in lines]
         if style == "ctm":
             name = self._names.of_recording(group[0][0].path)
             return [

@@ -1,5 +1,6 @@
 """What users give as audio -> mono samples, and batches of them."""
 
+import numbers
 import os
 
 import numpy as np
@@ -7,6 +8,14 @@ import torch
 
 from ..audio.files import check_samples, load_audio, resample
 from ..transfers import host_zeros
+
+
+def is_one(inputs) -> bool:
+    """Whether this is one recording, as `read_samples` takes it, and not several."""
+    if isinstance(inputs, tuple):
+        return len(inputs) == 2 and isinstance(inputs[1], numbers.Real)  # samples and their rate
+    kinds = (str, os.PathLike, bytes, bytearray, memoryview, np.ndarray, torch.Tensor)
+    return isinstance(inputs, kinds) or hasattr(inputs, "read")
 
 
 def read_samples(item, sample_rate_hz: int) -> np.ndarray:

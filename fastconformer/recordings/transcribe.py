@@ -3,11 +3,9 @@
 import dataclasses
 import itertools
 import math
-import os
 import sys
 from collections.abc import Callable, Iterator
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -20,7 +18,7 @@ from .cuts import cut_in_pauses, join_pieces
 from .modes import evaluating
 from .overlaps import LONGEST_S, cut_with_overlap, join_overlapping
 from .retry import retry_stuck
-from .samples import as_float, collate, read_samples
+from .samples import as_float, collate, is_one, read_samples
 from .silence import judged, sounding
 from .timestamps import Span
 from .transcript import Transcript, transcript
@@ -86,9 +84,7 @@ def transcribe(
     options |= {"window_s": window_s, "look_ahead": look_ahead, "progress": progress} | decoding
     if errors not in ("raise", "keep"):
         raise ValueError(f"errors is {errors!r}, expected raise or keep")
-    if isinstance(inputs, (str, os.PathLike, bytes, np.ndarray, torch.Tensor)) or hasattr(
-        inputs, "read"
-    ):
+    if is_one(inputs):
         inputs = [inputs]
     if errors == "keep":
         return _keep_errors(model, inputs, options)

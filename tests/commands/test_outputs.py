@@ -61,7 +61,8 @@ def test_contradictions_are_bad_usage(tree, tmp_path, capsys):
         ["-o", tmp_path / "a.srt", "--format", "json"],
         ["-o", tmp_path / "a.srt", "--format", "srt,json"],
         ["--format", "srt,json"],
-        ["--format", "jsonl,text", "-o", tmp_path / "out"],
+        ["--format", "jsonl", "-o", tmp_path / "in"],
+        ["--format", "jsonl", "--beside"],
         ["--beside", "-o", tmp_path / "out"],
     ):
         assert run(tree / "a.wav", *options) == 2
@@ -71,10 +72,12 @@ def test_contradictions_are_bad_usage(tree, tmp_path, capsys):
 
 def test_several_formats_keep_the_tree(tree, tmp_path):
     out = tmp_path / "out"
-    assert run(tree, "--format", "text,srt,json", "-o", out) == 0
-    names = ["a", "deep/a", "deep/b"]
-    assert files(out) == sorted(f"{n}.{s}" for n in names for s in ("json", "srt", "txt"))
+    assert run(tree, "--format", "text,json,jsonl,srt,vtt,ctm", "-o", out) == 0
+    names, suffixes = ["a", "deep/a", "deep/b"], ("json", "srt", "txt", "jsonl", "vtt", "ctm")
+    assert files(out) == sorted(f"{name}.{suffix}" for name in names for suffix in suffixes)
     (item,) = json.loads((out / "deep" / "b.json").read_text())
+    (line,) = (out / "deep" / "b.jsonl").read_text().splitlines()
+    assert json.loads(line) == item
     assert item["audio"] == str(tree / "deep" / "b.flac") and item["duration"] == 1.5
     assert (out / "deep" / "b.txt").read_text().strip().endswith(item["text"])
 
@@ -223,6 +226,18 @@ def test_audio_from_anywhere(tree, speech):
     assert abs(found.duration - expected.duration) < 0.01
     (alone,) = model.transcribe(path.read_bytes())
     assert alone.tokens == expected.tokens
+
+
+def test_one_recording_needs_no_list():
+    model = fastconformer.load_model(NEMO)
+    content = (SAMPLES / "jfk.flac").read_bytes()
+    samples, rate = soundfile.read(SAMPLES / "jfk.flac", dtype="float32")
+    texts = []
+    for one in (samples, (samples, rate), (samples, float(rate)), content, bytearray(content)):
+        [found] = model.transcribe(one)
+        texts.append(found.text)
+    assert len(set(texts)) == 1
+    assert len(model.transcribe((samples[:rate], samples[rate:]))) == 2
 
 
 def test_bad_items_are_kept_where_asked(tree):
