@@ -4,6 +4,8 @@ Source: NeMo's ConvASRDecoder, RNNTDecoder, StatelessTransducerDecoder, RNNTJoin
 PromptStreamingMixin. All return logits or states; losses and decoders are functions elsewhere.
 """
 
+from contextlib import nullcontext
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -53,7 +55,11 @@ class LSTM(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x, state=None):
-        x, state = self.lstm(x, state)
+        # On a GPU autocast makes an LSTM float16, whatever its type is, and the small ones of its
+        # gradients zero.
+        whole = torch.autocast("cuda", enabled=False) if x.is_cuda else nullcontext()
+        with whole:
+            x, state = self.lstm(x, state)
         return self.dropout(x), state
 
 
