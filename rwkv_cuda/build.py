@@ -144,7 +144,11 @@ def load() -> ctypes.CDLL | nvrtc.Library:
         logger.info("compiling the WKV7 kernels for %s, once", ", ".join(arches))
         if find_nvcc() is None:
             return through_nvrtc(path.parent)
-        path, _ = compile_library(arches)
+        try:
+            path, _ = compile_library(arches)
+        except BuildError as error:  # an nvcc that is older than the card, or than the host's gcc
+            logger.info("%s; trying NVRTC", error)
+            return through_nvrtc(path.parent)
     return ctypes.CDLL(str(path))
 
 

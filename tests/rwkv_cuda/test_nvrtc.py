@@ -118,3 +118,17 @@ def test_later_cards_of_a_family_take_its_first_ones_code():
     wanted = {(8, 0): "80", (8, 9): "89", (9, 0): "90a", (10, 0): "100", (10, 3): "100"}
     wanted |= {(11, 0): "110", (12, 0): "120", (12, 1): "120"}
     assert {card: build._arch_of(card).removeprefix("sm_") for card in wanted} == wanted
+
+
+def test_an_nvcc_that_fails_leaves_it_to_nvrtc(monkeypatch, tmp_path):
+    """As that of a distribution, which does not know the card."""
+
+    def fails(arches):
+        raise build.BuildError("nvcc failed with 1: nvcc fatal: Unsupported gpu architecture")
+
+    monkeypatch.setattr(build, "local_arches", lambda: ("sm_90a",))
+    monkeypatch.setattr(build, "library_path", lambda arches: tmp_path / "none.so")
+    monkeypatch.setattr(build, "find_nvcc", lambda: "/usr/bin/nvcc")
+    monkeypatch.setattr(build, "compile_library", fails)
+    monkeypatch.setattr(build, "through_nvrtc", lambda cache: ("through NVRTC", cache))
+    assert build.load.__wrapped__() == ("through NVRTC", tmp_path)
