@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import soxr
-from test_serve import ROOT, Server
+from test_serve import ROOT, Server, httpx
 
 from fastconformer import load_model
 from fastconformer.audio import load_audio
@@ -175,6 +175,8 @@ def test_what_does_not_fit_is_an_error_and_the_session_goes_on(server, clip):
 
 def test_only_who_may_comes_in(server):
     url = server.url.replace("http", "ws") + "/v1/realtime"
+    for path, status in (("health", 200), ("", 200), ("metrics", 401), ("v1/models", 401)):
+        assert httpx.get(f"{server.url}/{path}").status_code == status, path
     key = {"additional_headers": {"Authorization": "Bearer secret"}}
     for options in ({}, {"additional_headers": {"Authorization": "Bearer no"}}):
         with pytest.raises(sync.InvalidStatus):
