@@ -56,6 +56,8 @@ def run(command: str, job: Callable[[], int | None]) -> int:
 
 
 def _told(command: str, error: Exception | str, status: int) -> int:
+    if isinstance(error, OSError) and isinstance(error.filename, str) and error.strerror:
+        error = f"{error.filename}: {error.strerror}"  # without Python's number
     print(f"{command}: {one_line(error)}", file=sys.stderr)
     return status
 

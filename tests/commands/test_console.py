@@ -62,6 +62,7 @@ def _raise(error):
         (None, 0, ""),
         (ValueError("two\nlines"), 1, "job: two lines\n"),
         (FileNotFoundError("a\x1b[31m.wav"), 1, "job: a\\x1b[31m.wav\n"),
+        (FileNotFoundError(2, "No such file", "a.txt"), 1, "job: a.txt: No such file\n"),
         (cli.UsageError("no"), 2, "job: no\n"),
         (cli.Failed("stopped"), 1, "job: stopped\n"),
         (KeyboardInterrupt(), 130, "job: interrupted\n"),
