@@ -68,7 +68,7 @@ def _close_stdout() -> None:
 
 def _out_of_memory(error: RuntimeError) -> bool:
     # torch's own class would need torch; a CPU, the CUDA runtime and Triton have none
-    said = ("out of memory", "not enough memory", "can't allocate memory")
+    said = ("out of memory", "not enough memory", "can't allocate memory", "ALLOC_FAILED")
     return any(words in str(error) for words in said)
 
 

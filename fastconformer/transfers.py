@@ -84,7 +84,9 @@ def ahead(
         known, tensors = make(item)
         if stream is None:
             return known, tuple(x.to(device) for x in tensors), None
-        with torch.cuda.stream(stream):
+        # the device first: a thread begins on the first GPU, of which the way back from the stream
+        # of another would take memory
+        with torch.cuda.device(device), torch.cuda.stream(stream):
             there = tuple(sent(x, device) for x in tensors)
             return known, there, stream.record_event()
 

@@ -140,11 +140,19 @@ def test_copies_have_one_stream(monkeypatch):
             return None
 
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+
+    def inside(which):
+        entered.append(type(which))
+        return contextlib.nullcontext()
+
+    entered = []
+    monkeypatch.setattr(torch.cuda, "device", inside)
+    monkeypatch.setattr(torch.cuda, "stream", inside)
     monkeypatch.setattr(transfers, "sent", lambda x, device: x)
     transfers._copy_stream.cache_clear()
     for _ in range(3):
         found = ahead(range(3), lambda i: (i, (torch.tensor(i),)), torch.device("cuda", 0))
         assert [known for known, _ in found] == [0, 1, 2]
     assert made == [torch.device("cuda", 0)]
+    assert entered == 9 * [torch.device, Stream]  # else a thread takes memory of the first GPU, too
     transfers._copy_stream.cache_clear()

@@ -156,7 +156,8 @@ def captured(cache: GraphCache, function: Callable[[], None], device: torch.devi
         cache._pool = torch.cuda.graph_pool_handle()
     stream, current = cache._stream, torch.cuda.current_stream(device)
     graph = torch.cuda.CUDAGraph()
-    with _capturing, torch.cuda.stream(stream):
+    # the device first: the way back from its stream would else take memory of the current device
+    with _capturing, torch.cuda.device(device), torch.cuda.stream(stream):
         stream.wait_stream(current)
         try:
             function()  # libraries choose and load their kernels before the capture

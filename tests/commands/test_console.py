@@ -129,6 +129,7 @@ def test_more_processes_than_gpus(monkeypatch):
         "CUDA out of memory. Tried to allocate 2 GiB",
         "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported",
         "Triton Error [CUDA]: out of memory",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
         "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes",
     ],
 )

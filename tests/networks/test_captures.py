@@ -25,7 +25,12 @@ def api(monkeypatch):
     raises as where something could not be captured."""
 
     class Api:
-        calls, fails, current = [], 0, Stream(DEVICE, name="the caller's")
+        calls, fails, current, entered = [], 0, Stream(DEVICE, name="the caller's"), []
+
+        @staticmethod
+        def inside(what, which):
+            Api.entered.append(what)
+            return contextlib.nullcontext()
 
     class Graph:
         def capture_begin(self, pool=None, capture_error_mode="global"):
@@ -46,7 +51,8 @@ def api(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Api.current)
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "device", lambda device: Api.inside("device", device))
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: Api.inside("stream", stream))
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: POOL)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end)
@@ -57,6 +63,10 @@ def api(monkeypatch):
 def test_what_is_captured_ran_before_and_is_waited_for(api):
     captured(GraphCache(), lambda: api.calls.append("work"), DEVICE)()
     assert api.calls == ["work", ("begin", POOL), "work", "end", "replay"]
+    assert api.entered == [
+        "device",
+        "stream",
+    ]  # else the way back makes a context
     assert api.current.waited_for == ["of the cache"]
 
 
