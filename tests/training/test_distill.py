@@ -12,6 +12,7 @@ from conftest import golden, load_case
 
 from fastconformer import load_model
 from training.distill import main
+from training.loop.distill import _resume
 from training.loop.run_folder import alone_in
 from training.objective.distillation import block_losses, model_losses, relative_error
 
@@ -171,3 +172,18 @@ def test_every_block_gets_its_own_loss():
     assert last.self_attn.key.weight.grad.abs().max() > 0
     assert first.self_attn.key.weight.grad is None
     assert last.feed_forward1.linear1.weight.grad is None
+
+
+def test_a_checkpoint_is_read_to_the_host(monkeypatch, tmp_path):
+    """Where AdamW wants its numbers of steps: on a GPU it would wait for each, each step."""
+    asked = []
+
+    def load(path, map_location, weights_only):
+        asked.append(map_location)
+        raise KeyError("enough")
+
+    monkeypatch.setattr(torch, "load", load)
+    (tmp_path / "checkpoint.pt").touch()
+    with pytest.raises(ValueError, match="cannot resume"):
+        _resume(tmp_path / "checkpoint.pt", torch.nn.Linear(1, 1))
+    assert asked == ["cpu"]

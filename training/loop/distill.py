@@ -248,8 +248,8 @@ def _resume(path: Path, student: ASRModel) -> dict | None:
     if not path.exists():
         return None
     try:
-        device = next(student.parameters()).device
-        state = torch.load(path, map_location=device, weights_only=True)
+        # On the host, where AdamW wants its numbers of steps: a device would be asked for each.
+        state = torch.load(path, map_location="cpu", weights_only=True)
         student.load_state_dict(state["model"])
     except (RuntimeError, KeyError, pickle.UnpicklingError) as error:
         raise ValueError(
