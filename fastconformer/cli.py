@@ -18,6 +18,7 @@ from .formats.transcripts import escaped
 
 DTYPES = ("float32", "bfloat16", "float16", "int8")
 DEVICES = ("cpu", "cuda", "xpu", "mps")
+TRAIN_PACKAGES = ("bitsandbytes", "rich", "tensorboard")  # imported in the middle of a run
 
 
 class UsageError(ValueError):
@@ -49,6 +50,10 @@ def run(command: str, job: Callable[[], int | None]) -> int:
             error = OSError(error.errno, error.strerror, "what is printed")
             _close_stdout()  # else the rest is tried again at the end, and told once more
         return _told(command, error, 1)
+    except ModuleNotFoundError as error:
+        if error.name not in TRAIN_PACKAGES:
+            raise
+        return _told(command, f"{error.name} is missing: pip install 'fastconformer[train]'", 1)
     except RuntimeError as error:
         if not _out_of_memory(error):
             raise

@@ -84,7 +84,7 @@ def serve(args) -> int:
             flag = name.replace("_", "-")
             raise cli.UsageError(f"--{flag} is {getattr(args, name)}, expected more than 0")
     keys = api_keys(args)
-    for package in ("starlette", "uvicorn", "python_multipart"):
+    for package in ("starlette", "uvicorn", "python_multipart", "websockets"):
         if importlib.util.find_spec(package) is None:
             raise cli.Failed(f"{package} is missing: pip install 'fastconformer[serve]'")
     import uvicorn

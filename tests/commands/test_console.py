@@ -64,6 +64,11 @@ def _raise(error):
         (FileNotFoundError("a\x1b[31m.wav"), 1, "job: a\\x1b[31m.wav\n"),
         (FileNotFoundError(2, "No such file", "a.txt"), 1, "job: a.txt: No such file\n"),
         (cli.UsageError("no"), 2, "job: no\n"),
+        (
+            ModuleNotFoundError("No module named 'rich'", name="rich"),
+            1,
+            "job: rich is missing: pip install 'fastconformer[train]'\n",
+        ),
         (cli.Failed("stopped"), 1, "job: stopped\n"),
         (KeyboardInterrupt(), 130, "job: interrupted\n"),
         (RuntimeError("DefaultCPUAllocator: not enough memory: you"), 1, None),
@@ -79,6 +84,8 @@ def test_exit_status_and_line(error, status, line, capsys):
 def test_a_fault_of_ours_is_not_hidden():
     with pytest.raises(RuntimeError, match="a fault"):
         cli.run("job", lambda: _raise(RuntimeError("a fault")))
+    with pytest.raises(ModuleNotFoundError):
+        cli.run("job", lambda: _raise(ModuleNotFoundError(name="training.gone")))
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
