@@ -6,9 +6,10 @@ from ..model import ASRModel
 BLANK = "<blk>"  # the name that clients look for
 
 
-def vocabulary_lines(model: ASRModel, spoken_unknown: bool = False, blank: bool = True) -> str:
-    """`piece id`, a line each, the blank last, if there is one. With `spoken_unknown` the unknown
-    piece is what it stands for in a text (" ⁇ "), as clients write pieces out as they are.
+def vocabulary_lines(model: ASRModel, spoken_unknown: bool = False) -> str:
+    """`piece id`, a line each, the blank last, which an attention decoder never writes. With
+    `spoken_unknown` the unknown piece is what it stands for in a text (" ⁇ "), as clients write
+    pieces out as they are.
 
     ValueError: a piece that such a line cannot hold.
     """
@@ -24,7 +25,7 @@ def vocabulary_lines(model: ASRModel, spoken_unknown: bool = False, blank: bool 
         if not piece or piece.split() != [piece]:
             raise ValueError(f"token {index} is {piece!r}; a line of the vocabulary cannot hold it")
         lines.append(f"{piece} {index}\n")
-    return "".join(lines) + (f"{BLANK} {model.blank_id}\n" if blank else "")
+    return "".join(lines) + f"{BLANK} {len(lines)}\n"
 
 
 def check_heads(config: ModelConfig) -> None:

@@ -66,7 +66,7 @@ def export(model: ASRModel, head: str, folder: Path, int8: bool = False) -> None
                 f"the vocabulary lacks {', '.join(lacking)}: onnx-asr's prompt is of format "
                 f"canary2, the model's is {config.aed.prompt_format}"
             )
-    vocabulary = vocabulary_lines(model, spoken_unknown=True, blank=not config.aed)
+    vocabulary = vocabulary_lines(model, spoken_unknown=True)
     graphs = {name: graph(model) for name, graph in GRAPHS[family].items()}
     # it works out a CTC model's frames by itself; a transducer's encoder tells their number
     encoder = config.encoder

@@ -329,7 +329,8 @@ def test_canary_as_onnx_asr_asks_it(case, tmp_path):
 
     lines = (tmp_path / "x" / "vocab.txt").read_text(encoding="utf-8").splitlines()
     ids = {line.rpartition(" ")[0]: int(line.rpartition(" ")[2]) for line in lines}
-    assert len(lines) == model.tokenizer.vocab_size
+    assert len(lines) == model.tokenizer.vocab_size + 1
+    assert lines[-1] == f"<blk> {model.tokenizer.vocab_size}"
     prompt = [ids[piece] for piece in (*onnx_asr.PROMPT[:5], "<|en|>", *onnx_asr.PROMPT[5:-1])]
     step = session(tmp_path / "x" / "decoder-model.onnx")
     shapes = {x.name: x.shape for x in step.get_inputs()}
