@@ -146,8 +146,10 @@ class Outputs:
 
 
 def name_of(clip: Clip) -> str:
-    """A clip's name as the user gave it, with the channel where it is one."""
-    return clip.audio if clip.channel is None else f"{clip.audio} [{clip.channel[0]}]"
+    """A clip's name as the user gave it, with its channels where not all were heard."""
+    if clip.channel is None:
+        return clip.audio
+    return f"{clip.audio} [{','.join(map(str, clip.channel))}]"
 
 
 def json_line(clip: Clip, transcript: "Transcript", **fields) -> str:

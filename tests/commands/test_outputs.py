@@ -160,6 +160,9 @@ def test_a_channel_of_a_manifest_line(call, tmp_path, capsys):
     out, err = capsys.readouterr()
     assert [item["text"] for item in json.loads(out)] == [t.text for t in expected]
     assert "m.jsonl:3: channel is 'left', expected numbers" in err
+    assert run(tmp_path / "m.jsonl") == 1
+    names = [line.split("\t")[0] for line in capsys.readouterr().out.splitlines()]
+    assert names == [f"{path} [1]", f"{path} [0,1]"]
 
 
 def test_channels_that_cancel_are_said(tmp_path, speech, capsys):
