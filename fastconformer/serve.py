@@ -84,6 +84,9 @@ def serve(args) -> int:
             flag = name.replace("_", "-")
             raise cli.UsageError(f"--{flag} is {getattr(args, name)}, expected more than 0")
     keys = api_keys(args)
+    for port in (args.port, args.wyoming_port):
+        if port is not None:
+            check_address(args.host, port)
     for package in ("starlette", "uvicorn", "python_multipart", "websockets"):
         if importlib.util.find_spec(package) is None:
             raise cli.Failed(f"{package} is missing: pip install 'fastconformer[serve]'")
@@ -131,6 +134,17 @@ def serve(args) -> int:
         ws_max_size=LARGEST_EVENT,
     )
     return 0
+
+
+def check_address(host: str, port: int) -> None:
+    """Failed: nobody can listen there, told before the model is read; UsageError: no port."""
+    if not 0 <= port <= 65535:
+        raise cli.UsageError(f"the port is {port}, expected 0 to 65535")
+    try:
+        socket.create_server((host, port), family=_family(host)).close()
+    except OSError as error:
+        reason = error.strerror.partition(" (while")[0]
+        raise cli.Failed(f"cannot listen at {host}:{port}: {reason}; choose another") from None
 
 
 def _family(host: str) -> socket.AddressFamily:

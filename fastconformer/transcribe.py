@@ -112,7 +112,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     parser.add_argument(
         "--beside", action="store_true", help="write a file beside each recording instead"
     )
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)  # AUDIO may stand behind options too
     if not args.audio and args.from_file is None:
         parser.error("name at least one AUDIO, or --from-file")
     return args

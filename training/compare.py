@@ -128,7 +128,7 @@ def main(arguments: list[str] | None = None) -> int:
         help="other recipes, folders or .nemo files, and overrides of the first recipe",
     )
     parser.add_argument("--html", type=Path, metavar="FILE", help="write the same as a page")
-    return cli.run("error", lambda: run(parser.parse_args(arguments)))
+    return cli.run("error", lambda: run(parser.parse_intermixed_args(arguments)))
 
 
 def run(options) -> int:

@@ -22,6 +22,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--worst", type=int, default=15, help="utterances that are shown (15)")
     parser.add_argument("-o", "--output", type=Path, help="RUN/report.html")
     options = parser.parse_args(arguments)
+    if options.worst < 0:
+        parser.error(f"--worst is {options.worst}, expected 0 or more")
 
     def job():
         print(f"wrote {write_report(options.run, options.output, options.worst)}")

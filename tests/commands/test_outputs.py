@@ -56,6 +56,11 @@ def test_the_suffix_chooses_the_format(tree, tmp_path, suffix, begins):
     assert out.read_text().startswith(begins)
 
 
+def test_recordings_may_stand_on_both_sides_of_options(tree, capsys):
+    assert run(tree / "a.wav", "--format", "text", tree / "deep" / "b.flac") == 0
+    assert capsys.readouterr().out.count("\n") == 2
+
+
 def test_contradictions_are_bad_usage(tree, tmp_path, capsys):
     for options in (
         ["-o", tmp_path / "a.srt", "--format", "json"],

@@ -22,6 +22,7 @@ from fastconformer import load_model
 from fastconformer.audio import load_audio
 from fastconformer.formats.subtitles import to_srt, to_vtt
 from fastconformer.recordings.transcript import Transcript
+from fastconformer.serve import main
 from fastconformer.serving.batcher import Batcher
 
 httpx = pytest.importorskip("httpx", reason="httpx is not installed")
@@ -248,6 +249,20 @@ def test_what_is_no_http_is_told_in_the_same_form(server):
         head, _, body = b"".join(iter(lambda: raw.recv(4096), b"")).partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 400 ") and b"application/json" in head
     assert json.loads(body)["error"]["type"] == "invalid_request_error"
+
+
+def test_a_place_where_nobody_can_listen_is_one_line(capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        for options, status, word in (
+            (["--port", str(port)], 1, f"cannot listen at 127.0.0.1:{port}: Address already"),
+            (["--wyoming-port", str(port), "--port", "0"], 1, "cannot listen"),
+            (["--host", "no.such.host.invalid"], 1, "cannot listen at no.such.host.invalid:8000"),
+            (["--port", "99999"], 2, "the port is 99999, expected 0 to 65535"),
+        ):
+            assert main(["--model", "gone.nemo", *options]) == status
+            err = capsys.readouterr().err
+            assert word in err and err.count("\n") == 1, err
 
 
 def test_a_client_that_goes_away_frees_its_place(server, clips):

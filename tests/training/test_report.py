@@ -144,6 +144,9 @@ def test_a_folder_without_a_model_is_one_line(tmp_path, capsys):
     (tmp_path / "recipe.yaml").write_text(json.dumps(copied))
     assert main([str(tmp_path)]) == 1 and not (tmp_path / "report.html").exists()
     assert "no run" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as end:
+        main([str(tmp_path), "--worst", "-1"])
+    assert end.value.code == 2
 
 
 def test_the_best_is_what_the_run_kept():
