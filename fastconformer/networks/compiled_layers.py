@@ -1,4 +1,4 @@
-"""What lies between a Conformer layer's matrix products on a CPU, as compiled functions (numba).
+"""What lies between the encoder's matrix products on a CPU, as compiled functions (numba).
 
 In PyTorch each is a chain of passes over memory, in bfloat16 with a conversion in every one. Here
 numbers are read once, all arithmetic is float32, and results are written in the tensor's type. Rows
@@ -80,6 +80,102 @@ def _convolve_piece(x, pad_mask, weight, bias, left, gated, out, part, pieces):
         for d in range(width):
             total = gated[part, r, d]
             out[b, first + r, d] = narrow(total * sigmoid(total), out)
+
+
+# --- the subsampling ----------------------------------------------------------------------------
+
+
+def subsampling_start(
+    x: torch.Tensor,
+    lengths: torch.Tensor,
+    first: torch.nn.Conv2d,
+    depthwise: torch.nn.Conv2d,
+    before: int,
+) -> torch.Tensor:
+    """The first convolution (3 x 3, stride 2), ReLU, zeros on padding, the depthwise convolution
+    that follows; what lies between stays in the caches. x (B, T, M); lengths (2, B): valid frames
+    of x and of the first convolution's output; `before` and 1: zeros before and after the inputs of
+    both -> (B, T'', M'', C)."""
+    (b, t, m), channels = x.shape, first.out_channels
+    (t1, t2), (m1, m2) = ((y, _halved(y, before)) for y in (_halved(n, before) for n in (t, m)))
+    out = x.new_empty(b, t2, m2, channels)
+    weights = [
+        array(y) for conv in (first, depthwise) for y in (_taps(conv.weight), conv.bias.float())
+    ]
+    with threads(4 * out.numel()) as groups:
+        inputs = torch.zeros(groups, 3, m + before + 1)
+        room = torch.zeros(groups, 3, m1 + before + 1, channels)
+        _start(
+            array(x.contiguous()), lengths.numpy(), *weights, before, t1, array(inputs),
+            array(room), array(out),
+        )  # fmt: skip
+    return out
+
+
+def _halved(n: int, before: int) -> int:
+    return (n + before + 1 - 3) // 2 + 1
+
+
+def _taps(weight: torch.Tensor) -> torch.Tensor:
+    """(C, 1, 3, 3) -> (9, C) float32."""
+    return weight.detach().float().flatten(1).t().contiguous()
+
+
+@kernel
+def _start(x, lengths, weight, bias, weight2, bias2, before, t1, inputs, room, out):
+    groups, n_rows = room.shape[0], out.shape[0] * out.shape[1]
+    for group in prange(groups):
+        start, stop = group * n_rows // groups, (group + 1) * n_rows // groups
+        for i in range(start, stop):
+            b, t = i // out.shape[1], i % out.shape[1]
+            for a in range(0 if i == start or t == 0 else 1, 3):  # else the last of those before
+                row = 2 * t - before + a
+                slot = room[group, (row + 3) % 3]
+                if row < 0 or row >= min(lengths[1, b], t1):
+                    slot[:] = np.float32(0)
+                else:
+                    n_frames = min(lengths[0, b], x.shape[1])
+                    _gather(x[b], n_frames, 2 * row - before, before, inputs[group])
+                    _first_row(inputs[group], weight, bias, before, slot)
+            _strided_row(room[group], 2 * t - before, weight2, bias2, out[b, t])
+
+
+@njit(error_model="numpy")
+def _gather(x, n_frames, first, before, out):
+    """Three frames from `first` on, between zeros."""
+    for a in range(3):
+        t = first + a
+        for m in range(x.shape[1]):
+            valid = t >= 0 and t < n_frames
+            out[a, before + m] = wide(x[t, m]) if valid else np.float32(0)
+
+
+@njit(fastmath={"contract"}, error_model="numpy")
+def _first_row(x, w, bias, before, out):
+    """ReLU of the convolution, between zeros. x (3, M + before + 1) -> out (M' + before + 1, C)."""
+    for i in range(out.shape[0] - before - 1):
+        m = 2 * i
+        for c in range(out.shape[1]):
+            total = bias[c]
+            total += w[0, c] * x[0, m] + w[1, c] * x[0, m + 1] + w[2, c] * x[0, m + 2]
+            total += w[3, c] * x[1, m] + w[4, c] * x[1, m + 1] + w[5, c] * x[1, m + 2]
+            total += w[6, c] * x[2, m] + w[7, c] * x[2, m + 1] + w[8, c] * x[2, m + 2]
+            out[before + i, c] = total if total > 0 else total * np.float32(0)  # NaN stays
+
+
+@njit(fastmath={"contract"}, error_model="numpy")
+def _strided_row(x, first, w, bias, out):
+    """A row of the depthwise convolution of three rows, in the slots of their numbers from `first`
+    on. x (3, M' + before + 1, C) -> out (M'', C)."""
+    x0, x1, x2 = x[(first + 3) % 3], x[(first + 4) % 3], x[(first + 5) % 3]
+    for i in range(out.shape[0]):
+        m = 2 * i
+        for c in range(out.shape[1]):
+            total = bias[c]
+            total += w[0, c] * x0[m, c] + w[1, c] * x0[m + 1, c] + w[2, c] * x0[m + 2, c]
+            total += w[3, c] * x1[m, c] + w[4, c] * x1[m + 1, c] + w[5, c] * x1[m + 2, c]
+            total += w[6, c] * x2[m, c] + w[7, c] * x2[m + 1, c] + w[8, c] * x2[m + 2, c]
+            out[i, c] = narrow(total, out)
 
 
 # --- attention ----------------------------------------------------------------------------------

@@ -70,6 +70,8 @@ class ConvSubsampling(nn.Module):
         if features.is_cuda:
             share = tiles.gpu_memory(features.device) // tiles.SHARE
             tile_bytes = 4 * share if self._takes_kernels(features) else TILE_BYTES_GPU
+        elif self.separable and kernels.for_cpu(features):
+            tile_bytes = 4 * TILE_BYTES
         tile = max(tile_bytes // max(1, frame_bytes), 32)
         if n_out <= tile or torch.is_grad_enabled():
             return self._piece(features, lengths)
@@ -95,7 +97,7 @@ class ConvSubsampling(nn.Module):
         if self._takes_kernels(features):
             return self._in_kernels(features, lengths)
         x = features.transpose(1, 2)[:, None]  # (B, 1, T, M)
-        if x.device.type == "cpu" and not torch.is_grad_enabled() and not self.causal:
+        if x.device.type == "cpu" and not torch.is_grad_enabled():
             return self._channels_last(x, lengths)
         x = _mask_time(x, lengths)
         for layer in self.conv:
@@ -109,17 +111,25 @@ class ConvSubsampling(nn.Module):
     def _channels_last(self, x: torch.Tensor, lengths: torch.Tensor):
         """The same with the channels last in memory, for a CPU: the first convolution and those of
         width 1 are matrix products with the ReLU in them, and padding alone is masked."""
-        masked = int(lengths.min()) < x.shape[2]
-        for i, layer in enumerate(self.conv):
+        masked, layers = int(lengths.min()) < x.shape[2], self.conv
+        before = 2 if self.causal else 1
+        compiled = kernels.for_cpu(x) if self.separable else None
+        if compiled is not None:
+            halved = output_length(lengths, 2, self.causal)
+            both = torch.stack((lengths, halved))
+            x = compiled.subsampling_start(x[:, 0], both, layers[0], layers[2], before)
+            x, lengths = x.permute(0, 3, 1, 2), output_length(halved, 2, self.causal)
+            layers = layers[3:]
+        for layer, after in zip(layers, [*layers[1:], None], strict=True):
             if isinstance(layer, nn.ReLU):
                 continue
-            after = "relu" if isinstance(self.conv[i + 1], nn.ReLU) else "none"
+            after = "relu" if isinstance(after, nn.ReLU) else "none"
             if isinstance(layer, StridedConv2d):
                 if masked:
                     x = _mask_time(x, lengths)
                 lengths = output_length(lengths, 2, self.causal)
             if layer.in_channels == 1:
-                x = linear(_patches(x), layer.weight, layer.bias, after).permute(0, 3, 1, 2)
+                x = linear(_patches(x, before), layer.weight, layer.bias, after).permute(0, 3, 1, 2)
             elif layer.kernel_size == (1, 1):
                 x = x.permute(0, 2, 3, 1)
                 x = linear(x, layer.weight, layer.bias, after).permute(0, 3, 1, 2)
@@ -164,9 +174,10 @@ class Reduction(nn.Module):
         return self.reduction_enc(x).transpose(1, 2), lengths // self.reduction_enc.kernel_size
 
 
-def _patches(x: torch.Tensor) -> torch.Tensor:
-    """(B, 1, T, M) -> (B, T', M', 9): what each output of a 3x3 convolution of stride 2 sees."""
-    x = F.pad(x[:, 0], (1, 1, 1, 1))
+def _patches(x: torch.Tensor, before: int) -> torch.Tensor:
+    """(B, 1, T, M) -> (B, T', M', 9): what each output of a 3x3 convolution of stride 2 sees, with
+    `before` zeros before the input and one after it."""
+    x = F.pad(x[:, 0], (before, 1, before, 1))
     return x.unfold(1, 3, 2).unfold(2, 3, 2).flatten(3)
 
 

@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("numba")
 
-from fastconformer.networks import compiled_layers, kernels
+from fastconformer.networks import compiled_layers, kernels, subsampling
 from fastconformer.networks.attention import RelPositionMultiHeadAttention, position_encoding
 from fastconformer.networks.conformer_layer import Convolution
 from fastconformer.networks.linear import Int8Weight
@@ -46,6 +46,26 @@ def test_convolution(dtype, lengths, context, plain):
     exact = plain(conv.double(), x.to(dtype).double(), pad)
     assert found.dtype == dtype
     torch.testing.assert_close(found.double(), exact, rtol=TYPES[dtype], atol=TYPES[dtype])
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("n_mels", "lengths"), [(8, (1,)), (13, (40, 9)), (10, (301, 2, 0, 150))])
+@torch.no_grad()
+def test_subsampling(dtype, causal, n_mels, lengths, plain, monkeypatch):
+    torch.manual_seed(0)
+    monkeypatch.setattr(subsampling, "TILE_BYTES", 1 << 15)  # the last input in two pieces
+    module = subsampling.ConvSubsampling("dw_striding", 8, n_mels, 12, 24, causal).eval().to(dtype)
+    x, lengths = torch.randn(len(lengths), n_mels, max(lengths)).to(dtype), torch.tensor(lengths)
+    found, n_valid = module(x, lengths)
+    for b in range(len(x)):  # alone, as in any batch
+        alone, _ = module(x[b : b + 1, :, : max(1, lengths[b])], lengths[b : b + 1])
+        torch.testing.assert_close(found[b, : n_valid[b]], alone[0, : n_valid[b]])
+    with torch.enable_grad():  # the plain form
+        exact, expected = module.double()(x.double(), lengths)
+    assert found.dtype == dtype and n_valid.tolist() == expected.tolist()
+    limit = TYPES[dtype] * exact.abs().max().item()
+    torch.testing.assert_close(found.double(), exact.detach(), rtol=TYPES[dtype], atol=limit)
 
 
 @torch.no_grad()
