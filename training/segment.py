@@ -46,7 +46,7 @@ def segment(options) -> int:
     import soundfile
 
     from fastconformer.audio.files import load_audio
-    from fastconformer.checkpoint.files import atomic_file
+    from fastconformer.checkpoint.files import write_text
     from training.data.json_lines import json_line
     from training.data.segments import find_segments
 
@@ -93,8 +93,7 @@ def segment(options) -> int:
         lang = {"lang": options.lang} if options.lang else {}
         kept.append(json_line(entry | lang | line))
     for name, lines in (("left_out.jsonl", left_out), ("manifest.jsonl", kept)):
-        with atomic_file(options.output / name) as temporary:
-            temporary.write_text("".join(lines), encoding="utf-8")
+        write_text(options.output / name, "".join(lines))
     seconds = sum(item.end - item.start for item in found if not item.reason)
     print(
         f"{len(kept)} clips, {seconds / 60:.1f} of {len(samples) / model.sample_rate / 60:.1f} "

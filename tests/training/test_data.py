@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 
 from fastconformer.text.tokenizer import CharTokenizer
 from training.data.batching import epoch_batches
+from training.data.json_lines import append_line, read_lines
 from training.data.limits import Limits, check_for_training
 from training.data.sources import read_sets
 from training.data.store import AudioStore, batches_ahead
@@ -148,6 +150,15 @@ def test_a_bad_line_is_left_out_with_its_reason(folder, line, reason, detail):
     assert [u.line for u in kept] == [1, 3]
     assert [(d.line, d.reason) for d in dropped] == [(2, reason)]
     assert detail in dropped[0].detail
+
+
+def test_a_name_that_is_no_text_is_kept_in_records(folder):
+    _, [bad] = read_utterances(
+        write_manifest(folder, [entry(), entry(audio_filepath="\udcff.wav")])
+    )
+    append_line(folder / "dropped.jsonl", dataclasses.asdict(bad))
+    assert read_lines(folder / "dropped.jsonl") == [dataclasses.asdict(bad)]
+    assert "\udcff.wav" in bad.audio_filepath
 
 
 def test_a_line_that_is_not_utf8(folder):

@@ -4,11 +4,13 @@ import contextlib
 import json
 from pathlib import Path
 
-from fastconformer.checkpoint.files import atomic_file
+from fastconformer.checkpoint.files import ESCAPES, atomic_file
 
 
 def json_line(record: dict) -> str:
-    return json.dumps(record, ensure_ascii=False) + "\n"
+    """A name of a file may hold bytes that are no text: such stay escapes."""
+    line = json.dumps(record, ensure_ascii=False) + "\n"
+    return line.encode(errors=ESCAPES).decode()
 
 
 def append_line(path: Path, record: dict) -> None:

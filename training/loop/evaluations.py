@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from fastconformer import ASRModel, load_model
-from fastconformer.checkpoint.files import atomic_file
+from fastconformer.checkpoint.files import write_text
 from fastconformer.checkpoint.folder import write_folder
 from training.loop.keep import guard_holds, metrics_of
 from training.loop.phases import PHASES, phase
@@ -43,8 +43,7 @@ def measure(run: Run, model: ASRModel, facts: dict, stop_early) -> dict:
     log.info("step %d:\n%s", progress.step, results_table(record, progress.baseline))
     log.info("phase: %s (%s)", record["phase"], PHASES[record["phase"]])
     if run.ranks.is_main:
-        with atomic_file(run.out / "worst.json") as temporary:
-            temporary.write_text(json.dumps(worst, ensure_ascii=False), encoding="utf-8")
+        write_text(run.out / "worst.json", json.dumps(worst, ensure_ascii=False))
     run.say("phase", record["phase"])
     run.say("worst", "\n\n".join(f"{w['said']}  \n→ {w['heard']}" for w in worst[:5]))
     if not record["guard_holds"]:

@@ -13,7 +13,7 @@ from pathlib import Path
 import soundfile
 
 from fastconformer.audio.files import load_audio
-from fastconformer.checkpoint.files import atomic_file
+from fastconformer.checkpoint.files import write_text
 from fastconformer.text.metrics import align
 from training.data.json_lines import read_lines
 from training.loop.keep import metrics_of
@@ -32,8 +32,7 @@ def write_report(run: Path, path: Path | None = None, n_worst: int = 15) -> Path
     """
     text = report(run, n_worst)
     path = path or run / "report.html"
-    with atomic_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_text(path, text)
     return path
 
 
