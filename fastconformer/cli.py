@@ -214,7 +214,7 @@ def add_decoding_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def decoding_options(args, model) -> dict:
+def decoding_options(args, model, timestamps: bool = False) -> dict:
     """Keyword arguments for `model.transcribe`. FileNotFoundError, or ValueError of a file that
     cannot be used; UsageError of arguments that do not fit."""
     from .decoding import DecodingOptions, read_arpa, read_phrases, token_bias, unwritable
@@ -257,7 +257,7 @@ def decoding_options(args, model) -> dict:
     slots, head = prompt_slots(args), model.head(args.head)
     fields = {name: options[name] for name in ("beam", "length_penalty", "max_repeats")}
     try:  # what no recording can be transcribed with, said once
-        head.asked(slots, False)
+        head.asked(slots, timestamps)
         DecodingOptions(**fields).check(head.refused_options, head.name)
         with_look_ahead(model, args.look_ahead)
     except ValueError as error:

@@ -158,11 +158,14 @@ def run(args) -> int:
     for name in ("workers", "track"):
         if getattr(args, name) < 0:
             raise UsageError(f"--{name} is {getattr(args, name)}, expected 0 or more")
+    if args.confidence and not {"json", "jsonl"} & set(outputs.formats):
+        raise UsageError("--confidence is for --format json or jsonl")
     model = cli.load_model(args)
-    options = cli.decoding_options(args, model) | {
+    timestamps = args.timestamps or any(name in WITH_TIMES for name in outputs.formats)
+    options = cli.decoding_options(args, model, timestamps) | {
         "head": args.head,
         "batch_size": args.batch_size,
-        "timestamps": args.timestamps or any(name in WITH_TIMES for name in outputs.formats),
+        "timestamps": timestamps,
         "workers": args.workers,
         "channels": args.channels,
         "track": args.track,

@@ -4,6 +4,7 @@ each with an eye on all frames, after a prompt that says what is wanted.
 Source: NeMo 3.0.0's EncDecMultiTaskModel; Puvvada et al., arXiv:2406.19674.
 """
 
+import functools
 import logging
 import re
 from collections.abc import Mapping, Sequence
@@ -24,7 +25,7 @@ from ..networks.transformer_decoder import (
     hide_padding,
 )
 from ..recordings.timestamps import Span
-from ..text.prompt import Prompt
+from ..text.prompt import DEFAULTS, Prompt
 from ..text.tokenizer import Tokenizer
 from ..transfers import sent
 from .head import Head
@@ -34,6 +35,15 @@ _TIMED_WORD = re.compile(r"<\|(\d+)\|>(.*?)<\|(\d+)\|>")
 _TIME = re.compile(r"<\|\d+\|>")
 
 logger = logging.getLogger(__name__)
+
+
+@functools.cache  # once, however many clips ask for it
+def _tell_task(source: str, target: str) -> None:
+    logger.warning(
+        "source_lang is %s and target_lang %s, but the task stays asr, as in NeMo; to translate "
+        "say task=ast",
+        *(source, target),
+    )
 
 
 class AED(Head):
@@ -176,13 +186,11 @@ class AED(Head):
                 raise ValueError(f"prompt is given as ids, {sorted(wanted)[0]} beside it")
             return _ids(own)
         slots = common | dict(own or {})
-        source, target = (slots.get(f"{end}_lang") for end in ("source", "target"))
-        if "task" in self.slots and source != target and not slots.keys() & _TASKS:
-            logger.warning(
-                "source_lang is %s and target_lang %s, but the task stays asr, as in NeMo; to "
-                "translate say task=ast",
-                *(source, target),
-            )
+        given = {name: value for name, value in slots.items() if value is not None}
+        full = DEFAULTS | self.prompt.defaults | given
+        source, target = (str(full[f"{end}_lang"]).strip("<|>") for end in ("source", "target"))
+        if "task" in self.slots and source != target and not given.keys() & _TASKS:
+            _tell_task(source, target)
         return self.prompt.ids(**slots)
 
     def for_lines(self, lines: Sequence[Mapping]) -> dict:

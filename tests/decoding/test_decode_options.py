@@ -294,6 +294,8 @@ def test_command_line(tmp_path, capsys):
         (["--languages", "greek"], 2),
         (["--languages", ","], 2),
         (["--track", "-1"], 2),
+        (["--confidence"], 2),
+        (["--confidence", "gibbs", "--format", "srt"], 2),
         (["--lm", str(tmp_path / "boost.txt")], 1),
         (["--boost", str(tmp_path / "none.txt")], 1),
     ):

@@ -7,9 +7,11 @@ import logging
 import numpy as np
 import pytest
 import soundfile
-from conftest import load_case
+from conftest import SAMPLES, load_case
 
 from fastconformer import load_model
+from fastconformer.heads import aed
+from fastconformer.transcribe import main
 
 CASES = ["canary_flash_agg", "canary_v2_unified", "canary_v1_agg"]
 
@@ -164,17 +166,27 @@ def test_what_is_known_beside_the_audio(name, tmp_path):
         model.transcribe(clips, allow=["greek"])
 
 
-def test_times_need_a_slot_or_an_aligner():
-    model, _, clips = loaded("canary_v1_agg")
+def test_times_need_a_slot_or_an_aligner(capsys):
+    model, case, clips = loaded("canary_v1_agg")
     with pytest.raises(ValueError, match="prompts of format canary have no slot for"):
         model.transcribe(clips[0], timestamps=True)
+    names = [str(SAMPLES / "digits_8k" / f"{n}_theo_0.flac") for n in (1, 2)]
+    for wish in (["--timestamps"], ["--format", "ctm"]):
+        assert main([*names, "--model", str(case.folder / "model.nemo"), *wish]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_translation_needs_its_task(caplog):
     model, _, clips = loaded("canary_v1_agg")
+    aed._tell_task.cache_clear()
     with caplog.at_level(logging.WARNING):
-        model.transcribe(clips, source_lang="de", target_lang="en")
-    assert len(caplog.records) == 1 and "task stays asr" in caplog.text
+        model.transcribe(clips, target_lang="<|en|>")  # what is spoken unless another is said
+        assert not caplog.records
+        for _ in range(2):
+            model.transcribe(clips, source_lang="de", target_lang="en")
+        model.transcribe(clips, target_lang="de")
+    assert len(caplog.records) == 2 and "task stays asr" in caplog.text
+    assert "source_lang is en and target_lang de" in caplog.text
     caplog.clear()
     with caplog.at_level(logging.WARNING):
         model.transcribe(clips, source_lang="de", target_lang="en", task="ast")
