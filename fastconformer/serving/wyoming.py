@@ -56,6 +56,8 @@ async def serving(
                 await sessions[task].talk(reader, idle_s)
         except (OSError, asyncio.IncompleteReadError, asyncio.TimeoutError):
             pass  # the client is gone, or says nothing
+        except asyncio.CancelledError:
+            pass  # the server ends; Python 3.11 would print where
         finally:
             sessions.pop(task, None)
             writer.close()
@@ -207,6 +209,6 @@ def _form(data: dict) -> tuple[int, int]:
     rate, width, channels = (data.get(name) for name in ("rate", "width", "channels"))
     if width != 2 or not isinstance(rate, int) or not 8000 <= rate <= 96000:
         raise Unusable(f"the audio has width {width} and rate {rate}, expected 2 and 8000 to 96000")
-    if not isinstance(channels, int) or not 1 <= channels <= 8:
+    if type(channels) is not int or not 1 <= channels <= 8:  # True is one, and no number
         raise Unusable(f"the audio has {channels} channels, expected 1 to 8")
     return rate, channels
