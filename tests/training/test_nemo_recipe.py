@@ -12,6 +12,7 @@ from fastconformer import load_model
 from fastconformer.checkpoint.nemo_archive import read_nemo
 from training.optim.optim import build_optimizer, schedule_of
 from training.recipe.data_sections import SetRecipe
+from training.recipe.fields import put
 from training.recipe.nemo import is_nemo, translate
 from training.recipe.recipe import load_recipe, recipe_from_dict
 from training.recipe.sections import OptimRecipe
@@ -94,6 +95,27 @@ def test_every_key_becomes_ours(nemo_yaml):
     assert trainer.ema_decay == 0.999
     keep = recipe.keep
     assert (keep.metric, keep.top_k, keep.patience) == ("wer", 3, 4)
+
+
+@pytest.mark.parametrize(
+    ("section", "key"),
+    [
+        ("model.train_ds", "batch_size"),
+        ("model.optim.sched", "name"),
+        ("model.optim.sched", "min_lr"),
+        ("trainer", "max_steps"),
+        ("trainer", "accumulate_grad_batches"),
+        ("exp_manager.checkpoint_callback_params", "monitor"),
+        ("exp_manager.checkpoint_callback_params", "save_top_k"),
+    ],
+)
+def test_values_of_a_wrong_kind_are_errors_of_the_file(nemo_yaml, section, key):
+    for wrong in ([1], [[]], float("inf"), "1e999"):
+        tree = yaml.safe_load(FINETUNE)
+        put(tree, f"{section}.{key}", wrong)
+        nemo_yaml.write_text(yaml.safe_dump(tree))
+        with pytest.raises(ValueError, match=r"finetune\.yaml: "):
+            load_recipe(nemo_yaml)
 
 
 def test_the_translation_and_keys_without_effect_are_told(nemo_yaml, caplog):

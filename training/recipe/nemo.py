@@ -52,7 +52,7 @@ class Translation:
             return given
         try:
             mine = given if value is None else value(given)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise ValueError(f"{self.where}: {key} is {given!r}") from None
         if mine is None:
             self.unused.append((key, note or "has no counterpart"))
@@ -111,8 +111,18 @@ def translate(tree: dict, where: str = "recipe") -> Translation:
     """`tree`: the YAML, interpolations resolved; what is missing is null.
 
     Raises:
-        ValueError: a key asks for what this project does not do and what would change the result.
+        ValueError: a key asks for what this project does not do and what would change the result,
+            or has a value of a kind that it cannot have.
     """
+    try:
+        return _translated(tree, where)
+    except (TypeError, OverflowError, ZeroDivisionError, AttributeError) as error:
+        raise ValueError(
+            f"{where}: a value is of a kind that its key cannot have: {error}"
+        ) from error
+
+
+def _translated(tree: dict, where: str) -> Translation:
     check_sections(tree, where)
     found = Translation(flat(tree), where)
     take = found.take
