@@ -99,9 +99,7 @@ def subsampling_start(
     (b, t, m), channels = x.shape, first.out_channels
     (t1, t2), (m1, m2) = ((y, _halved(y, before)) for y in (_halved(n, before) for n in (t, m)))
     out = x.new_empty(b, t2, m2, channels)
-    weights = [
-        array(y) for conv in (first, depthwise) for y in (_taps(conv.weight), conv.bias.float())
-    ]
+    weights = _taps(first), _taps(depthwise)
     with threads(4 * out.numel()) as groups:
         inputs = torch.zeros(groups, 3, m + before + 1)
         room = torch.zeros(groups, 3, m1 + before + 1, channels)
@@ -116,13 +114,14 @@ def _halved(n: int, before: int) -> int:
     return (n + before + 1 - 3) // 2 + 1
 
 
-def _taps(weight: torch.Tensor) -> torch.Tensor:
-    """(C, 1, 3, 3) -> (9, C) float32."""
-    return weight.detach().float().flatten(1).t().contiguous()
+def _taps(conv: torch.nn.Conv2d) -> np.ndarray:
+    """Weight (C, 1, 3, 3) and bias as (10, C), copied: what numpy has seen, FSDP cannot free."""
+    both = torch.cat((conv.weight.detach().flatten(1), conv.bias.detach()[:, None]), 1)
+    return array(both.float().t().contiguous())
 
 
 @kernel
-def _start(x, lengths, weight, bias, weight2, bias2, before, t1, inputs, room, out):
+def _start(x, lengths, w, w2, before, t1, inputs, room, out):
     groups, n_rows = room.shape[0], out.shape[0] * out.shape[1]
     for group in prange(groups):
         start, stop = group * n_rows // groups, (group + 1) * n_rows // groups
@@ -136,8 +135,8 @@ def _start(x, lengths, weight, bias, weight2, bias2, before, t1, inputs, room, o
                 else:
                     n_frames = min(lengths[0, b], x.shape[1])
                     _gather(x[b], n_frames, 2 * row - before, before, inputs[group])
-                    _first_row(inputs[group], weight, bias, before, slot)
-            _strided_row(room[group], 2 * t - before, weight2, bias2, out[b, t])
+                    _first_row(inputs[group], w, before, slot)
+            _strided_row(room[group], 2 * t - before, w2, out[b, t])
 
 
 @njit(error_model="numpy")
@@ -151,12 +150,12 @@ def _gather(x, n_frames, first, before, out):
 
 
 @njit(fastmath={"contract"}, error_model="numpy")
-def _first_row(x, w, bias, before, out):
+def _first_row(x, w, before, out):
     """ReLU of the convolution, between zeros. x (3, M + before + 1) -> out (M' + before + 1, C)."""
     for i in range(out.shape[0] - before - 1):
         m = 2 * i
         for c in range(out.shape[1]):
-            total = bias[c]
+            total = w[9, c]
             total += w[0, c] * x[0, m] + w[1, c] * x[0, m + 1] + w[2, c] * x[0, m + 2]
             total += w[3, c] * x[1, m] + w[4, c] * x[1, m + 1] + w[5, c] * x[1, m + 2]
             total += w[6, c] * x[2, m] + w[7, c] * x[2, m + 1] + w[8, c] * x[2, m + 2]
@@ -164,14 +163,14 @@ def _first_row(x, w, bias, before, out):
 
 
 @njit(fastmath={"contract"}, error_model="numpy")
-def _strided_row(x, first, w, bias, out):
+def _strided_row(x, first, w, out):
     """A row of the depthwise convolution of three rows, in the slots of their numbers from `first`
     on. x (3, M' + before + 1, C) -> out (M'', C)."""
     x0, x1, x2 = x[(first + 3) % 3], x[(first + 4) % 3], x[(first + 5) % 3]
     for i in range(out.shape[0]):
         m = 2 * i
         for c in range(out.shape[1]):
-            total = bias[c]
+            total = w[9, c]
             total += w[0, c] * x0[m, c] + w[1, c] * x0[m + 1, c] + w[2, c] * x0[m + 2, c]
             total += w[3, c] * x1[m, c] + w[4, c] * x1[m + 1, c] + w[5, c] * x1[m + 2, c]
             total += w[6, c] * x2[m, c] + w[7, c] * x2[m + 1, c] + w[8, c] * x2[m + 2, c]
