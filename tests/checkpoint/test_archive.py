@@ -452,7 +452,7 @@ model_path: C:\dir\x
         ("a: !!python/object/apply:os.system [x]", "not YAML"),
         ("a: !!set {x}", "a is a set"),
         ("a: &x [*x]", "nested too deeply or contains itself"),
-        ("a: " + "[" * 200_000, "nested too deeply"),
+        ("a: " + "[" * 200_000, "nested too deeply|maximum nesting depth"),  # the latter PyYAML's
         ("- " * 200_000, "nested too deeply"),
         ("\x00", "not YAML"),
     ],
