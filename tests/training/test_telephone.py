@@ -4,7 +4,7 @@ import warnings
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from training.augment.telephone import (
@@ -151,6 +151,7 @@ def test_losses_come_in_bursts(share, burst):
 @given(
     n=st.integers(0, 60), share=st.floats(0, 0.99), burst=st.floats(1, 20), seed=st.integers(0, 9)
 )
+@example(n=60, share=5e-324, burst=2.0, seed=0)
 def test_any_line_is_defined(n, share, burst, seed):
     assert lost_packets(n, share, burst, np.random.default_rng(seed)).shape == (n,)
 

@@ -112,11 +112,11 @@ def lost_packets(
             "bursts of at least 1 packet"
         )
     lost = np.zeros(n_packets, dtype=bool)
-    if share == 0:
-        return lost
     leave_bad = 1 / burst_packets
     # At most 1: packets so often lost cannot come in bursts so short.
     leave_good = min(1.0, leave_bad * share / (1 - share))
+    if leave_good == 0:  # no loss, or one too rare for a float
+        return lost
     position, is_bad = 0, bool(rng.random() < share)
     while position < n_packets:
         run = int(rng.geometric(leave_bad if is_bad else leave_good))
