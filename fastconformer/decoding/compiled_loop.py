@@ -54,7 +54,6 @@ class Room(NamedTuple):
     which: np.ndarray  # clips that a product is of
     one: np.ndarray
     tokens: np.ndarray  # the last of each clip
-    rows: np.ndarray  # (4, width): of a matrix, widened
     gates: np.ndarray  # (clips, 4H)
     more: np.ndarray
     active: np.ndarray  # (clips, J)
@@ -112,7 +111,7 @@ def run(
         ints, floats = np.zeros((n, capacity, 3), np.int64), floats_of(n, capacity)
         logits = floats_of(n, capacity if confidence else 0, n_outputs)
         room = Room(
-            *(np.zeros(size, np.int64) for size in (n, 1, n)), floats_of(4, max(hidden, width)),
+            *(np.zeros(size, np.int64) for size in (n, 1, n)),
             floats_of(n, 4 * hidden), floats_of(n, 4 * hidden), floats_of(n, width),
             floats_of(n, n_outputs),
         )  # fmt: skip
@@ -201,39 +200,40 @@ def _prepare(decoder, joint) -> Weights:
 
 
 @njit(fastmath=REORDER, error_model="numpy")
-def _dots(rows, x, b):
-    """Four rows times x[b]."""
+def _dots(weight, i, x, b):
+    """Four rows of the weight, from i on, times x[b]."""
     s0 = s1 = s2 = s3 = np.float32(0)
     for k in range(x.shape[1]):
         v = x[b, k]
-        s0 += rows[0, k] * v
-        s1 += rows[1, k] * v
-        s2 += rows[2, k] * v
-        s3 += rows[3, k] * v
+        s0 += wide(weight[i, k]) * v
+        s1 += wide(weight[i + 1, k]) * v
+        s2 += wide(weight[i + 2, k]) * v
+        s3 += wide(weight[i + 3, k]) * v
     return s0, s1, s2, s3
 
 
+@njit(fastmath=REORDER, error_model="numpy")
+def _dot(weight, i, x, b):
+    total = np.float32(0)
+    for k in range(x.shape[1]):
+        total += wide(weight[i, k]) * x[b, k]
+    return total
+
+
 @njit(error_model="numpy")
-def _multiply(matrix, x, which, n, rows, out):
-    """out[b] = matrix x[b] for the first n clips b in `which`; a weight is read once, four rows of
-    them as float32 into `rows`."""
+def _multiply(matrix, x, which, n, out):
+    """out[b] = matrix x[b] for the first n clips b in `which`; four rows are in the cache for all
+    clips."""
     weight, scale = matrix
-    n_rows, width = weight.shape
-    for i in range(0, n_rows, 4):
-        m = min(4, n_rows - i)
-        for r in range(m):
-            for k in range(width):
-                rows[r, k] = wide(weight[i + r, k])
+    n_rows = weight.shape[0]
+    fours = n_rows - n_rows % 4
+    for i in range(0, fours, 4):
         for j in range(n):
             b = which[j]
-            s0, s1, s2, s3 = _dots(rows, x, b)
-            out[b, i] = s0
-            if m > 1:
-                out[b, i + 1] = s1
-            if m > 2:
-                out[b, i + 2] = s2
-            if m > 3:
-                out[b, i + 3] = s3
+            out[b, i], out[b, i + 1], out[b, i + 2], out[b, i + 3] = _dots(weight, i, x, b)
+    for i in range(fours, n_rows):
+        for j in range(n):
+            out[which[j], i] = _dot(weight, i, x, which[j])
     if len(scale) > 0:
         for j in range(n):
             b = which[j]
@@ -301,7 +301,7 @@ def _predict(weights, room, n, h, c, state):
     """Takes in the token of the first n clips in `room.which` (-1: the start symbol)."""
     which, gates = room.which, room.gates
     for layer in range(len(h)):
-        _multiply(weights.from_before[layer], h[layer], which, n, room.rows, gates)
+        _multiply(weights.from_before[layer], h[layer], which, n, gates)
         if layer == 0:
             for j in range(n):
                 token = room.tokens[which[j]]
@@ -310,21 +310,21 @@ def _predict(weights, room, n, h, c, state):
                 if not weights.known[token]:
                     room.one[0] = token
                     _multiply(
-                        weights.from_below[0], weights.embedded, room.one, 1, room.rows,
+                        weights.from_below[0], weights.embedded, room.one, 1,
                         weights.gates,
                     )  # fmt: skip
                     weights.known[token] = True
                 for k in range(gates.shape[1]):
                     gates[which[j], k] += weights.gates[token, k]
         else:
-            _multiply(weights.from_below[layer], h[layer - 1], which, n, room.rows, room.more)
+            _multiply(weights.from_below[layer], h[layer - 1], which, n, room.more)
             for j in range(n):
                 for k in range(gates.shape[1]):
                     gates[which[j], k] += room.more[which[j], k]
         _add(which, n, weights.biases[layer], gates)
         for j in range(n):
             _cells(gates, h, c, layer, which[j])
-    _multiply(weights.predicted, h[len(h) - 1], which, n, room.rows, state)
+    _multiply(weights.predicted, h[len(h) - 1], which, n, state)
     _add(which, n, weights.predicted_bias, state)
 
 
@@ -352,7 +352,7 @@ def _decode(
                 n += 1
         if n == 0 or full:
             return full
-        _multiply(weights.output, room.active, which, n, room.rows, logits)
+        _multiply(weights.output, room.active, which, n, logits)
         _add(which, n, weights.output_bias, logits)
         _add(which, n, added, logits)
         n_found = 0
