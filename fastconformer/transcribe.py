@@ -38,7 +38,6 @@ SAME_TEXT = frozenset([
     "audio", "from_file", "model", "head", "batch_size", "device", "memory_gb", "workers", "format",
     "output", "beside", "line_characters", "lines", "reading_speed", "highlight_words",
 ])  # fmt: skip
-USUAL_LIMITS = LINE_CHARACTERS, CUE_LINES, READING_SPEED  # of subtitles
 
 
 def parse_arguments(argv=None) -> argparse.Namespace:
@@ -88,16 +87,14 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     group.add_argument(
         "--line-characters",
         type=int,
-        default=USUAL_LIMITS[0],
+        default=LINE_CHARACTERS,
         help="of a line, of which Chinese ones take two (%(default)s)",
     )
-    group.add_argument(
-        "--lines", type=int, default=USUAL_LIMITS[1], help="of a subtitle (%(default)s)"
-    )
+    group.add_argument("--lines", type=int, default=CUE_LINES, help="of a subtitle (%(default)s)")
     group.add_argument(
         "--reading-speed",
         type=float,
-        default=USUAL_LIMITS[2],
+        default=READING_SPEED,
         help="characters a second that a subtitle stays for (%(default)s)",
     )
     group.add_argument(
@@ -242,7 +239,8 @@ def choose_outputs(args, found: Found) -> Outputs:
         "lines": args.lines,
         "reading_speed": args.reading_speed,
     }
-    if not subtitles and (args.highlight_words or tuple(limits.values()) != USUAL_LIMITS):
+    usual = LINE_CHARACTERS, CUE_LINES, READING_SPEED
+    if not subtitles and (args.highlight_words or tuple(limits.values()) != usual):
         names = ", ".join(f"--{name.replace('_', '-')}" for name in limits)
         raise UsageError(f"{names} and --highlight-words are for --format srt or vtt")
     if not all(value >= 1 for value in limits.values()):

@@ -24,6 +24,7 @@ from ..compiled import (
     threads,
     wide,
 )
+from ..config.encoder import output_length
 
 _ROWS = 32  # frames of one convolution; those beside them are gated twice
 _GROUPS = 16  # parts of the rows of other kernels, for any number of threads up to it
@@ -90,28 +91,24 @@ def subsampling_start(
     lengths: torch.Tensor,
     first: torch.nn.Conv2d,
     depthwise: torch.nn.Conv2d,
-    before: int,
+    causal: bool,
 ) -> torch.Tensor:
     """The first convolution (3 x 3, stride 2), ReLU, zeros on padding, the depthwise convolution
-    that follows; what lies between stays in the caches. x (B, T, M); lengths (2, B): valid frames
-    of x and of the first convolution's output; `before` and 1: zeros before and after the inputs of
-    both -> (B, T'', M'', C)."""
-    (b, t, m), channels = x.shape, first.out_channels
-    (t1, t2), (m1, m2) = ((y, _halved(y, before)) for y in (_halved(n, before) for n in (t, m)))
-    out = x.new_empty(b, t2, m2, channels)
+    that follows; what lies between stays in the caches. x (B, T, M); lengths (B,) of it -> (B, T'',
+    M'', C)."""
+    (b, t, m), channels, before = x.shape, first.out_channels, 2 if causal else 1  # zeros
+    t1, m1 = output_length(t, 2, causal), output_length(m, 2, causal)
+    out = x.new_empty(b, output_length(t, 4, causal), output_length(m, 4, causal), channels)
+    both = torch.stack((lengths, output_length(lengths, 2, causal)))
     weights = _taps(first), _taps(depthwise)
     with threads(4 * out.numel()) as groups:
         inputs = torch.zeros(groups, 3, m + before + 1)
         room = torch.zeros(groups, 3, m1 + before + 1, channels)
         _start(
-            array(x.contiguous()), lengths.numpy(), *weights, before, t1, array(inputs),
+            array(x.contiguous()), both.numpy(), *weights, before, t1, array(inputs),
             array(room), array(out),
         )  # fmt: skip
     return out
-
-
-def _halved(n: int, before: int) -> int:
-    return (n + before + 1 - 3) // 2 + 1
 
 
 def _taps(conv: torch.nn.Conv2d) -> np.ndarray:

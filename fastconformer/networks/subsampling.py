@@ -115,10 +115,8 @@ class ConvSubsampling(nn.Module):
         before = 2 if self.causal else 1
         compiled = kernels.for_cpu(x) if self.separable else None
         if compiled is not None:
-            halved = output_length(lengths, 2, self.causal)
-            both = torch.stack((lengths, halved))
-            x = compiled.subsampling_start(x[:, 0], both, layers[0], layers[2], before)
-            x, lengths = x.permute(0, 3, 1, 2), output_length(halved, 2, self.causal)
+            x = compiled.subsampling_start(x[:, 0], lengths, layers[0], layers[2], self.causal)
+            x, lengths = x.permute(0, 3, 1, 2), output_length(lengths, 4, self.causal)
             layers = layers[3:]
         for layer, after in zip(layers, [*layers[1:], None], strict=True):
             if isinstance(layer, nn.ReLU):
