@@ -15,9 +15,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from .formats.transcripts import escaped
+from .process_memory import is_out_of_memory
 
 DTYPES = ("float32", "bfloat16", "float16", "int8")
-DEVICES = ("cpu", "cuda", "xpu", "mps")
 TRAIN_PACKAGES = ("bitsandbytes", "rich", "tensorboard")  # imported in the middle of a run
 
 
@@ -55,7 +55,7 @@ def run(command: str, job: Callable[[], int | None]) -> int:
             raise
         return _told(command, f"{error.name} is missing: pip install 'fastconformer[train]'", 1)
     except RuntimeError as error:
-        if not _out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         return _told(command, f"out of memory: {error}"[:300], 1)
 
@@ -69,12 +69,6 @@ def _told(command: str, error: Exception | str, status: int) -> int:
 
 def _close_stdout() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _out_of_memory(error: RuntimeError) -> bool:
-    # torch's own class would need torch; a CPU, the CUDA runtime and Triton have none
-    said = ("out of memory", "not enough memory", "can't allocate memory", "ALLOC_FAILED")
-    return any(words in str(error) for words in said)
 
 
 def use_utf8() -> None:
@@ -286,15 +280,12 @@ def load_model(args):
 
     import fastconformer
 
-    from .load import check_usable
-
     if args.batch_size < 1:
         raise UsageError(f"--batch-size is {args.batch_size}, expected at least 1")
     device, dtype = choose_device(args.device), getattr(torch, args.dtype)
     if device.index is not None and device.type != "cpu":
         # The current device: what is made or launched there without a word lands beside the model.
         getattr(torch, device.type).set_device(device)
-    check_usable(device)
     model = fastconformer.load_model(args.model, device=device, dtype=dtype)
     if args.head is not None and args.head not in model.heads:
         raise UsageError(f"--head is {args.head}, this model has {', '.join(model.heads)}")
@@ -306,25 +297,16 @@ def choose_device(name: str):
     torchrun takes its own. UsageError: no such kind. ValueError: this machine has none."""
     import torch
 
+    from .load import DEVICES, find_device
+
     if name == "gpu":
         found = torch.accelerator.current_accelerator()
         if found is None:
-            raise ValueError("--device is gpu, but this torch sees none; use --device cpu")
+            raise ValueError("--device is gpu, but this torch sees only cpu")
         name = found.type
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in DEVICES:
+    kind, _, index = name.partition(":")
+    if kind not in DEVICES or (":" in name and not index.isdecimal()):
         raise UsageError(f"--device is {name!r}, expected one of {', '.join(DEVICES)}, cuda:N, gpu")
-    kind = device.type
-    there = getattr(torch.backends if kind == "mps" else torch, kind).is_available()
-    if not there:
-        raise ValueError(f"--device is {name}, but this torch sees no GPU; use --device cpu")
-    if kind != "cpu" and device.index is None and "LOCAL_RANK" in os.environ:
-        device = torch.device(kind, int(os.environ["LOCAL_RANK"]))
-    count = 1 if kind == "cpu" else getattr(torch, kind).device_count()
-    if (device.index or 0) >= count:
-        told = f"--device is {name if str(device) == name else f'{name}, here {device}'}"
-        raise ValueError(f"{told}, but there are {count} of its kind, from {kind}:0 on")
-    return device
+    if name == kind != "cpu" and "LOCAL_RANK" in os.environ:
+        name = f"{kind}:{os.environ['LOCAL_RANK']}"
+    return find_device(name, "--device")

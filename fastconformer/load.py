@@ -17,6 +17,8 @@ from .text.tokenizer import load_tokenizer
 
 logger = logging.getLogger(__name__)
 
+DEVICES = ("cpu", "cuda", "xpu", "mps")  # kinds that a model can be on
+
 
 def load_model(
     path: str | Path,
@@ -32,8 +34,11 @@ def load_model(
         stft_pad: "zeros" (NeMo 2.5 and newer) or "reflect" (features as before NeMo 2.5).
     Raises:
         FileNotFoundError: no such file or folder.
-        ValueError: a damaged archive, an unsupported option, tensors that do not fit.
+        ValueError: a damaged archive, an unsupported option, tensors that do not fit, a device
+            that is not there.
     """
+    device = find_device(device)
+    check_usable(device)
     checkpoint = read_checkpoint(path)
     try:
         return model_of(checkpoint, device, dtype, stft_pad)
@@ -63,6 +68,25 @@ def model_of(
     if dtype == torch.bfloat16 and is_slow_in_bfloat16(model.device):
         _say_slow(model.device)
     return model
+
+
+def find_device(name: str | torch.device, option: str = "device") -> torch.device:
+    """The device of that name. ValueError: there is no such kind, or this torch sees none here;
+    `option` is what the user calls it."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in DEVICES:
+        raise ValueError(f"{option} is {str(name)!r}, expected {', '.join(DEVICES)} or cuda:N")
+    if (device.index or 0) >= _count(device.type):
+        seen = ["cpu", *(f"{kind}:{i}" for kind in DEVICES[1:] for i in range(_count(kind)))]
+        raise ValueError(f"{option} is {name}, but this torch sees only {', '.join(seen)}")
+    return device
+
+
+def _count(kind: str) -> int:
+    return torch.get_device_module(kind).device_count()
 
 
 def check_usable(device: torch.device) -> None:

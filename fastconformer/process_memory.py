@@ -1,4 +1,5 @@
-"""What memory a process takes and the machine has left, in bytes, as Linux tells it in /proc."""
+"""What memory a process takes and the machine has left, in bytes, as Linux tells it in /proc, and
+how its end is told."""
 
 import contextlib
 import ctypes
@@ -43,6 +44,12 @@ def give_back() -> None:
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether it says so in torch's, the CUDA runtime's, cuBLAS's, Triton's or a CPU's own way."""
+    said = ("out of memory", "not enough memory", "can't allocate memory", "ALLOC_FAILED")
+    return any(words in str(error) for words in said)
 
 
 def _bytes(file: str, key: str) -> int | None:

@@ -20,9 +20,8 @@ import os
 import sys
 from pathlib import Path
 
-import torch
-
 from fastconformer import cli
+from fastconformer.process_memory import is_out_of_memory
 from training.loop.console import Lines, Stopped
 from training.loop.evaluations import show_report
 from training.loop.ranks import join, leave, lost_peer
@@ -64,10 +63,10 @@ def job(options, is_main: bool) -> int | None:
         finetune(recipe, join())
     except Stopped as stop:
         return stop.end()
-    except torch.OutOfMemoryError as error:  # outside of a step's passes, which are split
-        words = " ".join(str(error).split())[:200]
-        raise cli.Failed(f"{words}; lower data.batch_duration_s or batch_size") from None
     except RuntimeError as error:
+        if is_out_of_memory(error):  # outside of a step's passes, which are split
+            words = " ".join(str(error).split())[:200]
+            raise cli.Failed(f"{words}; lower data.batch_duration_s or batch_size") from None
         if not lost_peer(error):
             raise
         raise cli.Failed(LOST) from None

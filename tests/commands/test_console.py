@@ -106,7 +106,9 @@ def test_a_device_that_is_not_there(name):
     if torch.accelerator.is_available():
         pytest.skip("this machine has a GPU")
     # from torch 2.14 on "gpu" is cuda's other name
-    with pytest.raises(ValueError, match=f"--device is ({name}|cuda), but .* use --device cpu"):
+    with pytest.raises(
+        ValueError, match=f"--device is ({name}|cuda), but this torch sees only cpu"
+    ):
         cli.choose_device(name)
 
 
@@ -120,14 +122,17 @@ def test_a_device_that_does_not_exist():
 def test_more_processes_than_gpus(monkeypatch):
     import torch
 
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert str(cli.choose_device("cuda")) == "cuda:1"
     monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(ValueError, match="--device is cuda, here cuda:2, but there are 2 of"):
+    with pytest.raises(
+        ValueError, match="--device is cuda:2, but this torch .* cpu, cuda:0, cuda:1$"
+    ):
         cli.choose_device("cuda")
-    with pytest.raises(ValueError, match="--device is cuda:3, but there are 2 of"):
+    with pytest.raises(
+        ValueError, match="--device is cuda:3, but this torch sees only cpu, cuda:0"
+    ):
         cli.choose_device("cuda:3")
 
 
@@ -139,6 +144,7 @@ def test_more_processes_than_gpus(monkeypatch):
         "Triton Error [CUDA]: out of memory",
         "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
         "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes",
+        "DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes.",
     ],
 )
 def test_memory_that_is_over_is_one_line_whoever_says_it(words, capsys):

@@ -5,10 +5,11 @@ import torch
 from conftest import golden
 
 from fastconformer import load, load_model
+from fastconformer.process_memory import is_out_of_memory
 from training.recipe.recipe import load_recipe
 from training.setup import device as device_module
 from training.setup import prepare
-from training.setup.device import choose_device, is_out_of_memory
+from training.setup.device import choose_device
 
 
 @pytest.fixture
@@ -24,11 +25,27 @@ def two_gpus(monkeypatch):
 def test_a_gpu_that_is_not_there_is_one_line(two_gpus, monkeypatch):
     assert choose_device("cuda:1") == torch.device("cuda", 1) == two_gpus.pop()
     assert choose_device("auto") == torch.device("cuda")
-    with pytest.raises(ValueError, match="trainer.device is cuda:2, but there are 2 GPUs"):
+    with pytest.raises(
+        ValueError, match="trainer.device is cuda:2, but this torch sees only cpu, cuda"
+    ):
         choose_device("cuda:2")
     monkeypatch.setenv("LOCAL_RANK", "2")  # torchrun with more processes than GPUs
-    with pytest.raises(ValueError, match="cuda:2, but there are 2"):
+    with pytest.raises(ValueError, match="cuda:2, but this torch sees only cpu, cuda:0, cuda:1$"):
         choose_device("auto")
+
+
+@pytest.mark.parametrize("name", ["cuda", "cuda:3", "mps", torch.device("xpu")])
+def test_python_names_a_device_that_is_not_there(name):
+    if torch.accelerator.is_available():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(ValueError, match=f"^device is {name}, but this torch sees only cpu$"):
+        load_model(golden("hybrid_tdt_ctc_bpe") / "model.nemo", device=name)
+
+
+@pytest.mark.parametrize("name", ["abacus", "meta", "cuda:x"])
+def test_python_names_no_device(name):
+    with pytest.raises(ValueError, match=f"^device is '{name}', expected cpu, cuda, .*cuda:N$"):
+        load_model("model.nemo", device=name)
 
 
 def test_a_gpu_that_computes_nothing_is_one_line(two_gpus, monkeypatch):

@@ -13,11 +13,12 @@ import torch
 from torch import nn
 
 from fastconformer import ASRModel
+from fastconformer.process_memory import is_out_of_memory
 from training.data.store import Batch
 from training.loop.batch_norm import StepStatistics
 from training.loop.ranks import BatchShare
 from training.objective.objective import Objective, make_views, views_loss
-from training.setup.device import is_out_of_memory, release_memory
+from training.setup.device import release_memory
 
 
 @dataclasses.dataclass

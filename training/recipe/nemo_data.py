@@ -21,7 +21,6 @@ ELSEWHERE = {
     "shar_path": "Lhotse Shar is",
     "cuts_path": "Lhotse cuts are",
 }
-AS_THEY_STAND = "texts are tokenized as they stand; normalise them in the manifest"
 AUTO_SHARES = {"langID": 0.0, "auto": 1.0, "unified": None}  # None: unified_auto_ratio
 NO_LIMIT_S = 7 * 24 * 3600.0  # longer than any clip that a manifest may name
 
@@ -30,8 +29,7 @@ def translate_data(tree: dict, found) -> None:
     """`tree`: the YAML; `found`: the Translation that is filled."""
     model = tree.get("model") or {}
     train, take = model.get("train_ds") or {}, found.take
-    if take(f"{SECTION}.trim_silence"):
-        found.refuse(f"{SECTION}.trim_silence", "is not done here; trim the audio before")
+    _refuse_changes(SECTION, found)
     for key in ELSEWHERE:
         if train.get(key):
             then = f"; then ~{SECTION}.{key} {SECTION}.manifest_filepath=FOLDER/manifest.jsonl"
@@ -42,9 +40,6 @@ def translate_data(tree: dict, found) -> None:
     ):
         if train.get(key):
             found.refuse(f"{SECTION}.{key}", "has no counterpart here; delete it")
-    for key in ("normalize_text", "normalize", "normalize_transcripts"):
-        if take(f"{SECTION}.{key}"):
-            found.refuse(f"{SECTION}.{key}", AS_THEY_STAND)
     sources = _sources(train, found)
     if sources:
         found.set("data.train", sources, f"{SECTION}.manifest_filepath")
@@ -108,6 +103,16 @@ def translate_data(tree: dict, found) -> None:
     _augmentor(train.get("augmentor") or {}, found)
 
 
+def _refuse_changes(section: str, found) -> None:
+    """Clips and texts go into training and its measures as they stand."""
+    if found.take(f"{section}.trim_silence"):
+        found.refuse(f"{section}.trim_silence", "is not done here; trim the audio before")
+    for key in ("normalize_text", "normalize", "normalize_transcripts"):
+        if found.take(f"{section}.{key}"):
+            why = "texts are tokenized as they stand; normalise them in the manifest"
+            found.refuse(f"{section}.{key}", why)
+
+
 def _elsewhere(key: str, value) -> str:
     """Why a key of ELSEWHERE is refused, with the command that makes a manifest of its data set; of
     several, which NeMo lists alone or with weights, the first."""
@@ -148,11 +153,7 @@ def _languages_said(train: dict, found) -> None:
 def _set_options(section: str, train: dict, found) -> dict:
     """What a set that is measured says beside its manifest. Keys that it leaves out have NeMo's
     defaults, not those of the training set."""
-    if found.take(f"{section}.trim_silence"):
-        found.refuse(f"{section}.trim_silence", "is not done here; trim the audio before")
-    for key in ("normalize_text", "normalize", "normalize_transcripts"):
-        if found.take(f"{section}.{key}"):
-            found.refuse(f"{section}.{key}", AS_THEY_STAND)
+    _refuse_changes(section, found)
     options = {"channel": _channel(section, found)}
     for key, default, bounded in (("min_duration", 0.0, max), ("max_duration", NO_LIMIT_S, min)):
         limit = found.number(f"{section}.{key}", default)

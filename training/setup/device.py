@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from fastconformer import process_memory
-from fastconformer.load import check_usable
+from fastconformer.load import check_usable, find_device
 
 CUDA_SHARE = 0.95  # of the free memory: the allocator needs room between blocks
 CPU_SHARE = 0.5  # of the available memory: other programs live there too
@@ -19,25 +19,11 @@ def choose_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and "LOCAL_RANK" in os.environ:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"trainer.device is {name}, but this torch finds no CUDA device")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"trainer.device is {name!r}, expected auto, cpu or cuda") from None
+    device = find_device(name, "trainer.device")
     if device.type == "cuda":
-        count = torch.cuda.device_count()
-        if (device.index or 0) >= count:
-            raise ValueError(f"trainer.device is {device}, but there are {count} GPUs, from cuda:0")
         torch.cuda.set_device(device)
         check_usable(device)
     return device
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Also the CUDA runtime's, cuBLAS's, Triton's and the CPU's own ways to say so."""
-    said = ("out of memory", "ALLOC_FAILED", "can't allocate memory")
-    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in said)
 
 
 def release_memory() -> None:
@@ -84,7 +70,7 @@ class Memory:
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
         except RuntimeError as error:
-            if not is_out_of_memory(error):
+            if not process_memory.is_out_of_memory(error):
                 raise
             error.__traceback__ = None  # it holds the step's tensors
             return None
