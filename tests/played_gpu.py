@@ -20,7 +20,8 @@ class PlayedGpu(TorchFunctionMode):
     """Tensors that were sent to the GPU, and what is made of them, say that they are there. Noted
     is each look at their values, and each time that memory which is not pinned is sent, with the
     line of these packages that did it. AssertionError where torch would not compute: tensors of
-    both places in one operator (numbers of the host may be), or numpy of one that is there."""
+    both places in one operator (numbers of the host may be), numpy of one that is there, or an LSTM
+    that cuDNN would not differentiate."""
 
     def __init__(self, model, *packages: str):
         super().__init__()
@@ -35,6 +36,8 @@ class PlayedGpu(TorchFunctionMode):
         if there and any(x.ndim for x in given if not _is_there(x)):
             assert name in MIXES or _mixes_by_index(name, args), f"{name} of tensors of both places"
         assert not there or name not in ("numpy", "__array__"), "numpy of a tensor of the GPU"
+        if name == "lstm" and there and torch.is_grad_enabled():
+            assert args[6], "cuDNN goes back through an LSTM in training mode alone"
         if function == torch.Tensor.is_cuda.__get__:
             return there
         if function == torch.Tensor.device.__get__:

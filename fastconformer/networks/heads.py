@@ -4,7 +4,7 @@ Source: NeMo's ConvASRDecoder, RNNTDecoder, StatelessTransducerDecoder, RNNTJoin
 PromptStreamingMixin. All return logits or states; losses and decoders are functions elsewhere.
 """
 
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import nn
@@ -55,12 +55,25 @@ class LSTM(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x, state=None):
-        # On a GPU autocast makes an LSTM float16, whatever its type is, and the small ones of its
-        # gradients zero.
-        whole = torch.autocast("cuda", enabled=False) if x.is_cuda else nullcontext()
-        with whole:
+        with _for_cudnn(self.lstm) if x.is_cuda else nullcontext():
             x, state = self.lstm(x, state)
         return self.dropout(x), state
+
+
+@contextmanager
+def _for_cudnn(lstm: nn.LSTM):
+    """What an LSTM on a GPU needs: autocast makes it float16, whatever its type is, and the small
+    ones of its gradients zero; and cuDNN goes back through it in training mode alone, also where it
+    is frozen and only what stands before it learns."""
+    eval_mode = torch.is_grad_enabled() and not lstm.training
+    if eval_mode:
+        dropout, lstm.dropout, lstm.training = lstm.dropout, 0.0, True
+    try:
+        with torch.autocast("cuda", enabled=False):
+            yield
+    finally:
+        if eval_mode:
+            lstm.dropout, lstm.training = dropout, False
 
 
 class StableEmbedding(nn.Embedding):

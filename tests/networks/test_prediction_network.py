@@ -1,4 +1,4 @@
-"""The prediction network on a GPU, which autocast would take for float16."""
+"""The prediction network on a GPU: what autocast and cuDNN would do with it."""
 
 import torch
 from played_gpu import PlayedGpu
@@ -25,3 +25,17 @@ def test_the_lstm_keeps_its_type_where_autocast_has_another():
     handle.remove()
     assert seen == [False, True, False]
     assert torch.equal(found, expected)
+
+
+def test_an_lstm_in_eval_mode_has_gradients_on_a_gpu():
+    """As where it is frozen and the embedding before it learns. Nothing is dropped."""
+    network = LSTM(4, 2, 0.5).eval()
+    given = [torch.randn(2, 3, 4, requires_grad=True) for _ in range(2)]
+    given[1].data.copy_(given[0])
+    given[1].there = True
+    network(given[0])[0].sum().backward()
+    with PlayedGpu(network):
+        out, _ = network(given[1])
+    assert not network.lstm.training and network.lstm.dropout == 0.5
+    out.sum().backward()
+    torch.testing.assert_close(given[1].grad, given[0].grad)
