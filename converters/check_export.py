@@ -56,7 +56,9 @@ def check(
     paths = sorted(p for p in audio.rglob("*") if p.suffix.lower() in AUDIO)
     if not paths:
         raise ValueError(f"{audio} holds no audio ({', '.join(AUDIO)})")
-    loaded = with_language(load_model(model), target_lang)
+    loaded = load_model(model)
+    with cli.usage():
+        loaded = with_language(loaded, target_lang)
     if export.head not in loaded.heads:
         raise ValueError(
             f"{folder} is of head {export.head!r}, {model} has {', '.join(loaded.heads)}"

@@ -26,6 +26,8 @@ def convert(source: Path, folder: Path) -> None:
     from fastconformer.checkpoint.hugging_face import is_hugging_face
     from fastconformer.checkpoint.read import read_checkpoint
 
+    if not source.is_dir():
+        raise FileNotFoundError(f"{source}: no such folder")
     if not is_hugging_face(source):
         raise ValueError(
             f"{source} is no folder of transformers: its config.json names no model_type"

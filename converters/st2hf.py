@@ -27,7 +27,8 @@ def convert(args) -> None:
     from fastconformer.export import hugging_face
 
     model = load_exportable(args.model)
-    head = model.head(args.head).name
+    with cli.usage("--"):
+        head = model.head(args.head).name
     source = Path(args.model)
     card = model_card(args, source, args.output, model.config, head, "transformers")
     try:

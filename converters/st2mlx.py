@@ -24,8 +24,9 @@ def convert(model: str, folder: Path) -> None:
     """Loads, checks, writes."""
     from fastconformer.export import mlx
 
+    loaded = load_exportable(model)
     try:
-        mlx.export(load_exportable(model), folder)
+        mlx.export(loaded, folder)
     except ValueError as error:
         raise ValueError(f"{model}: {error}") from None
     print(f"wrote {folder}")

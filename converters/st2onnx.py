@@ -55,9 +55,11 @@ def convert(args) -> None:
     from fastconformer.surgery.look_ahead import with_look_ahead
 
     model = load_exportable(args.model)
-    head = model.head(args.head).name
-    try:
+    with cli.usage("--"):
+        head = model.head(args.head).name
+    with cli.usage():
         model = with_language(with_look_ahead(model, args.look_ahead), args.target_lang)
+    try:
         if args.client == "onnx-asr":
             onnx_asr.export(model, head, args.output, args.int8)
         else:

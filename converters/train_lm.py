@@ -111,6 +111,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--order is {args.order}, expected at least 1")
 
     def job():
+        cli.check_output(args.output, *args.inputs)
         texts = [line.rsplit("\t", 1)[-1] for path in args.inputs for line in read_texts(path)]
         words = (text.split() for text in texts)
         sentences = _pieces(texts, args.tokens) if args.tokens else words

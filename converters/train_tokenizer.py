@@ -17,7 +17,7 @@ from pathlib import Path
 import sentencepiece
 
 from fastconformer import cli
-from fastconformer.checkpoint.files import atomic_file
+from fastconformer.checkpoint.files import atomic_file, read_text
 from fastconformer.text.sentencepiece_model import NORMAL, Piece, SentencePieceModel
 from fastconformer.text.tokenizer import SentencePieceTokenizer, sentencepiece_files
 
@@ -121,10 +121,7 @@ def extend_tokenizer(model: bytes, texts: list[str]) -> tuple[bytes, list[str]]:
 
 def read_texts(path: Path) -> list[str]:
     """`text` of every line of a .json/.jsonl manifest, or the lines of a text file."""
-    try:
-        content = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}") from None
+    content = read_text(path)
     if path.suffix not in (".json", ".jsonl"):
         return content.splitlines()
     texts = []
@@ -162,6 +159,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if (args.size is None) == (args.extend is None):
         parser.error("give --size to train a tokenizer, or --extend to add characters to one")
+    if args.size is not None and args.size < 1:
+        parser.error(f"--size is {args.size}, expected at least 1")
 
     def job():
         texts = [text for path in args.inputs for text in read_texts(path)]

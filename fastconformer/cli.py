@@ -6,6 +6,7 @@ usage; 130 stopped by Ctrl-C. Nothing here loads torch before a model is asked f
 """
 
 import argparse
+import contextlib
 import errno
 import math
 import os
@@ -58,6 +59,15 @@ def run(command: str, job: Callable[[], int | None]) -> int:
         if not is_out_of_memory(error):
             raise
         return _told(command, f"out of memory: {error}"[:300], 1)
+
+
+@contextlib.contextmanager
+def usage(option: str = ""):
+    """A ValueError in here is of arguments that do not fit: a UsageError, said of `option`."""
+    try:
+        yield
+    except ValueError as error:
+        raise UsageError(f"{option}{error}") from None
 
 
 def _told(command: str, error: Exception | str, status: int) -> int:
@@ -244,18 +254,14 @@ def decoding_options(args, model, timestamps: bool = False) -> dict:
         options["allow"] = tuple(name for name in args.languages.split(",") if name)
         if not options["allow"]:
             raise UsageError(f"--languages is {args.languages!r} and names none")
-        try:
+        with usage("--languages: "):
             token_bias(model.tokenizer, options["allow"])
-        except ValueError as error:
-            raise UsageError(f"--languages: {error}") from None
     slots, head = prompt_slots(args), model.head(args.head)
     fields = {name: options[name] for name in ("beam", "length_penalty", "max_repeats")}
-    try:  # what no recording can be transcribed with, said once
+    with usage():  # what no recording can be transcribed with, said once
         head.asked(slots, timestamps)
         DecodingOptions(**fields).check(head.refused_options, head.name)
         with_look_ahead(model, args.look_ahead)
-    except ValueError as error:
-        raise UsageError(str(error)) from None
     return options | slots
 
 
@@ -287,8 +293,8 @@ def load_model(args):
         # The current device: what is made or launched there without a word lands beside the model.
         getattr(torch, device.type).set_device(device)
     model = fastconformer.load_model(args.model, device=device, dtype=dtype)
-    if args.head is not None and args.head not in model.heads:
-        raise UsageError(f"--head is {args.head}, this model has {', '.join(model.heads)}")
+    with usage("--"):
+        model.head(args.head)
     return model
 
 

@@ -83,15 +83,12 @@ def listen(args) -> int:
     model = cli.load_model(args)
 
     slots = {} if args.target_lang is None else {"target_lang": args.target_lang}
-    if slots:
-        try:
-            model.head(args.head).asked(slots, True)
-        except ValueError as error:
-            raise cli.UsageError(str(error)) from None
 
     def open_stream():
         return model.stream(args.head, args.look_ahead, part_s=args.part_s, **slots)
 
+    with cli.usage():
+        open_stream()  # what cannot be is told before anything is heard
     blocks = _blocks(args, model.sample_rate)
     write_lines(blocks, open_stream, args.pause_s, model.sample_rate)
     return 0

@@ -139,11 +139,9 @@ def run(options) -> int:
         if ("=" in item or item.startswith("~")) and not os.path.exists(item)
     ]
     others = [item for item in options.other if item not in overrides]
-    try:
+    with cli.usage():
         recipe = load_recipe(options.recipe, overrides)
         read = [load_recipe(p) if Path(p).suffix in RECIPES else p for p in others]
-    except (ValueError, FileNotFoundError) as error:
-        raise cli.UsageError(str(error)) from None
     names = ["other"] if len(others) == 1 else [f"other: {Path(p).stem}" for p in others]
     if len(set(names)) < len(names):
         names = [f"other {number}" for number in range(1, len(others) + 1)]

@@ -44,10 +44,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run(options) -> int | None:
-    try:
+    with cli.usage():
         recipe = load_recipe(options.recipe, options.overrides)
-    except (ValueError, FileNotFoundError) as error:
-        raise cli.UsageError(str(error)) from None
     try:
         distill(recipe)
     except Stopped as stop:

@@ -74,11 +74,9 @@ def run(options) -> None:
     memory_gb = options.memory_gb
     if memory_gb is not None and not 0 < memory_gb < math.inf:
         raise cli.UsageError(f"--memory-gb is {memory_gb}, expected more than 0")
-    try:
+    with cli.usage():
         # The value that is searched for need not be there; a search needs none.
         recipe = load_recipe(options.recipe, [*options.overrides, "data.batch_duration_s=auto"])
-    except (ValueError, FileNotFoundError) as error:
-        raise cli.UsageError(str(error)) from None
     found = find_for(prepare_run(recipe), memory_gb)
     print(f"data.batch_duration_s: {found:g}")
     if options.write:

@@ -55,10 +55,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def job(options, is_main: bool) -> int | None:
-    try:
+    with cli.usage():
         recipe = load_recipe(options.recipe, options.overrides)
-    except (ValueError, FileNotFoundError) as error:
-        raise cli.UsageError(str(error)) from None
     try:
         finetune(recipe, join())
     except Stopped as stop:

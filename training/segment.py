@@ -46,17 +46,14 @@ def segment(options) -> int:
     import soundfile
 
     from fastconformer.audio.files import load_audio
-    from fastconformer.checkpoint.files import write_text
+    from fastconformer.checkpoint.files import read_text, write_text
     from training.data.json_lines import json_line
     from training.data.segments import find_segments
 
     positive = options.max_s > 0 and options.pause_s > 0  # not a number is neither
     if not positive or not (options.min_score or 0) <= 0:
         raise cli.UsageError("--max-s and --pause-s are seconds, --min-score is 0 or less")
-    try:
-        text = options.text.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{options.text} is not UTF-8 text: {error}") from None
+    text = read_text(options.text)
     model = cli.load_model(options)
     prompts = model.config.prompts
     if options.lang and prompts is not None and not prompts.knows(options.lang):

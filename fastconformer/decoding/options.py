@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from ..checkpoint.files import read_text
 from ..text.tokenizer import Tokenizer
 from .allow import token_bias
 from .confidence import Confidence
@@ -135,12 +136,8 @@ def read_phrases(path: str | Path, weight: float) -> dict[str, float]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"list of phrases {path} is not a file")
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"list of phrases {path} is not UTF-8: {error}") from None
     phrases = {}
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
         phrase, tab, own = line.partition("\t")
         if not phrase.strip() or phrase.startswith("#"):
             continue

@@ -40,7 +40,8 @@ def to_birwkv7(
     before = ModelConfig.from_nemo(checkpoint.config).encoder
     if before.self_attention_model == "rwkv7_attn":
         raise ValueError("encoder.self_attention_model is rwkv7_attn: the model is BiRWKV7 already")
-    width = head_size or default_head_size(before.d_model, before.n_heads)
+    default = default_head_size(before.d_model, before.n_heads)
+    width = default if head_size is None else head_size
     if width < 1 or before.d_model % width:
         raise ValueError(
             f"the head size is {width}, expected a divisor of d_model, {before.d_model}"

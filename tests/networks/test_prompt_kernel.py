@@ -269,6 +269,6 @@ def test_exports_take_the_language_or_have_one(archive, model, tmp_path, capsys)
         (FOLDER / "model.nemo", "no language is told to this model's encoder"),
     ):
         words = [path, "-o", tmp_path / "no", "--for", "sherpa-onnx", "--target-lang", "xx"]
-        assert st2onnx.main(list(map(str, words))) == 1
+        assert st2onnx.main(list(map(str, words))) == 2
         assert reason in capsys.readouterr().err
     assert not (tmp_path / "no").exists()

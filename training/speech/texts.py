@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from fastconformer.checkpoint.files import read_text
+
 HELDOUT_TEXT_SHARE = 20  # one text in twenty is spoken by held-out voices only
 
 DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
@@ -33,7 +35,7 @@ def read_sentences(paths, rng, max_words=16) -> list[str]:
     `max_words` words cut at random word boundaries."""
     pieces = []
     for path in paths:
-        for line in Path(path).read_text(encoding="utf-8").splitlines():
+        for line in read_text(Path(path)).splitlines():
             words = (plain_text(line.split("\t")[-1]) or "").split()
             while words:
                 n_words = int(rng.integers(2, max_words + 1))
