@@ -253,7 +253,7 @@ def _open(source: str | bytes, name: str, stack: contextlib.ExitStack, track: in
     with _file(source) as file:
         head, size = file.read(LARGEST_PAGE), file.seek(0, os.SEEK_END)
         file.seek(max(0, size - LARGEST_PAGE))
-        cut = is_cut(head, file.read(), size)
+        cut = is_cut(head, file.read() if head[:4] == b"OggS" else b"", size)
         sized = sized_header(head, size)
         if sized is not None:
             file.seek(len(sized))

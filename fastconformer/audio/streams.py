@@ -233,9 +233,9 @@ def _only_chunks(head: bytes, at: int, size: int) -> bool:
 
 
 def is_cut(head: bytes, tail: bytes, size: int) -> bool:
-    """Whether a file of so many bytes, of which these are the first and the last, ends before its
-    sound does: an Ogg's last page is not marked as that, or the header of a CAF or NIST SPHERE file
-    tells of more. (libsndfile's log tells it of others, see `promised_share`.)"""
+    """Whether a file of so many bytes ends before its sound does: an Ogg's last page is not marked
+    as that, or the header of a CAF, NIST SPHERE or VOC file tells of more. (libsndfile's log tells
+    it of others, see `promised_share`.) `head`, `tail`: the first and, of an Ogg, the last bytes."""
     if head[:4] == b"OggS":
         at = tail.rfind(b"OggS")
         return at >= 0 and not (at + 27 <= len(tail) and tail[at + 5] & 4)
@@ -253,6 +253,10 @@ def is_cut(head: bytes, tail: bytes, size: int) -> bool:
         if is_plain and all(said.get(name, b"").isdigit() for name in names):
             count, channels, n_bytes = (int(said[name]) for name in names)
             end = int(re.match(rb"\s*(\d*)", head[8:16])[1] or 0) + count * channels * n_bytes
+    elif head[:19] == b"Creative Voice File":
+        end = int.from_bytes(head[20:22], "little")
+        while end + 4 <= len(head) and head[end]:  # blocks: a kind, a size; kind 0 is the end
+            end += 4 + int.from_bytes(head[end + 1 : end + 4], "little")
     return end > size
 
 

@@ -50,8 +50,9 @@ def transcribe(
         head: one of `model.heads`; None: the model's default.
         batch_size: most clips per pass; clips of similar length go together.
         timestamps: also give words and segments with times.
-        min_duration_s: shorter clips get silence on both sides; times stay the input's. None: the
-            model's own, 1 s for NeMo's models, as in NeMo 3.0.
+        min_duration_s: shorter clips get silence on both sides; times stay the input's. None:
+            `model.min_duration_s`, which is 1.0 for NeMo's models, as in NeMo 3.0, and 0.0 (nothing
+            is added) for Fun-ASR's.
         long: how a clip goes through the encoder. "full": in one pass. "chunks": in windows
             with context on both sides (BiRWKV7: all of the past, and context ahead), decoded
             as one sequence. "auto": "full" where it fits the memory and, on a CPU, where shorter

@@ -251,7 +251,8 @@ def test_what_is_cut_is_said(tmp_path, sound):
     "kind, coded",
     [
         *(("WAV", coded) for coded in ("PCM_16", "PCM_24", "FLOAT", "ULAW", "MS_ADPCM")),
-        *((kind, "PCM_16") for kind in ("AIFF", "AU", "W64", "RF64", "CAF", "NIST")),
+        *((kind, "PCM_16") for kind in ("AIFF", "AU", "W64", "RF64", "CAF", "NIST", "VOC")),
+        ("VOC", "ULAW"),
         *(("OGG", coded) for coded in ("VORBIS", "OPUS", "flac")),
     ],
 )
@@ -265,7 +266,7 @@ def test_what_libsndfile_reads_short_is_said(sound, kind, coded):
     assert read_audio(content, RATE).notes == [] and read_audio(content + b"\0", RATE).notes == []
     audio = read_audio(content[: len(content) * 6 // 10], RATE)
     assert 0.9 < len(audio.samples) / RATE < 2
-    is_marked = kind in ("OGG", "CAF", "NIST")
+    is_marked = kind in ("OGG", "CAF", "NIST", "VOC")
     told = "the file ends before its stream" if is_marked else "its header says "
     assert len(audio.notes) == 1 and audio.notes[0].startswith(told) and audio.damage == ""
 
