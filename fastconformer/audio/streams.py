@@ -235,7 +235,7 @@ def _only_chunks(head: bytes, at: int, size: int) -> bool:
 def is_cut(head: bytes, tail: bytes, size: int) -> bool:
     """Whether a file of so many bytes ends before its sound does: an Ogg's last page is not marked
     as that, or the header of a CAF, NIST SPHERE or VOC file tells of more. (libsndfile's log tells
-    it of others, see `promised_share`.) `head`, `tail`: the first and, of an Ogg, the last bytes."""
+    it of others, see `promised_share`.) `head`: its first bytes, `tail`: an Ogg's last ones."""
     if head[:4] == b"OggS":
         at = tail.rfind(b"OggS")
         return at >= 0 and not (at + 27 <= len(tail) and tail[at + 5] & 4)

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import re
 
 import pytest
 import torch
@@ -127,6 +128,16 @@ def test_the_translation_and_keys_without_effect_are_told(nemo_yaml, caplog):
     for key in ("model.train_ds.pin_memory", "trainer.devices", "model.encoder.n_layers"):
         assert key in unused, key
     assert "start the command with torchrun" in unused
+
+
+def test_dropout_is_one_for_all_and_that_is_told(nemo_yaml, caplog):
+    more = "n_layers: 17, dropout: 0.2, dropout_att: 0.1, dropout_pre_encoder: 0.2"
+    nemo_yaml.write_text(FINETUNE.replace("n_layers: 17", more))
+    with caplog.at_level(logging.INFO, logger="finetune"):
+        assert load_recipe(nemo_yaml).model.dropout == 0.2
+    taken, unused = caplog.text.split("keys without effect here")
+    assert "encoder.dropout_pre_encoder " in taken
+    assert re.search("encoder.dropout_att +model.dropout, 0.2, is of these too", unused)
 
 
 def test_the_gradient_skips_no_cells_unless_asked(nemo_yaml, caplog):

@@ -228,7 +228,12 @@ def _start(tree: dict, found: Translation) -> bool:
     if take("model.char_labels.update_labels"):
         take("model.char_labels.labels", "model.labels", list)
     if "model.encoder.dropout" in found.left and not scratch:
-        take("model.encoder.dropout", "model.dropout", float)
+        dropout = take("model.encoder.dropout", "model.dropout", float)
+        for key in ("model.encoder.dropout_att", "model.encoder.dropout_pre_encoder"):
+            if found.left.get(key) is not None:
+                same = take(key) == dropout
+                told = "is model.dropout" if same else f"model.dropout, {dropout}, is of these too"
+                (found.taken if same else found.unused).append((key, told))
     return scratch
 
 
