@@ -19,7 +19,7 @@ import sentencepiece
 
 from converters.train_tokenizer import read_texts
 from fastconformer import cli
-from fastconformer.checkpoint.files import atomic_file
+from fastconformer.checkpoint.files import filled_folder
 from fastconformer.surgery.pieces import processor, score_pieces
 from fastconformer.text.sentencepiece_model import (
     BYTE,
@@ -282,10 +282,9 @@ def main(argv: list[str] | None = None) -> int:
         report["measured_on"] = {key: str(path) for key, path in named.items() if path}
         text = json.dumps(report, ensure_ascii=False, indent=1) + "\n"
         files = sentencepiece_files(model) | {"report.json": text.encode()}
-        args.output.mkdir(parents=True, exist_ok=True)
-        for name, content in files.items():
-            with atomic_file(args.output / name) as temporary:
-                temporary.write_bytes(content)
+        with filled_folder(args.output) as folder:
+            for name, content in files.items():
+                (folder / name).write_bytes(content)
         print(describe(report))
         print(f"-> {args.output}")
 

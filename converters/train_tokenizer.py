@@ -17,7 +17,7 @@ from pathlib import Path
 import sentencepiece
 
 from fastconformer import cli
-from fastconformer.checkpoint.files import atomic_file, read_text
+from fastconformer.checkpoint.files import filled_folder, read_text
 from fastconformer.text.sentencepiece_model import NORMAL, Piece, SentencePieceModel
 from fastconformer.text.tokenizer import SentencePieceTokenizer, sentencepiece_files
 
@@ -171,10 +171,9 @@ def main(argv: list[str] | None = None) -> int:
             model, added = extend_tokenizer(args.extend.read_bytes(), texts)
             made = f"{len(added)} new characters ({' '.join(added)})"
         files = sentencepiece_files(model)
-        args.output.mkdir(parents=True, exist_ok=True)
-        for name, content in files.items():
-            with atomic_file(args.output / name) as temporary:
-                temporary.write_bytes(content)
+        with filled_folder(args.output) as folder:
+            for name, content in files.items():
+                (folder / name).write_bytes(content)
         print(f"{made} from {len(texts)} lines -> {args.output}")
 
     return cli.run("train_tokenizer", job)

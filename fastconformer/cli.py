@@ -103,6 +103,14 @@ def one_line(text: object) -> str:
     return escaped(" ".join(str(text).split()))
 
 
+def check_above_zero(args: argparse.Namespace, *names: str) -> None:
+    """UsageError where one of these arguments is given and not above 0."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and not value > 0:  # nor is what is no number
+            raise UsageError(f"--{name.replace('_', '-')} is {value}, expected more than 0")
+
+
 def check_output(path: Path, *inputs: str | Path) -> None:
     """UsageError where a file cannot be written or is one of the inputs, told before the work and
     not after it."""

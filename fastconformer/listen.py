@@ -70,10 +70,7 @@ def main(argv=None) -> int:
 
 
 def listen(args) -> int:
-    for name in ("part_s", "pause_s"):
-        if not getattr(args, name) > 0:
-            flag = name.replace("_", "-")
-            raise cli.UsageError(f"--{flag} is {getattr(args, name)}, expected more than 0")
+    cli.check_above_zero(args, "part_s", "pause_s")
     if args.rate is not None and not 8000 <= args.rate <= 192000:
         raise cli.UsageError(f"--rate is {args.rate}, expected 8000 to 192000")
     if args.rate is not None and args.input != "-":

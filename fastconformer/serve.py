@@ -79,10 +79,8 @@ def main(argv=None) -> int:
 
 
 def serve(args) -> int:
-    for name in ("max_upload_mb", "max_duration_s", "max_queue", "max_streams", "timeout_s"):
-        if not getattr(args, name) > 0:
-            flag = name.replace("_", "-")
-            raise cli.UsageError(f"--{flag} is {getattr(args, name)}, expected more than 0")
+    limits = "max_upload_mb", "max_duration_s", "max_queue", "max_streams", "timeout_s"
+    cli.check_above_zero(args, *limits)
     keys = api_keys(args)
     for port in (args.port, args.wyoming_port):
         if port is not None:

@@ -25,11 +25,3 @@ def write_native(folder: Path, checkpoint: Checkpoint) -> Path:
     name, write = FORMS[checkpoint.kind]
     write(folder / name, checkpoint)
     return folder / name
-
-
-def native_model(folder: Path) -> Path:
-    """What `write_native` wrote there. FileNotFoundError: nothing."""
-    for name, _ in FORMS.values():
-        if (folder / name).exists():
-            return folder / name
-    raise FileNotFoundError(f"{folder} has no model.nemo; give the folder of a finished run")

@@ -79,7 +79,7 @@ def model_card(
         ]
     else:
         lines.append("None measured. `python -m fastconformer.evaluate MANIFEST -o FILE` does it.")
-    lines += ["", "## Use", "", *_use(name, library, head), ""]
+    lines += ["", "## Use", "", *_use(name, library), ""]
     if recipe:
         text = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True).strip()
         lines += ["## Recipe", "", "```yaml", text, "```", ""]
@@ -156,7 +156,7 @@ def _training(recipe: dict) -> str:
     return f"{trainer['max_steps']} of up to {data.get('batch_size', '?')} clips"
 
 
-def _use(name: str, library: str, head: str) -> list[str]:
+def _use(name: str, library: str) -> list[str]:
     if library == "transformers":
         return [
             "```python",

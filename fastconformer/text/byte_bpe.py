@@ -120,13 +120,6 @@ class QwenTokenizer(ByteTokenizer):
     def encode(self, text: str) -> list[int]:
         return self.backend.encode(text, add_special_tokens=False).ids
 
-    def id_of(self, token: str) -> int:
-        """Of one special token. ValueError: there is none of this name."""
-        number = self.backend.token_to_id(token)
-        if number is None:
-            raise ValueError(f"the language model's tokenizer has no {token}")
-        return number
-
     def decode(self, ids: list[int]) -> str:
         """Text without special tokens; `/sil`, which the model writes for silence, is a space, and
         runs of white space are one."""

@@ -53,10 +53,6 @@ class Kept:
     mark: float | None = None
     broken: int = 0
 
-    @property
-    def best_step(self) -> int | None:
-        return self.top[0][2] if self.top else None
-
     def consider(self, record: dict, keep: KeepRecipe, holds: bool) -> bool:
         """Take an evaluation in if it is among the best; gives whether it is the best of all."""
         metrics = metrics_of(record)

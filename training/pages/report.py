@@ -59,7 +59,7 @@ def report(run: Path, n_worst: int = 15) -> str:
     parts += ["<h2>Training</h2>", *_training(log)]
     worst = _read_json(stages[-1] / "worst.json") or []
     if worst:
-        parts += ["<h2>Worst utterances</h2>", _worst(worst[:n_worst], run)]
+        parts += ["<h2>Worst utterances</h2>", _worst(worst[:n_worst])]
     counts = Counter(item["reason"] for item in dropped).most_common()
     parts.append("<h2>Data left out</h2>")
     parts.append(table(["reason", "lines"], counts) if counts else "<p>Nothing.</p>")
@@ -172,7 +172,7 @@ def aligned(reference: str, hypothesis: str) -> Markup:
     return Markup(" ".join(words))
 
 
-def _worst(worst: list[dict], run: Path) -> str:
+def _worst(worst: list[dict]) -> str:
     rows = []
     for item in worst:
         text = aligned(item["said"], item["heard"])

@@ -190,9 +190,9 @@ def translate(tree: dict, where: str = "recipe") -> Translation:
         found.taken.append((f"({why})", f"{ours}: {value}"))
 
     fixed("loss.heads", "llm", "FunASR's training has no other loss")
-    _start(tree, left, take, where)
-    _frozen(left, take, found)
-    _lora(left, take, found, where)
+    _start(left, take, where)
+    _frozen(take, found)
+    _lora(left, take, found)
     _data(left, take, found, where)
     _optimisation(left, take, fixed, where)
     _trainer(left, take, found, fixed)
@@ -209,7 +209,7 @@ def translate(tree: dict, where: str = "recipe") -> Translation:
     return found
 
 
-def _start(tree: dict, left: dict, take, where: str) -> None:
+def _start(left: dict, take, where: str) -> None:
     start = take("init_param") or take("model_path") or take("model_conf.init_param")
     if start is not None:
         path = Path(str(start))
@@ -231,7 +231,7 @@ def _start(tree: dict, left: dict, take, where: str) -> None:
         take("(no output_dir)", "output")
 
 
-def _frozen(left: dict, take, found: Translation) -> None:
+def _frozen(take, found: Translation) -> None:
     modules = []
     for section, (part, default) in PARTS.items():
         given = take(f"{section}.freeze")
@@ -244,7 +244,7 @@ def _frozen(left: dict, take, found: Translation) -> None:
     put(found.recipe, "freeze.modules", [*modules, "ctc"])
 
 
-def _lora(left: dict, take, found: Translation, where: str) -> None:
+def _lora(left: dict, take, found: Translation) -> None:
     conf = "llm_conf.lora_conf"
     names = {"r": "lora.rank", "lora_alpha": "lora.alpha", "lora_dropout": "lora.dropout"}
     if not take("llm_conf.use_lora"):

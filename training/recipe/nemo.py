@@ -75,6 +75,10 @@ class Translation:
             shown = "the architecture, from scratch" if isinstance(value, dict) else value
             self.taken.append((key, f"{ours}: {shown}"))
 
+    def drop(self, section: str) -> None:
+        """Passes over what is left of a section."""
+        self.left = {k: v for k, v in self.left.items() if not k.startswith(f"{section}.")}
+
     def refuse(self, key: str, why: str) -> None:
         raise ValueError(f"{self.where}: {key}: {why}")
 
@@ -411,8 +415,7 @@ def _keeping(found: Translation) -> None:
             found.refuse("exp_manager.ema.every_n_steps", "the average moves at every step here")
         take("exp_manager.ema.cpu_offload")  # the same average elsewhere
     else:
-        for key in [key for key in found.left if key.startswith("exp_manager.ema.")]:
-            del found.left[key]  # switched off
+        found.drop("exp_manager.ema")  # switched off
 
 
 def _early_stopping(kept_by: str | None, metrics: dict[str, str], found: Translation) -> None:

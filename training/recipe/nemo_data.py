@@ -40,7 +40,7 @@ def translate_data(tree: dict, found) -> None:
     ):
         if train.get(key):
             found.refuse(f"{SECTION}.{key}", "has no counterpart here; delete it")
-    sources = _sources(train, found)
+    sources = _sources(found)
     if sources:
         found.set("data.train", sources, f"{SECTION}.manifest_filepath")
     for ours, section in (("data.validation", "validation_ds"), ("data.test", "test_ds")):
@@ -142,8 +142,7 @@ def _languages_said(train: dict, found) -> None:
     if found.take(f"{SECTION}.prompt_mode_field") not in (None, "prompt_mode"):
         found.refuse(f"{SECTION}.prompt_mode_field", "is prompt_mode here; name the key so")
     dictionary = train.get("prompt_dictionary")
-    for key in [key for key in found.left if key.startswith(f"{SECTION}.prompt_dictionary.")]:
-        del found.left[key]
+    found.drop(f"{SECTION}.prompt_dictionary")
     if dictionary:
         added = {"target_lang": dictionary}
         found.set("prompt.values", added)
@@ -189,10 +188,10 @@ def _above_zero(value) -> float | None:
 # --- manifests ------------------------------------------------------------------------------------
 
 
-def _sources(train: dict, found) -> list:
+def _sources(found) -> list:
     """`data.train`: plain paths, or mappings where there is more to say of one."""
     channel = _channel(SECTION, found)
-    return [_heard(source, channel) for source in _listed(train, found)]
+    return [_heard(source, channel) for source in _listed(found)]
 
 
 def _heard(source: str | dict, channel: int | None) -> str | dict:
@@ -202,7 +201,7 @@ def _heard(source: str | dict, channel: int | None) -> str | dict:
     return ({"manifest": source} if isinstance(source, str) else source) | {"channel": channel}
 
 
-def _listed(train: dict, found) -> list:
+def _listed(found) -> list:
     config = found.left.pop(f"{SECTION}.input_cfg", None)
     manifests = found.left.pop(f"{SECTION}.manifest_filepath", None)
     tars = found.left.pop(f"{SECTION}.tarred_audio_filepaths", None)
@@ -334,8 +333,7 @@ def _augmentor(section: dict, found) -> None:
     """NeMo's perturbations of a clip, each with its probability `prob`."""
     for name, options in section.items():
         key = f"{SECTION}.augmentor.{name}"
-        for left in [left for left in found.left if left.startswith(f"{key}.")]:
-            del found.left[left]
+        found.drop(key)
         if not isinstance(options, dict | None):
             found.refuse(key, f"is {options!r}, expected a mapping of options")
         options = dict(options or {})

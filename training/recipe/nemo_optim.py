@@ -53,8 +53,7 @@ def _schedule(sched: dict, found) -> None:
     section, take = "model.optim.sched", found.take
     name = sched.get("name")
     if name is None:
-        for key in [key for key in found.left if key.startswith(f"{section}.")]:
-            del found.left[key]
+        found.drop(section)
         found.set("schedule.name", "constant", f"{section} (left out)")
         found.set("schedule.min_lr", 0.0)
         return
