@@ -138,6 +138,7 @@ def _read_kernel(
     is_class = n < n_outputs - n_tokens
     z = tl.load(logits_ptr + n_tokens + n, mask=is_class, other=float("-inf")).to(tl.float32)
     which = tl.min(tl.where(z == tl.max(z, 0), n, BLOCK_N), 0)
+    which = tl.where(which < n_outputs - n_tokens, which, 0)  # of NaN none is the largest
     tl.store(tokens_ptr + row, token)
     tl.store(classes_ptr + row, which)
     tl.store(scores_ptr + row, -tl.log(total))

@@ -7,7 +7,7 @@ from conftest import load_case
 pytest.importorskip("triton", reason="triton is not installed")
 
 import fastconformer
-from fastconformer.decoding import fused_step
+from fastconformer.decoding import fused_step, triton_step
 from fastconformer.decoding.label_loop import LabelLoop
 
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs it compiled")
@@ -47,3 +47,13 @@ def test_steps_equal_the_plain_ones(name, max_symbols, biased, monkeypatch):
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(found[1][0], found[0][0])
     torch.testing.assert_close(found[1][1][spoken], found[0][1][spoken], rtol=1e-5, atol=1e-5)
+
+
+@interpreted
+@pytest.mark.parametrize("n_durations", [0, 3, 4])
+def test_logits_that_are_no_numbers_name_tokens_and_durations_that_exist(n_durations):
+    """Or memory behind the durations would move a clip to a frame anywhere."""
+    logits = torch.full((2, 9 + n_durations), torch.nan)
+    tokens, classes, _ = triton_step.read_logits(logits, None, 9)
+    assert 0 <= tokens.min() and tokens.max() < 9
+    assert 0 <= classes.min() and classes.max() < max(1, n_durations)
