@@ -160,7 +160,8 @@ class Fbank(nn.Module):
         x = x - PREEMPHASIS * torch.cat((x[..., :1], x[..., :-1]), dim=-1)
         spectrum = torch.fft.rfft(x * self.window, n=c.fft_size)
         power = torch.view_as_real(spectrum).square().sum(-1)  # (B, N, F)
-        return (self.filters @ power.transpose(1, 2)).clamp(min=FLOOR).log()
+        with torch.autocast(power.device.type, enabled=False):  # float16 ends at 65504
+            return (self.filters @ power.transpose(1, 2)).clamp(min=FLOOR).log()
 
     def stack(self, frames: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """Frames (B, M, N) and their number (B,) -> rows (B, 7 M, T) and theirs (B,)."""

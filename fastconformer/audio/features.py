@@ -148,7 +148,8 @@ class FilterbankFeatures(nn.Module):
         x = real * real + imaginary * imaginary
         if c.mag_power != 2.0:
             x = x.sqrt() if c.mag_power == 1.0 else x.sqrt().pow(c.mag_power)
-        x = self.fb.float() @ x  # (B, M, T)
+        with torch.autocast(x.device.type, enabled=False):
+            x = self.fb.float() @ x  # (B, M, T)
         if c.log:
             guard = c.log_zero_guard_value
             guard = getattr(torch.finfo(x.dtype), guard) if isinstance(guard, str) else guard

@@ -5,8 +5,10 @@ import torch
 from conftest import load_case
 
 import fastconformer
+from fastconformer.audio.fbank import Fbank
 from fastconformer.audio.features import Preprocessor
 from fastconformer.config import PreprocessorConfig
+from fastconformer.config.preprocessor import FbankConfig
 
 
 def build(config, stft_pad="zeros"):
@@ -98,3 +100,15 @@ def test_digital_silence_is_zero_in_any_batch(normalize):
         alone, n = preprocessor(audio[:1, :length], torch.tensor([length]))
         together, _ = preprocessor(audio, torch.tensor([length, 48000]))
         assert not alone[0, :, : int(n)].any() and not together[0, :, : int(n)].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_leaves_features_what_they_are(dtype):
+    """A spectrum's power loses digits in such a type, and float16 ends at 65504."""
+    audio = torch.randn(1, 8000, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
+    front_ends = Preprocessor(PreprocessorConfig(dither=0.0)), Fbank(FbankConfig(dither=0.0))
+    for front_end in front_ends:
+        expected, _ = front_end(audio, torch.tensor([8000]))
+        with torch.autocast("cpu", dtype=dtype):
+            actual, _ = front_end(audio, torch.tensor([8000]))
+        assert torch.equal(actual, expected)

@@ -55,5 +55,5 @@ def test_logits_that_are_no_numbers_name_tokens_and_durations_that_exist(n_durat
     """Or memory behind the durations would move a clip to a frame anywhere."""
     logits = torch.full((2, 9 + n_durations), torch.nan)
     tokens, classes, _ = triton_step.read_logits(logits, None, 9)
-    assert 0 <= tokens.min() and tokens.max() < 9
-    assert 0 <= classes.min() and classes.max() < max(1, n_durations)
+    assert tokens.min() >= 0 and tokens.max() < 9
+    assert classes.min() >= 0 and classes.max() < max(1, n_durations)
