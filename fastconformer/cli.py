@@ -83,7 +83,11 @@ def _close_stdout() -> None:
 
 def use_utf8() -> None:
     """What goes to a file or a pipe is UTF-8 whatever the locale; a terminal keeps its own, and
-    gets what it lacks as escapes. So no name and no text can end a run."""
+    gets what it lacks as escapes. So no name and no text can end a run, and neither can streams
+    that were closed (`>&-`), which Python has as None."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 (until the process ends)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             encoding = {} if stream.isatty() else {"encoding": "utf-8"}

@@ -109,7 +109,10 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     parser.add_argument(
         "--beside", action="store_true", help="write a file beside each recording instead"
     )
-    args = parser.parse_intermixed_args(argv)  # AUDIO may stand behind options too
+    argv = sys.argv[1:] if argv is None else list(argv)
+    end = argv.index("--") if "--" in argv else len(argv)  # behind it all are names, as -a.wav
+    args = parser.parse_intermixed_args(argv[:end])  # AUDIO may stand behind options too
+    args.audio += argv[end + 1 :]
     if not args.audio and args.from_file is None:
         parser.error("name at least one AUDIO, or --from-file")
     return args

@@ -414,8 +414,12 @@ def _checked(source: Source) -> str | bytes:
     """A path of a file that is there, or a content."""
     if isinstance(source, (bytes, bytearray, memoryview)) or hasattr(source, "read"):
         data = source.read() if hasattr(source, "read") else bytes(source)
-        if not isinstance(data, bytes):
+        if isinstance(data, str):
             raise ValueError(f"{_name(source)} was opened as text; open it with mode 'rb'")
+        if not isinstance(data, bytes):
+            raise ValueError(f"{_name(source)}: read() gives a {type(data).__name__}, not bytes")
+        if not data and hasattr(source, "seekable") and source.seekable() and source.tell():
+            raise ValueError(f"{_name(source)} was read to its end before; call its seek(0)")
         if not data:
             raise ValueError(f"{_name(source)} is empty")
         return data

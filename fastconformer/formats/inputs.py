@@ -54,7 +54,7 @@ def _find(name: str) -> Found:
     if glob.has_magic(name) and not path.exists():
         names = sorted(p for p in glob.glob(name, recursive=True) if Path(p).is_file())
         return find_clips(names) if names else Found([], [(name, "no file is named like this")])
-    if path.suffix.lower() in MANIFEST_SUFFIXES:
+    if Path(name.lower().removesuffix(".gz")).suffix in MANIFEST_SUFFIXES:
         return _in_manifest(path, name)
     if path.is_fifo():  # <(...) of a shell
         return Found([Clip(path, name, content=path.read_bytes())])

@@ -14,9 +14,12 @@ A line may be a chat of one turn instead, as FunASR trains on:
 ASK is what the model is asked, `others["prompt"]`; a system message may stand before it.
 """
 
+import codecs
+import gzip
 import json
 import os
 import re
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -96,33 +99,49 @@ def read_manifest(
 
 def manifest_lines(path: str | os.PathLike, lang: str | None = None) -> Iterator[Clip | LeftOut]:
     """What each line that is not blank names, in order. FileNotFoundError: no such manifest.
-    ValueError: a file of something else, not one of whose first lines is JSON."""
+    ValueError: a file of something else, not one of whose first lines is JSON; see `_lines`."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"manifest {path} is not a file")
     junk = 0  # lines that are no JSON, as long as there is nothing else
+    for number, line in enumerate(_lines(path), start=1):
+        if not line.strip():
+            continue
+        name = ""
+        try:
+            entry = _of_chat(_entry(line))
+            name = str(_audio(entry) or "")
+            if entry.get("_skipme"):
+                raise BadLine("skipme", "the manifest says _skipme")
+            if lang is not None and language_in(entry) not in (None, lang):
+                raise BadLine("other_language", f"lang is {entry['lang']!r}")
+            yield _clip(entry, path, number)
+            junk = -1
+        except BadLine as error:
+            is_junk = error.args[0] == "not_json"
+            junk = junk + 1 if is_junk and junk >= 0 else -1
+            if junk == JUNK_LINES:
+                raise ValueError(
+                    f"{path} is no manifest: none of its first {junk} lines is a JSON object"
+                ) from None
+            yield LeftOut(str(path), number, *error.args, audio=name)
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    """Its lines; gzipped ones, as Lhotse writes, are unpacked. ValueError: UTF-16, damaged gzip."""
     with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            name = ""
-            try:
-                entry = _of_chat(_entry(line))
-                name = str(_audio(entry) or "")
-                if entry.get("_skipme"):
-                    raise BadLine("skipme", "the manifest says _skipme")
-                if lang is not None and language_in(entry) not in (None, lang):
-                    raise BadLine("other_language", f"lang is {entry['lang']!r}")
-                yield _clip(entry, path, number)
-                junk = -1
-            except BadLine as error:
-                is_junk = error.args[0] == "not_json"
-                junk = junk + 1 if is_junk and junk >= 0 else -1
-                if junk == JUNK_LINES:
-                    raise ValueError(
-                        f"{path} is no manifest: none of its first {junk} lines is a JSON object"
-                    ) from None
-                yield LeftOut(str(path), number, *error.args, audio=name)
+        head = file.read(2)
+        file.seek(0)
+        if head in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+            raise ValueError(f"{path} is UTF-16, as PowerShell's > writes; write it as UTF-8")
+        if head != b"\x1f\x8b":
+            yield from file
+            return
+        try:
+            with gzip.open(file) as unpacked:
+                yield from unpacked
+        except (gzip.BadGzipFile, zlib.error, EOFError) as error:
+            raise ValueError(f"{path} is cut or damaged: {error}") from None
 
 
 def _entry(line: bytes) -> dict:

@@ -15,12 +15,13 @@ def is_one(inputs) -> bool:
     if isinstance(inputs, tuple):
         return len(inputs) == 2 and isinstance(inputs[1], numbers.Real)  # samples and their rate
     kinds = (str, os.PathLike, bytes, bytearray, memoryview, np.ndarray, torch.Tensor)
-    return isinstance(inputs, kinds) or hasattr(inputs, "read")
+    # a dict holds no recordings: `read_samples` says what to give instead
+    return isinstance(inputs, (*kinds, dict)) or hasattr(inputs, "read")
 
 
 def read_samples(item, sample_rate_hz: int) -> np.ndarray:
     """A path, a recording's bytes, a binary file, mono samples (numpy or torch, float in [-1, 1] or
-    int16), or a pair (samples, their rate in Hz) -> (L,) float32 or int16.
+    int16; (L,), (1, L) or (L, 1)), or a pair (samples, their rate in Hz) -> (L,) float32 or int16.
 
     Raises:
         ValueError, FileNotFoundError: unreadable, empty, not one-dimensional, NaN, or no sound.
@@ -38,7 +39,14 @@ def read_samples(item, sample_rate_hz: int) -> np.ndarray:
     if isinstance(item, torch.Tensor):
         item = item.detach().cpu()
         item = (item.float() if item.dtype == torch.bfloat16 else item).numpy()
-    samples = np.asarray(item)
+    try:
+        samples = np.asarray(item)
+    except ValueError:  # a list of unequal parts
+        samples = None
+    if samples is None or samples.ndim == 0:
+        raise ValueError(_what_it_is_not(item))
+    if samples.ndim == 2 and 1 in samples.shape:  # as torchaudio and soundfile give one channel
+        samples = samples.reshape(-1)
     if samples.ndim != 1 or samples.size == 0:
         raise ValueError(
             f"an audio array has shape {samples.shape}, expected (samples,), not empty"
@@ -51,6 +59,15 @@ def read_samples(item, sample_rate_hz: int) -> np.ndarray:
         samples = samples.astype(np.float32, copy=False)
     check_samples(samples, "an audio array")
     return samples
+
+
+def _what_it_is_not(item) -> str:
+    if isinstance(item, dict) and {"array", "sampling_rate"} <= item.keys():
+        return "an item is a dict of datasets; give (item['array'], item['sampling_rate'])"
+    return (
+        f"an item is a {type(item).__name__}, expected a path, bytes, a binary file, samples, "
+        "or a tuple (samples, rate)"
+    )
 
 
 def read_piece(samples, sample_rate_hz: int) -> np.ndarray:

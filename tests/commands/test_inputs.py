@@ -1,5 +1,6 @@
 """What is named to be transcribed: folders with links, lists, pipes, and names that are none."""
 
+import gzip
 import io
 import os
 import threading
@@ -78,6 +79,37 @@ def test_a_pipe_with_a_name(tmp_path):
     [clip] = find_clips([str(pipe)]).clips
     writer.join()
     assert clip.content == CLIP.read_bytes() and clip.audio == str(pipe)
+
+
+def test_names_behind_two_dashes(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("-a.wav", "b.wav"):
+        (tmp_path / name).write_bytes(CLIP.read_bytes())
+    assert main(["--model", BASE, "--", "-a.wav"]) == 0
+    alone = capsys.readouterr().out
+    assert main(["b.wav", "--model", BASE, "--", "-a.wav"]) == 0
+    assert capsys.readouterr().out == f"b.wav\t{alone}-a.wav\t{alone}"
+
+
+def test_closed_streams(tmp_path, monkeypatch):
+    """`<&- >&- 2>&-`, and Windows' pythonw: Python has None in their place."""
+    out = tmp_path / "a.txt"
+    for name in ("stdin", "stdout", "stderr"):
+        monkeypatch.setattr(f"sys.{name}", None)
+    assert main(["-", "no.wav", "--model", BASE]) == 1
+    assert main([str(CLIP), "--model", BASE]) == 0
+    assert main([str(CLIP), "--model", BASE, "-o", str(out)]) == 0 and out.read_text().strip()
+
+
+def test_packed_manifests(tmp_path):
+    line = b'{"audio_filepath": "a.wav"}\n'
+    packed = tmp_path / "m.jsonl.gz"
+    packed.write_bytes(gzip.compress(line * 2))
+    assert names(find_clips([str(packed)])) == ["a.wav", "a.wav"]
+    packed.write_bytes(packed.read_bytes()[:-9])
+    assert "m.jsonl.gz is cut or damaged" in find_clips([str(packed)]).problems[0][1]
+    (tmp_path / "m.json").write_text(line.decode(), encoding="utf-16")
+    assert "m.json is UTF-16" in find_clips([str(tmp_path / "m.json")]).problems[0][1]
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ from fastconformer.formats.manifest import read_manifest
 from fastconformer.formats.subtitles import cues, to_srt, to_vtt
 from fastconformer.formats.transcripts import to_ctm, to_json, to_text
 from fastconformer.jobs.rounds import transcribe_clips
+from fastconformer.recordings.samples import read_samples
 from fastconformer.transcribe import main
 
 CASE = "hybrid_tdt_ctc_bpe"
@@ -165,6 +166,9 @@ def test_clips_shorter_than_a_frame(case, recordings):
     [
         (np.zeros(0, np.float32), {}, "expected (samples,), not empty"),
         (np.zeros((2, 16000), np.float32), {}, "expected (samples,)"),
+        (None, {}, "an item is a NoneType, expected a path, bytes, a binary file, samples"),
+        ([np.zeros(9), 16000], {}, "an item is a list, expected a path"),
+        ({"array": [0.0], "sampling_rate": 8}, {}, "give (item['array'], item['sampling_rate'])"),
         (np.zeros(16000, np.int32), {}, "int32, expected float or int16"),
         (np.full(16000, np.nan, np.float32), {}, "NaN or infinite"),
         (np.full(16000, 1e300), {}, "NaN or infinite"),
@@ -175,6 +179,30 @@ def test_clips_shorter_than_a_frame(case, recordings):
 def test_what_transcribe_refuses(nemo, audio, options, words):
     with pytest.raises(ValueError, match=re.escape(words)):
         fastconformer.load_model(nemo).transcribe([audio], **options)
+
+
+def test_a_dict_is_one_item(nemo):
+    with pytest.raises(ValueError, match="a dict of datasets"):
+        fastconformer.load_model(nemo).transcribe({"array": [0.0], "sampling_rate": 8})
+
+
+def test_one_channel_of_two_dimensions():
+    """As torchaudio.load and soundfile.read(always_2d=True) give it."""
+    clip = np.arange(1, 9, dtype=np.float32) / 9
+    for samples in (clip[None], clip[:, None], torch.tensor(clip)[None]):
+        np.testing.assert_array_equal(read_samples((samples, 16000), 16000), clip)
+
+
+def test_files_that_give_no_bytes(recordings):
+    """One that was read before is told apart from an empty one."""
+    with open(recordings[0], "rb") as file:
+        assert read_samples(file, 16000).size
+        with pytest.raises(ValueError, match=r"was read to its end before; call its seek\(0\)"):
+            read_samples(file, 16000)
+    with pytest.raises(ValueError, match="the audio is empty"):
+        read_samples(io.BytesIO(), 16000)
+    with soundfile.SoundFile(recordings[0]) as file, pytest.raises(ValueError, match="a ndarray"):
+        read_samples(file, 16000)
 
 
 def test_subtitle_limits_are_kept():
