@@ -223,10 +223,8 @@ def choose_outputs(args, found: Found) -> Outputs:
     several = n_inputs > 1 or any(Path(name).is_dir() for name in args.audio)
     if args.beside and output:
         raise UsageError("--beside writes beside each recording; leave out -o")
-    try:
+    with cli.usage():
         formats = formats_of(args.format, output)
-    except ValueError as error:
-        raise UsageError(str(error)) from None
     subtitles = any(name in SUBTITLES for name in formats)
     if formats == ("jsonl",) and (args.beside or (output and output.is_dir())):
         raise UsageError("jsonl alone is one file for all recordings, with -o FILE")

@@ -139,6 +139,8 @@ def run(options) -> int:
         if ("=" in item or item.startswith("~")) and not os.path.exists(item)
     ]
     others = [item for item in options.other if item not in overrides]
+    if options.html:
+        cli.check_output(options.html, options.recipe, *others)
     with cli.usage():
         recipe = load_recipe(options.recipe, overrides)
         read = [load_recipe(p) if Path(p).suffix in RECIPES else p for p in others]

@@ -26,6 +26,8 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"--worst is {options.worst}, expected 0 or more")
 
     def job():
+        if options.output:
+            cli.check_output(options.output)
         print(f"wrote {write_report(options.run, options.output, options.worst)}")
 
     return cli.run("error", job)

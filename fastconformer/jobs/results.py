@@ -1,9 +1,8 @@
-"""A transcription job over an archive: files read ahead, results written as they come, resumable.
+"""The result file of a job over an archive, and the line that tells how far the job is.
 
 Results are JSON lines, one a clip, appended and flushed. A killed job leaves whole lines and at
-most a torn last one, which the next start cuts off; clips that already have a line are not
-transcribed again. Under torchrun each process has every n-th clip and a file of its own, which the
-first process merges at the end, in the order of the clips.
+most a torn last one, which the next start cuts off. Of several processes each has a part of its
+own, and all are merged into one file at the end.
 """
 
 import json

@@ -253,7 +253,8 @@ def _statistics_kept(layer: nn.Module):
 
 
 def _layer_drop_probs(config: EncoderConfig) -> list[float]:
-    """Probability of skipping each layer; the first `start_layer` layers are always kept."""
+    """Probability of skipping each layer; the first `stochastic_depth_start_layer` are
+    always kept."""
     n, start = config.n_layers, config.stochastic_depth_start_layer
     probability = config.stochastic_depth_drop_prob
     if config.stochastic_depth_mode == "uniform":

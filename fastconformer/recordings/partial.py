@@ -31,7 +31,7 @@ class Partial:
     _head: object = field(repr=False)
     _found: Hypothesis = field(repr=False)  # goes on growing: its first `stable` tokens are meant
     _ahead: Hypothesis = field(repr=False)  # after them, and may change
-    _end: Hypothesis = field(repr=False)  # the tokens from `_first` on, with those ahead
+    _end: Hypothesis = field(repr=False)  # tokens from `_before.first` on, with those ahead
     _before: "Settled" = field(repr=False)
 
     @property

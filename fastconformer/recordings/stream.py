@@ -21,10 +21,11 @@ from ..networks.state import (
     why_not_in_chunks,
 )
 from ..surgery.look_ahead import with_look_ahead
+from .modes import evaluating
 from .partial import Partial, RunningText
 from .samples import as_float, read_piece
 from .silence import silent, sounds
-from .transcribe import evaluating, transcribe
+from .transcribe import transcribe
 from .transcript import Transcript, transcript
 from .window_stream import WindowState, WindowStream
 

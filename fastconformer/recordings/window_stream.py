@@ -19,10 +19,11 @@ import torch
 from ..decoding import Hypothesis
 from ..networks.birwkv7 import Carry
 from ..networks.subsampling import encoded_length
+from .modes import evaluating
 from .partial import Partial, RunningText
 from .samples import as_float, read_piece
 from .silence import silent, sounds
-from .transcribe import evaluating, transcribe
+from .transcribe import transcribe
 from .transcript import Transcript, transcript
 
 

@@ -51,6 +51,8 @@ UNFIT = [
     ("converters.train_lm", ["t.txt", "-o", "no/words.arpa"]),
     ("converters.train_tokenizer", ["t.txt", "--size", "0", *OUT]),
     ("training.finetune", ["wrong.yaml"]),
+    ("training.compare", ["wrong.yaml", "--html", "no/page.html"]),
+    ("training.report", [".", "-o", "no/page.html"]),
 ]
 WITH_MODEL = ("transcribe", "evaluate", "listen", "serve", "segment", "check_export")
 

@@ -6,6 +6,8 @@ import pytest
 import torch
 from train_case import Run, changed, recipe_of
 
+from training.setup.start import read_tokenizer
+
 
 def saved_bytes(run: Run) -> tuple[int, dict]:
     """Bytes that one forward pass keeps for its backward pass, and the losses."""
@@ -73,3 +75,12 @@ def test_compiled_layers_give_the_same():
     assert compiled.model.state_dict().keys() == plain.model.state_dict().keys()
     assert compiled.losses == pytest.approx(plain.losses, rel=1e-4)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+
+
+def test_a_text_file_of_another_encoding_is_named(tmp_path):
+    path = tmp_path / "labels.txt"
+    path.write_bytes("ä\nö\n".encode("latin-1"))
+    with pytest.raises(ValueError, match="labels.txt is not UTF-8"):
+        read_tokenizer(str(path))
+    path.write_text("ä\nö\n\n", encoding="utf-8-sig")  # as editors on Windows save it
+    assert read_tokenizer(str(path))[0].pieces == ["ä", "ö", " "]

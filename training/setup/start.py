@@ -12,6 +12,7 @@ import torch
 from yaml import YAMLError
 
 from fastconformer import ASRModel, ModelConfig, load_model
+from fastconformer.checkpoint.files import read_text
 from fastconformer.checkpoint.read import read_checkpoint
 from fastconformer.checkpoint.yaml_config import check_yaml_depth
 from fastconformer.config.changes import (
@@ -229,7 +230,7 @@ def read_tokenizer(path: str) -> tuple[Tokenizer, dict[str, bytes]]:
     folder = Path(path)
     labels = folder / "labels.txt" if folder.is_dir() else folder
     if labels.suffix == ".txt" and labels.is_file() and not (folder / "tokenizer.model").is_file():
-        listed = [line or " " for line in labels.read_text(encoding="utf-8").split("\n")]
+        listed = [line or " " for line in read_text(labels).split("\n")]
         listed = listed[:-1] if listed[-1] == " " else listed  # what follows the last line break
         return characters(listed, f"model.tokenizer: {labels}"), {}
     files = tokenizer_files(path)
