@@ -9,6 +9,8 @@ Not yet run on a GPU: the tests compile the kernels for a CPU (csrc/tile.h) and 
 """
 
 import ctypes
+import functools
+import logging
 from collections.abc import Callable, Sequence
 
 import torch
@@ -17,6 +19,8 @@ from torch import Tensor
 
 from rwkv_cuda import build
 from rwkv_cuda.chunked import SEGMENT, n_segments
+
+logger = logging.getLogger("rwkv_cuda")
 
 WIDTHS = (32, 64, 128)  # compiled in; others are padded with zeros to the next
 CHUNK = 16
@@ -222,6 +226,22 @@ def _kernels() -> Kernels:
         return torch.cuda.get_device_properties(device).multi_processor_count
 
     return Kernels(build.load(), processors)
+
+
+@functools.cache
+def works(device: torch.device) -> bool:
+    """Whether the kernels run on this GPU, tried once; where they do not, for a driver that is
+    older than the compiler, the reason is logged in a line."""
+    ones, zeros = (make(1, CHUNK, 1, 64, device=device) for make in (torch.ones, torch.zeros))
+    try:
+        y, *_ = forward((ones, ones, ones, ones, zeros, zeros), None, None, [False], False)
+        if (y[0, 0, 0] != 64).any():
+            raise RuntimeError("a kernel's numbers are wrong")
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        logger.warning("WKV7 runs in plain PyTorch on %s, slower: %s", device, reason)
+        return False
+    return True
 
 
 def forward(inputs, lengths, initial_state, directions, save_states):

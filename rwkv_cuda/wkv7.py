@@ -173,14 +173,18 @@ def _choose(x: Tensor) -> str:
         card = torch.cuda.get_device_capability(x.device)
         if card in ((8, 6), (8, 9)) or card[0] >= 12:
             return "chunked"
-    return "cuda" if _kernels_usable() else "chunked"
+    return "cuda" if _kernels_usable(x.device) else "chunked"
 
 
 @torch.compiler.assume_constant_result
-def _kernels_usable() -> bool:
+def _kernels_usable(device: torch.device) -> bool:
     from rwkv_cuda import build  # a compiler is looked for only where a GPU is
 
-    return build.usable()
+    if not build.usable():
+        return False
+    from rwkv_cuda import cuda
+
+    return cuda.works(device)
 
 
 @functools.cache

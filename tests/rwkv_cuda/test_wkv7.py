@@ -335,7 +335,7 @@ def test_wrong_arguments(change, message):
 def test_wide_heads_where_shared_memory_is_little(monkeypatch, card):
     module = importlib.import_module("rwkv_cuda.wkv7")  # the package has a function of this name
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: card)
-    monkeypatch.setattr(module, "_kernels_usable", lambda: True)
+    monkeypatch.setattr(module, "_kernels_usable", lambda device: True)
     little = card in ((8, 6), (8, 9), (12, 0), (12, 1))
     x = SimpleNamespace(is_cuda=True, dtype=torch.float32, device=torch.device("cuda", 0))
     for width in (64, 65, 128):

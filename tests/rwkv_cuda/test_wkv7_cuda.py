@@ -1,10 +1,12 @@
 """The CUDA kernels: computed on a CPU (see csrc/tile.h), compiled for three GPUs, built once."""
 
+import contextlib
 import ctypes
 import os
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -164,6 +166,23 @@ def test_without_a_gpu_it_says_so_once(monkeypatch, caplog):
     build.usable.cache_clear()
     assert not build.usable() and not build.usable()
     assert len(caplog.records) == 1 and "plain PyTorch" in caplog.text
+
+
+def test_kernels_that_a_driver_refuses_are_left_with_a_line(library, monkeypatch, caplog):
+    """As those of an nvcc that is newer than the driver: they compile, and do not start."""
+    refusing = SimpleNamespace(
+        wkv7_launch=lambda *_: 35,
+        wkv7_blocks=lambda *_: 1,
+        wkv7_error=lambda code: b"CUDA driver version is insufficient",
+    )
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    for given, works in ((library, True), (refusing, False)):
+        kernels = cuda.Kernels(given, lambda _: FEW)
+        monkeypatch.setattr(cuda, "_kernels", lambda kernels=kernels: kernels)
+        cuda.works.cache_clear()
+        assert cuda.works(torch.device("cpu")) is works
+    cuda.works.cache_clear()
+    assert len(caplog.records) == 1 and "driver version is insufficient" in caplog.text
 
 
 @pytest.mark.gpu
