@@ -20,6 +20,8 @@ from pathlib import Path
 from converters.train_tokenizer import read_texts
 from fastconformer import cli
 from fastconformer.checkpoint.files import atomic_file
+from fastconformer.checkpoint.read import read_checkpoint
+from fastconformer.text.tokenizer import load_tokenizer
 
 START, END, UNKNOWN = "<s>", "</s>", "<unk>"
 _NEVER = -99.0  # log10 of what no text continues with: a start
@@ -126,10 +128,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _pieces(texts: list[str], model: Path) -> Iterator[list[str]]:
-    # Imported here: counting words needs no torch.
-    from fastconformer.checkpoint.read import read_checkpoint
-    from fastconformer.text.tokenizer import load_tokenizer
-
     checkpoint = read_checkpoint(model)
     tokenizer = load_tokenizer(checkpoint.config, checkpoint.tokenizer_files)
     for text in texts:

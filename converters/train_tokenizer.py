@@ -17,7 +17,8 @@ from pathlib import Path
 import sentencepiece
 
 from fastconformer import cli
-from fastconformer.checkpoint.files import filled_folder, read_text
+from fastconformer.checkpoint.files import filled_folder
+from fastconformer.text import read_text
 from fastconformer.text.sentencepiece_model import NORMAL, Piece, SentencePieceModel
 from fastconformer.text.tokenizer import SentencePieceTokenizer, sentencepiece_files
 

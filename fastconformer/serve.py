@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from . import cli
+from .text import read_text
 
 
 def parse_arguments(argv=None):
@@ -65,7 +66,7 @@ def api_keys(args) -> list[str]:
     """Keys of the flag, the environment and the file. ValueError: a file without one."""
     keys = [key for key in (args.api_key, os.environ.get("FASTCONFORMER_API_KEY")) if key]
     if args.api_key_file is not None:
-        lines = args.api_key_file.read_text(encoding="utf-8").splitlines()
+        lines = read_text(args.api_key_file).splitlines()
         found = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
         if not found:
             raise ValueError(f"{args.api_key_file} holds no key")

@@ -46,7 +46,8 @@ def segment(options) -> int:
     import soundfile
 
     from fastconformer.audio.files import load_audio
-    from fastconformer.checkpoint.files import read_text, write_text
+    from fastconformer.checkpoint.files import write_text
+    from fastconformer.text import read_text
     from training.data.json_lines import json_line
     from training.data.segments import find_segments
 

@@ -1,4 +1,4 @@
-"""Files and memory: text in UTF-8, writing whole or not at all, giving back what was read."""
+"""Files and memory: writing whole or not at all, giving back what was read."""
 
 import ctypes
 import os
@@ -41,15 +41,6 @@ def atomic_file(path: Path) -> Iterator[Path]:
             sync(path.parent)  # the rename, too
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def read_text(path: Path) -> str:
-    """A text file in UTF-8, without the mark of its byte order. Raises OSError; ValueError naming
-    the file: it is not UTF-8."""
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}") from None
 
 
 def write_text(path: Path, text: str) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from ..checkpoint.files import read_text
+from ..text import read_text
 from ..text.tokenizer import Tokenizer
 from .allow import token_bias
 from .confidence import Confidence

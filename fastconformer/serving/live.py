@@ -21,7 +21,7 @@ import soxr
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from .batcher import Batcher, Full
-from .openai import spoken_in
+from .openai import spoken_in, timed_word
 
 LARGEST_EVENT = 16 << 20  # bytes, as OpenAI's
 DEFAULT_RATE_HZ = 24000
@@ -146,10 +146,7 @@ class Session:
             delta, self.sent = stable[len(self.sent) :], stable
             await self.send(f"{ITEM}.delta", item_id=self.item, content_index=0, delta=delta)
         if self.wants_words:
-            words = [
-                {"word": word.text, "start": round(word.start, 3), "end": round(word.end, 3)}
-                for word in partial.words_from(self.n_settled)
-            ]
+            words = [timed_word(word) for word in partial.words_from(self.n_settled)]
             fields = {"text": text, "stable_text": stable, "words": words}
             fields["first_word"], self.n_settled = self.n_settled, partial.n_settled
             await self.send("transcript.partial", item_id=self.item, **fields)
@@ -166,11 +163,7 @@ class Session:
         rest = found.text[len(self.sent) :] if found.text.startswith(self.sent) else ""
         if rest:
             await self.send(f"{ITEM}.delta", item_id=item, content_index=0, delta=rest)
-        words = [
-            {"word": word.text, "start": round(word.start, 3), "end": round(word.end, 3)}
-            for word in found.words
-        ]
-        fields = {"words": words} if self.wants_words else {}
+        fields = {"words": [timed_word(w) for w in found.words]} if self.wants_words else {}
         await self.send(
             f"{ITEM}.completed",
             item_id=item,

@@ -163,12 +163,13 @@ def answer(transcript: Transcript, request: Request, task: str) -> str:
     if request.segments:
         document["segments"] = [_segment(i, s) for i, s in enumerate(transcript.segments)]
     if request.words:
-        document["words"] = [_word(word) for word in transcript.words]
+        document["words"] = [timed_word(word) for word in transcript.words]
         document["srt"] = to_srt(transcript)  # ours: the page offers it without asking again
     return json.dumps(document, ensure_ascii=False)
 
 
-def _word(span) -> dict:
+def timed_word(span) -> dict:
+    """A word as the answers show it, live ones too."""
     times = {"word": span.text, "start": round(span.start, 3), "end": round(span.end, 3)}
     sure = {} if span.confidence is None else {"confidence": round(span.confidence, 4)}
     return times | sure

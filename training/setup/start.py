@@ -12,7 +12,6 @@ import torch
 from yaml import YAMLError
 
 from fastconformer import ASRModel, ModelConfig, load_model
-from fastconformer.checkpoint.files import read_text
 from fastconformer.checkpoint.read import read_checkpoint
 from fastconformer.checkpoint.yaml_config import check_yaml_depth
 from fastconformer.config.changes import (
@@ -26,6 +25,7 @@ from fastconformer.surgery.birwkv7 import to_birwkv7
 from fastconformer.surgery.language import with_slot_values
 from fastconformer.surgery.sample_rate import with_sample_rate
 from fastconformer.surgery.vocabulary import change_vocabulary
+from fastconformer.text import read_text
 from fastconformer.text.tokenizer import (
     AggregateTokenizer,
     CharTokenizer,

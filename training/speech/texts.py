@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fastconformer.checkpoint.files import read_text
+from fastconformer.text import read_text
 
 HELDOUT_TEXT_SHARE = 20  # one text in twenty is spoken by held-out voices only
 
