@@ -22,7 +22,13 @@ from training.data.old_language import OldLanguage
 from training.data.store import AudioStore
 from training.data.tarred import expand_braces, tar_shards
 from training.data.utterances import Dropped, Fields, Utterance, dropped_line, read_utterances
-from training.recipe.data_sections import AugmentRecipe, DataRecipe, SetRecipe, SourceRecipe
+from training.recipe.data_sections import (
+    AUTO_SHARES,
+    AugmentRecipe,
+    DataRecipe,
+    SetRecipe,
+    SourceRecipe,
+)
 
 log = logging.getLogger("finetune")
 
@@ -143,10 +149,6 @@ def check_prompt_keys(data: DataRecipe, model: ASRModel) -> None:
     is_told = data.auto_share != DataRecipe.auto_share or given
     if is_told and "target_lang" not in slots:
         raise ValueError("auto_share: this model is told no language")
-
-
-# How often NeMo's prompt_mode of a line says "auto"; another says it as often as `data.auto_share`.
-AUTO_SHARES = {"langID": 0.0, "auto": 1.0}
 
 
 def _with_auto_share(

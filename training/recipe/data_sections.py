@@ -4,6 +4,10 @@ import dataclasses
 
 from training.recipe.fields import key
 
+# How often NeMo's prompt_mode, of a line or of a source, says "auto"; another mode says it as often
+# as `data.auto_share`.
+AUTO_SHARES = {"langID": 0.0, "auto": 1.0}
+
 
 @dataclasses.dataclass(frozen=True)
 class SourceRecipe:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from training.recipe.data_sections import AUTO_SHARES
 from training.recipe.fields import named_files
 
 SECTION = "model.train_ds"
@@ -21,7 +22,6 @@ ELSEWHERE = {
     "shar_path": "Lhotse Shar is",
     "cuts_path": "Lhotse cuts are",
 }
-AUTO_SHARES = {"langID": 0.0, "auto": 1.0, "unified": None}  # None: unified_auto_ratio
 NO_LIMIT_S = 7 * 24 * 3600.0  # longer than any clip that a manifest may name
 
 
@@ -133,10 +133,11 @@ def _languages_said(train: dict, found) -> None:
     that the checkpoint may lack. Source: NeMo's LhotseSpeechToTextBpeDatasetWithPromptIndex."""
     mode = found.take(f"{SECTION}.default_prompt_mode") or "unified"
     ratio = found.number(f"{SECTION}.unified_auto_ratio", 0.5)
-    if mode not in AUTO_SHARES:
-        known = ", ".join(AUTO_SHARES)
+    shares = AUTO_SHARES | {"unified": ratio}
+    if mode not in shares:
+        known = ", ".join(shares)
         found.refuse(f"{SECTION}.default_prompt_mode", f"is {mode!r}, expected one of {known}")
-    share = {**AUTO_SHARES, "unified": ratio}[mode]
+    share = shares[mode]
     if share != 0.5:
         found.set("data.auto_share", share, f"{SECTION}.unified_auto_ratio, default_prompt_mode")
     if found.take(f"{SECTION}.prompt_mode_field") not in (None, "prompt_mode"):
@@ -304,7 +305,7 @@ def _nemo_sources(item: dict, name: str, found, weight, tags: dict) -> list[dict
             more["weight"] = part
         if "lang" in tags:
             more["lang"] = tags["lang"]
-        if AUTO_SHARES.get(tags.get("prompt_mode")) is not None:
+        if tags.get("prompt_mode") in AUTO_SHARES:
             more["auto_share"] = AUTO_SHARES[tags["prompt_mode"]]
         sources.append({"manifest": path} | more)
     return sources

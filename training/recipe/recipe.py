@@ -85,8 +85,8 @@ class Recipe:
 
 
 def load_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recipe:
-    """Read a recipe file and apply `key=value` overrides (dotted keys, YAML values). A NeMo
-    training configuration is translated first, and the translation logged.
+    """Read a recipe file and apply `key=value` overrides (dotted keys, YAML values). A
+    training configuration of NeMo's or FunASR's is translated first, and the translation logged.
 
     Raises:
         FileNotFoundError: there is no such file.
