@@ -15,6 +15,8 @@ from training.distill import main
 from training.loop.distill import _resume
 from training.loop.run_folder import alone_in
 from training.objective.distillation import block_losses, model_losses, relative_error
+from training.optim.optim import schedule_of
+from training.recipe.recipe import load_recipe
 
 ROOT = Path(__file__).parents[2]
 
@@ -117,7 +119,19 @@ def test_data_keys_mean_what_they_mean_in_fine_tuning(recipe, tmp_path, capsys):
     assert main([str(recipe), *few]) == 0
     told = capsys.readouterr().out
     assert "2 clips, " in told
-    assert "without effect on distillation: optim.layer_decay" in told
+    assert "without effect on distillation: optim.layer_decay, trainer.max_steps\n" in told
+
+
+def test_a_schedule_is_fine_tunings(recipe, tmp_path, capsys):
+    few = ["distill.block_steps=10", "distill.model_steps=0"]
+    wsd = ["schedule.name=wsd", "schedule.warmup_ratio=0.2", "schedule.hold_steps=3"]
+    assert main([str(recipe), *few, *wsd]) == 0
+    rates = [record["lr"] for record in log_of(tmp_path / "run_distilled")]
+    made = load_recipe(recipe, wsd)
+    rate = schedule_of(made.schedule, made.optim.lr, 10)
+    assert rates == [rate(step) for step in range(1, 11)] and max(rates) == made.optim.lr
+    assert main([str(recipe), *few, "trainer.precision=bf16_pure"]) == 1
+    assert "bf16_pure belongs to training.finetune" in capsys.readouterr().err
 
 
 def test_two_do_not_work_in_one_folder(recipe, tmp_path, capsys):

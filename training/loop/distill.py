@@ -5,6 +5,7 @@ import json
 import logging
 import pickle
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from training.loop.console import Stopped, stop_signals
 from training.loop.run_folder import alone_in
 from training.loop.validate import validate
 from training.objective.distillation import block_losses, model_losses
-from training.optim.optim import learning_rate
+from training.optim.optim import schedule_of
 from training.recipe.recipe import Recipe, recipe_differences, recipe_to_yaml
 from training.setup.device import choose_device
 from training.setup.start import set_direction_dropout, with_birwkv7
@@ -31,37 +32,28 @@ from training.setup.start import set_direction_dropout, with_birwkv7
 log = logging.getLogger("distill")
 
 STAGES = ("blocks", "model")
-# Keys that distillation has no use for, and no reason to refuse: a recipe is also for fine-tuning.
-UNUSED = (
-    "model.tokenizer",
-    "data.min_tokens_per_s",
-    "data.max_tokens_per_s",
-    "data.min_chars_per_s",
-    "data.max_chars_per_s",
-    "data.max_tokens_per_frame",
-    "loss",
-    "freeze",
-    "lora",
-    "retain",
-    "spec_augment",
-    "keep",
-    "guard",
-    "stages",
-    "optim.name",
-    "optim.decay_norms_and_biases",
-    "optim.lr_groups",
-    "optim.layer_decay",
-    "schedule.warmup_ratio",
-    "schedule.hold",
-    "trainer.accumulate",
-    "trainer.ema_decay",
-)
+# What is read of a recipe, which is one for fine-tuning too: sections and keys. All else is told.
+USED = {
+    *("output", "model.init_from", "encoder", "data", "augment", "schedule", "distill"),
+    *("optim.lr", "optim.betas", "optim.weight_decay", "optim.eps", "trainer.precision"),
+    *("trainer.device", "trainer.threads", "trainer.seed", "trainer.clip_grad_norm"),
+    *("trainer.max_nonfinite_steps", "trainer.log_every_steps", "trainer.save_every_steps"),
+}
+UNUSED_DATA = {  # of the section `data`
+    *("data.test", "data.prompt", "data.auto_share", "data.batch_memory_gb", "data.max_tokens"),
+    *("data.min_tokens_per_s", "data.max_tokens_per_s", "data.max_tokens_per_frame"),
+    *("data.min_chars_per_s", "data.max_chars_per_s"),
+}
 
 
 def tell_unused(recipe: Recipe) -> None:
     """A line about the keys that the recipe sets and that nothing reads here."""
+
+    def among(key: str, names: set[str]) -> bool:
+        return any(f"{key}.".startswith(f"{name}.") for name in names)
+
     changed = [*recipe_differences(Recipe(), recipe)]
-    unused = [key for key in changed if key.startswith(UNUSED)]
+    unused = [key for key in changed if not among(key, USED) or among(key, UNUSED_DATA)]
     if unused:
         log.warning("without effect on distillation: %s", ", ".join(unused))
 
@@ -79,6 +71,8 @@ def distill(recipe: Recipe) -> None:
         raise ValueError("model.init_from is missing: the teacher is a trained model")
     if recipe.data.batch_duration_s == "auto":
         raise ValueError("data.batch_duration_s: auto belongs to training.finetune; give seconds")
+    if trainer.precision == "bf16_pure":
+        raise ValueError("trainer.precision bf16_pure belongs to training.finetune; give bf16")
     tell_unused(recipe)
     if trainer.threads is not None:
         torch.set_num_threads(trainer.threads)
@@ -146,7 +140,10 @@ class StageLoop:
     def train(
         self, teacher, student, optimizer, train: TrainingSet, first: int, check_stop
     ) -> None:
+        if first >= self.steps:
+            return
         trainer, started, skipped = self.recipe.trainer, time.monotonic(), 0
+        lr_at = self.schedule(student.config.encoder.d_model)
         device = next(student.parameters()).device
         rules = batch_rules(self.recipe.data, self.recipe.augment.speeds, trainer.seed)
         place = place_of(train, rules, self.steps_before + first)
@@ -171,14 +168,14 @@ class StageLoop:
                 if trainer.clip_grad_norm is not None:
                     nn.utils.clip_grads_with_norm_(parameters, trainer.clip_grad_norm, norm)
                 for group in optimizer.param_groups:
-                    group["lr"] = self.lr(step)
+                    group["lr"] = lr_at(step)
                 optimizer.step()
             else:
                 skipped += 1
                 if skipped > trainer.max_nonfinite_steps:
                     raise ValueError(f"{skipped} steps were not finite; lower optim.lr")
             step += 1
-            record = {"step": self.steps_before + step, "stage": self.stage, "lr": self.lr(step)}
+            record = {"step": self.steps_before + step, "stage": self.stage, "lr": lr_at(step)}
             append_line(self.out / "log.jsonl", record | losses)
             if step % trainer.log_every_steps == 0 or step == self.steps:
                 shown = "  ".join(f"{key} {value:.4f}" for key, value in losses.items())
@@ -206,14 +203,16 @@ class StageLoop:
         losses = {"loss": total} | losses
         return {key: float(value.detach()) for key, value in losses.items()}
 
-    def lr(self, step: int) -> float:
-        recipe = self.recipe
-        highest = recipe.optim.lr
+    def schedule(self, d_model: int) -> Callable[..., float]:
+        """The learning rate of each step; a warm-up takes half of the stage at most."""
+        recipe, highest = self.recipe, self.recipe.optim.lr
         if self.stage == "model" and recipe.distill.model_lr is not None:
             highest = recipe.distill.model_lr
-        warmup = min(recipe.schedule.warmup_steps or 0, self.steps // 2)
-        least = min(recipe.schedule.min_lr, highest)
-        return learning_rate(step, highest, least, warmup, self.steps, recipe.schedule.name)
+        schedule = recipe.schedule
+        if schedule.warmup_steps is not None:
+            warmup_steps = min(schedule.warmup_steps, self.steps // 2)
+            schedule = dataclasses.replace(schedule, warmup_steps=warmup_steps)
+        return schedule_of(schedule, highest, self.steps, d_model)
 
     def save(self, student, optimizer, step: int) -> None:
         is_last = step == self.steps and self.stage == "blocks"

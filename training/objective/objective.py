@@ -22,7 +22,7 @@ from fastconformer.transfers import sent
 from training.augment.spec_augment import spec_augment
 from training.data.store import Batch
 from training.objective.cr_ctc import consistency, time_warp
-from training.recipe.data_sections import SpecAugmentRecipe
+from training.recipe.data_sections import MASKS, SpecAugmentRecipe
 from training.recipe.sections import LossRecipe
 
 log = logging.getLogger("finetune")
@@ -143,10 +143,8 @@ def augmentation(
     """SpecAugment as the recipe says, and where it is silent as NeMo's `spec_augment` section;
     `more_time` multiplies the number of time masks."""
     section = config.get("spec_augment") or {}
-    defaults = {"freq_masks": 0, "time_masks": 0, "freq_width": 10, "time_width": 10}  # NeMo's
-    defaults |= {"rect_masks": 0, "rect_time": 5, "rect_freq": 20}
-    given = {k: v for k, v in dataclasses.asdict(recipe).items() if v is not None and k != "lfr"}
-    options = {k: given.get(k, section.get(k, v)) for k, v in defaults.items()}
+    given = {k: v for k, v in dataclasses.asdict(recipe).items() if v is not None}
+    options = {k: given.get(k, section.get(k, v)) for k, v in MASKS.items()}
     options["time_masks"] = round(options["time_masks"] * more_time)
     if not any(options[name] for name in ("freq_masks", "time_masks", "rect_masks")):
         return None

@@ -7,6 +7,9 @@ from training.recipe.fields import key
 # How often NeMo's prompt_mode, of a line or of a source, says "auto"; another mode says it as often
 # as `data.auto_share`.
 AUTO_SHARES = {"langID": 0.0, "auto": 1.0}
+# SpecAugment of NeMo's, where a config's section leaves out a key.
+MASKS = {"freq_masks": 0, "time_masks": 0, "freq_width": 10, "time_width": 10}
+MASKS |= {"rect_masks": 0, "rect_time": 5, "rect_freq": 20}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fastconformer.checkpoint.hub import is_hub_id
+from training.recipe.data_sections import MASKS
 from training.recipe.fields import flat, put
 from training.recipe.nemo_data import translate_data
 from training.recipe.nemo_optim import translate_optimizer
@@ -29,8 +30,6 @@ ARCHITECTURE = ("preprocessor", "spec_augment", "encoder", "decoder", "joint", "
 ARCHITECTURE += ("aux_ctc", "model_defaults", "interctc", "sample_rate", "target", "_target_")
 ARCHITECTURE += ("labels", "rnnt_reduction", "ctc_reduction")
 LOSS_CLASSES = ("SmoothedCrossEntropyLoss",)  # Canary's; other losses are named by loss_name
-SPEC_AUGMENT = {"freq_masks": 0, "time_masks": 0, "freq_width": 10, "time_width": 10}
-SPEC_AUGMENT |= {"rect_masks": 0, "rect_time": 5, "rect_freq": 20}
 
 
 @dataclass
@@ -293,7 +292,7 @@ def _spec_augment(tree: dict, found: Translation, scratch: bool) -> None:
     checkpoint's values."""
     section = (tree.get("model") or {}).get("spec_augment")
     if section:
-        for name, default in SPEC_AUGMENT.items():
+        for name, default in MASKS.items():
             if found.take(f"model.spec_augment.{name}", f"spec_augment.{name}") is None:
                 found.set(f"spec_augment.{name}", default)
     for name in ("use_vectorized_code", "use_numba_kernel"):
