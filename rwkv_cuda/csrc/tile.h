@@ -3,7 +3,8 @@
 // The same code compiles for a GPU and, with a plain C++ compiler, for a CPU, where one thread takes
 // the part of a whole block, barriers are nothing, and mma is computed lane by lane from the layout
 // that the PTX manual gives (mma.m16n8k8, tf32). The tests run the kernels that way: index logic,
-// fragment layouts and arithmetic are what the GPU gets; only races and speed are not seen.
+// fragment layouts and arithmetic are what the GPU gets; speed is not seen, and races by a test that
+// has a thread for each of a block's and its own mma.
 #pragma once
 #ifdef __CUDACC_RTC__  // NVRTC brings no headers
 using uint16_t = unsigned short;
@@ -97,7 +98,7 @@ DEVICE int b_col(int lane) { return lane >> 2; }
 DEVICE int c_row(int lane, int i) { return (lane >> 2) + 8 * (i >> 1); }
 DEVICE int c_col(int lane, int i) { return 2 * (lane & 3) + (i & 1); }
 
-#ifdef __CUDACC__
+#if defined(__CUDACC__) && !defined(WKV7_MMA_IS_GIVEN)
 DEVICE void mma(float (&c)[4], const float (&a)[4], const float (&b)[2]) {
     asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
         "{%0,%1,%2,%3};"

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -166,6 +167,39 @@ def test_without_a_gpu_it_says_so_once(monkeypatch, caplog):
     build.usable.cache_clear()
     assert not build.usable() and not build.usable()
     assert len(caplog.records) == 1 and "plain PyTorch" in caplog.text
+
+
+@pytest.mark.slow
+def test_threads_of_a_block_do_not_race(tmp_path):
+    """Each on a thread of the CPU, watched by ThreadSanitizer, which sees a race where a barrier is
+    left out."""
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    sources = shutil.copytree(build.SOURCES, tmp_path / "csrc")
+    program, chunk = tmp_path / "threads", sources / "chunk.h"
+
+    def races(*cases: int) -> int:
+        options = ["-std=c++20", "-O1", "-fsanitize=thread", f"-I{sources}", "-o", str(program)]
+        source = str(Path(__file__).with_name("threads.cpp"))
+        made = subprocess.run([compiler, *options, source], capture_output=True, text=True)
+        if made.returncode and "tsan" in made.stderr:
+            pytest.skip("the compiler has no ThreadSanitizer")
+        assert made.returncode == 0, made.stderr
+        found = 0
+        for case in cases:
+            done = subprocess.run([str(program), str(case)], capture_output=True, text=True)
+            if "unexpected memory mapping" in done.stderr:
+                pytest.skip("ThreadSanitizer does not run on this kernel")
+            assert done.stdout == "done\n", done.stderr
+            found += done.stderr.count("data race")
+        return found
+
+    assert races(*range(5)) == 0
+    text, last = chunk.read_text(), "advance(s, writes_y ? VB / 32 : 0);\n            barrier();"
+    assert text.count(last) == 1
+    chunk.write_text(text.replace(last, last.partition("\n")[0]))
+    assert races(0) > 0
 
 
 def test_kernels_that_a_driver_refuses_are_left_with_a_line(library, monkeypatch, caplog):
