@@ -33,6 +33,7 @@ from training.recipe.sections import (
     LossRecipe,
     ModelRecipe,
     OptimRecipe,
+    PromptRecipe,
     ScheduleRecipe,
     TrainerRecipe,
 )
@@ -44,9 +45,9 @@ RECIPE = Path(__file__).parents[2] / "recipes" / "telephone_llm.yaml"
 PARTS = ("audio_encoder", "audio_adaptor", "llm", "ctc_decoder", "ctc")
 
 
-def made(loss=None, **model) -> FunASRNano:
+def made(loss=None, prompt=None, **model) -> FunASRNano:
     recipe = ModelRecipe(init_from=str(golden(CASE)), **model)
-    return build_model(recipe, loss or LossRecipe(), seed=0)
+    return build_model(recipe, loss or LossRecipe(), seed=0, prompt=prompt or PromptRecipe())
 
 
 def whole_batch(model, prompts=None):
@@ -299,7 +300,10 @@ def test_chat_lines_beside_nemo_s(tmp_path):
     [
         ({"loss": LossRecipe(sigma=0.1)}, "loss.sigma is 0.1, which Fun-ASR-Nano does not have"),
         ({"loss": LossRecipe(use_cr_ctc=True)}, "loss.use_cr_ctc is True"),
+        ({"loss": LossRecipe(label_smoothing=0.1)}, "loss.label_smoothing is 0.1"),
         ({"tokenizer": "x.model"}, "model.tokenizer is 'x.model'"),
+        ({"labels": ("a",)}, "model.labels is"),
+        ({"prompt": PromptRecipe({"pnc": {"a": "b"}})}, "prompt.values is"),
         ({"sample_rate": 44100}, "the sample rate is 44100"),
         ({"sample_rate": 7000}, "give a half or a quarter"),
     ],

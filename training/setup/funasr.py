@@ -1,11 +1,15 @@
 """What a recipe asks of Fun-ASR-Nano before its first step: rate, dropout, loss options."""
 
 from fastconformer.funasr import FunASRNano
-from training.recipe.sections import EncoderRecipe, LossRecipe, ModelRecipe
+from training.recipe.sections import EncoderRecipe, LossRecipe, ModelRecipe, PromptRecipe
 
 
 def as_asked(
-    model: FunASRNano, recipe: ModelRecipe, loss: LossRecipe, encoder: EncoderRecipe
+    model: FunASRNano,
+    recipe: ModelRecipe,
+    loss: LossRecipe,
+    encoder: EncoderRecipe,
+    prompt: PromptRecipe,
 ) -> FunASRNano:
     """A model over the same tensors, as the recipe says.
 
@@ -14,6 +18,8 @@ def as_asked(
     """
     others = {
         "model.tokenizer": recipe.tokenizer,
+        "model.labels": recipe.labels,
+        "prompt.values": prompt.values,
         "encoder.attention": encoder.attention,
         "encoder.direction_dropout": encoder.direction_dropout,
         "loss.sigma": loss.sigma,
@@ -22,6 +28,8 @@ def as_asked(
         "loss.transducer_reduction": loss.transducer_reduction,
         "loss.interctc_layers": loss.interctc_layers,
         "loss.use_cr_ctc": loss.use_cr_ctc,
+        "loss.label_smoothing": loss.label_smoothing,
+        "loss.mask_prompt": loss.mask_prompt,
     }
     for key, value in others.items():
         if value:

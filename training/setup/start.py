@@ -64,7 +64,7 @@ def build_model(
     if recipe.init_from is not None:
         model = load_model(recipe.init_from)
         if isinstance(model, FunASRNano):
-            return as_asked(model, recipe, loss, encoder)
+            return as_asked(model, recipe, loss, encoder, prompt)
         if recipe.changes_vocabulary:
             tokenizer, files, section = read_like(model, recipe)
             model, _ = change_vocabulary(
