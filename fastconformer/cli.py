@@ -305,8 +305,9 @@ def load_model(args):
         # The current device: what is made or launched there without a word lands beside the model.
         getattr(torch, device.type).set_device(device)
     model = fastconformer.load_model(args.model, device=device, dtype=dtype)
-    with usage("--"):
-        model.head(args.head)
+    if args.head is not None:
+        with usage("--"):
+            model.head(args.head)
     return model
 
 

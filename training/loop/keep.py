@@ -36,8 +36,12 @@ def guard_holds(record: dict, baseline: dict, guard: GuardRecipe) -> bool:
     if guard.set is None:
         return True
     now, before = (r["sets"][guard.set][record["head"]]["wer"] for r in (record, baseline))
-    highest = before * (1 + guard.limit) if guard.relative else before + guard.limit
-    return now <= highest + 1e-12  # equal is within, however it was rounded
+    return now <= highest_wer(before, guard) + 1e-12  # equal is within, however it was rounded
+
+
+def highest_wer(before: float, guard: GuardRecipe) -> float:
+    """What the guard allows where the untouched model's WER is `before`."""
+    return before * (1 + guard.limit) if guard.relative else before + guard.limit
 
 
 @dataclasses.dataclass

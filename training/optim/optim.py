@@ -93,9 +93,7 @@ def schedule_of(schedule, lr: float, max_steps: int, d_model: int = 1) -> Callab
     Raises:
         ValueError: the warm-up, or the warm-up and the hold, are as long as the run.
     """
-    warmup_steps = schedule.warmup_steps or 0
-    if schedule.warmup_ratio is not None:
-        warmup_steps = int(schedule.warmup_ratio * max_steps)
+    warmup_steps = warm_up(schedule, max_steps)
     if warmup_steps and warmup_steps >= max_steps and schedule.name != "noam":
         raise ValueError(
             f"schedule.warmup_steps is {warmup_steps}, but the run has {max_steps} steps; "
@@ -137,6 +135,13 @@ def schedule_of(schedule, lr: float, max_steps: int, d_model: int = 1) -> Callab
         )
 
     return rate
+
+
+def warm_up(schedule, max_steps: int) -> int:
+    """Steps of a ScheduleRecipe's warm-up."""
+    if schedule.warmup_ratio is not None:
+        return int(schedule.warmup_ratio * max_steps)
+    return schedule.warmup_steps or 0
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, rate: Callable, step: int) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from fastconformer import ASRModel
 from training.data.stream import batch_order
-from training.optim.optim import schedule_of
+from training.optim.optim import schedule_of, warm_up
 from training.recipe.funasr import own_training
 from training.recipe.nemo_optim import SCHEDULERS
 from training.recipe.recipe import Recipe, stage_recipes
@@ -94,7 +94,7 @@ def facts(run: Prepared) -> dict[str, str]:
         + (f", {relative:.3g} x from scratch" if relative else ""),
         "lowest lr": f"{recipe.schedule.min_lr:g}",
         "schedule": recipe.schedule.name,
-        "warm-up": f"{_warm_up(recipe, length.max_steps)} steps",
+        "warm-up": f"{warm_up(recipe.schedule, length.max_steps)} steps",
         "optimizer": recipe.optim.name,
         "betas": _numbers(recipe.optim.betas),
         "weight decay": f"{recipe.optim.weight_decay:g}",
@@ -119,12 +119,12 @@ def checkpoint_facts(config: dict) -> dict[str, str]:
     optim = config.get("optim") or {}
     sched, data = optim.get("sched") or {}, config.get("train_ds") or {}
     peak = peak_lr(optim, (config.get("encoder") or {}).get("d_model") or 1)
-    warm_up = sched.get("warmup_steps")
+    steps = sched.get("warmup_steps")
     found = {
         "highest lr": peak and f"{peak:.3g}",
         "lowest lr": sched.get("min_lr"),
         "schedule": SCHEDULERS.get(sched.get("name"), sched.get("name")),
-        "warm-up": None if warm_up is None else f"{warm_up} steps",
+        "warm-up": None if steps is None else f"{steps} steps",
         "optimizer": optim.get("name"),
         "betas": optim.get("betas") and _numbers(optim["betas"]),
         "weight decay": optim.get("weight_decay"),
@@ -181,29 +181,21 @@ def highest_lr(run: Prepared, max_steps: int) -> str:
     told = f"{highest:.3g}"
     if recipe.schedule.name == "noam":
         told += f" (Noam, factor {recipe.optim.lr:g})"
-        warm_up = _warm_up(recipe, max_steps)
-        if max_steps <= warm_up:
+        if max_steps <= warm_up(recipe.schedule, max_steps):
             peak = _noam_peak(recipe, width, max_steps)
             told += f"; the run ends in the warm-up, below its peak of {peak:.3g}"
     return told
 
 
-def _warm_up(recipe: Recipe, max_steps: int) -> int:
-    schedule = recipe.schedule
-    if schedule.warmup_ratio is not None:
-        return int(schedule.warmup_ratio * max_steps)
-    return schedule.warmup_steps or 0
-
-
 def _turns(recipe: Recipe, max_steps: int) -> tuple[int, ...]:
     """Steps at which a schedule is at its highest, or near."""
-    warm_up = _warm_up(recipe, max_steps)
-    return warm_up, warm_up + 1
+    last = warm_up(recipe.schedule, max_steps)
+    return last, last + 1
 
 
 def _noam_peak(recipe: Recipe, width: int, max_steps: int) -> float:
-    warm_up = max(1, _warm_up(recipe, max_steps))
-    return recipe.optim.lr * (recipe.schedule.d_model or width) ** -0.5 * warm_up**-0.5
+    steps = max(1, warm_up(recipe.schedule, max_steps))
+    return recipe.optim.lr * (recipe.schedule.d_model or width) ** -0.5 * steps**-0.5
 
 
 def lr_beside_scratch(model: ASRModel, recipe: Recipe) -> float | None:
@@ -223,9 +215,9 @@ def peak_lr(optim: dict, d_model: int) -> float | None:
         return None
     if sched.get("name") != "NoamAnnealing":
         return float(lr)
-    warm_up, width = sched.get("warmup_steps") or 0, sched.get("d_model")
+    steps, width = sched.get("warmup_steps") or 0, sched.get("d_model")
     width = width if isinstance(width, int) else d_model
-    return float(lr) * width**-0.5 * warm_up**-0.5 if warm_up else None
+    return float(lr) * width**-0.5 * steps**-0.5 if steps else None
 
 
 def _spec_augment(run: Prepared) -> str:

@@ -50,13 +50,10 @@ def page(title: str, parts: Sequence[str]) -> str:
     return f'<!doctype html><html lang="en"><head>{head}</head><body>{body}</body></html>\n'
 
 
-def table(header: Sequence, rows: Sequence[Sequence], classes: Sequence[str] = ()) -> str:
-    """Cells are text, unless they are `Markup`; `classes`: one for each row."""
+def table(header: Sequence, rows: Sequence[Sequence]) -> str:
+    """Cells are text, unless they are `Markup`."""
     head = "".join(f"<th>{_cell(cell)}</th>" for cell in header)
-    lines = []
-    for number, row in enumerate(rows):
-        name = f' class="{classes[number]}"' if classes else ""
-        lines.append(f"<tr{name}>" + "".join(f"<td>{_cell(c)}</td>" for c in row) + "</tr>")
+    lines = ["<tr>" + "".join(f"<td>{_cell(c)}</td>" for c in row) + "</tr>" for row in rows]
     return f'<div class="wide"><table><tr>{head}</tr>{"".join(lines)}</table></div>'
 
 
@@ -74,9 +71,8 @@ def facts(pairs: Sequence[tuple[str, str]]) -> str:
     return f'<div class="facts">{cards}</div>'
 
 
-def folded(title: str, content: str, is_open: bool = False) -> str:
-    state = " open" if is_open else ""
-    return f"<details{state}><summary>{escape(title)}</summary>{content}</details>"
+def folded(title: str, content: str) -> str:
+    return f"<details><summary>{escape(title)}</summary>{content}</details>"
 
 
 # --- charts -------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from fastconformer.audio.files import load_audio
 from fastconformer.checkpoint.files import write_text
 from fastconformer.text.metrics import align
 from training.data.json_lines import read_lines
-from training.loop.keep import metrics_of
+from training.loop.keep import highest_wer, metrics_of
 from training.loop.phases import PHASES
 from training.pages.html import Markup, chart, escape, facts, folded, page, smoothed, table
 from training.recipe.recipe import Recipe, load_recipe, recipe_differences, recipe_to_yaml
@@ -130,8 +130,7 @@ def _rates(recipe: Recipe, ledger: list[dict]) -> list[str]:
     guard = recipe.guard
     if guard.set is not None and guard.set in first["sets"]:
         before = first["sets"][guard.set][first["head"]]["wer"]
-        limit = before * (1 + guard.limit) if guard.relative else before + guard.limit
-        marks[f"guard of {guard.set}"] = 100 * limit
+        marks[f"guard of {guard.set}"] = 100 * highest_wer(before, guard)
     rows = []
     for name in (*best["sets"], "all"):
         for head in best["all"]:
