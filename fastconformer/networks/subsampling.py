@@ -27,6 +27,9 @@ def encoded_length(config: EncoderConfig, length):
 # Of the first convolution's output in one piece; what fits a CPU's caches takes half the time. A
 # GPU's kernels write a quarter of it at most, and may fill a share of its memory.
 TILE_BYTES, TILE_BYTES_GPU = 1 << 21, 1 << 28
+# Elements of a convolution's input on a GPU, whose depthwise kernels in torch count them in 32 bits
+# (pytorch issue 152816).
+MOST_ELEMENTS_GPU = (1 << 31) - 1
 
 
 class StridedConv2d(nn.Conv2d):
@@ -62,6 +65,8 @@ class ConvSubsampling(nn.Module):
 
     def forward(self, features: torch.Tensor, lengths: torch.Tensor):
         """(B, M, T), (B,) -> (B, T', D), (B,)."""
+        if features.is_cuda and torch.is_grad_enabled():
+            return self._by_clips(features, lengths)
         b, m, t = features.shape
         n_out = output_length(t, self.factor, self.causal)
         frame_bytes = b * self.factor // 2 * (m // 2) * self.conv[0].out_channels
@@ -89,6 +94,18 @@ class ConvSubsampling(nn.Module):
                 whole = piece.new_empty(b, n_out, piece.shape[2])
             whole[:, start:stop] = piece[:, start - first : stop - first]
         return whole, output_length(lengths, self.factor, self.causal)
+
+    def _by_clips(self, features: torch.Tensor, lengths: torch.Tensor):
+        """The same with gradients on a GPU, so many clips at once as its kernels can count: 2,460 s
+        of audio with 128 mels and 256 channels."""
+        m, t = features.shape[1:]
+        elements = self.conv[0].out_channels * (t // 2 + 4) * (m // 2 + 4)  # padded, of a clip
+        n_clips = max(1, MOST_ELEMENTS_GPU // elements)
+        if len(features) <= n_clips:
+            return self._piece(features, lengths)
+        parts = zip(features.split(n_clips), lengths.split(n_clips), strict=True)
+        encoded, counts = zip(*(self._piece(*part) for part in parts), strict=True)
+        return torch.cat(encoded), torch.cat(counts)
 
     def _takes_kernels(self, features: torch.Tensor) -> bool:
         return self.separable and kernels.usable(features)
