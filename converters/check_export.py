@@ -96,6 +96,8 @@ def read_export(folder: Path, int8: bool = False) -> Export:
     if kind.startswith("nemo-conformer-"):
         return _onnx_asr(folder, kind.removeprefix("nemo-conformer-"), int8)
     if kind.startswith("parakeet"):
+        if int8:
+            raise cli.UsageError(f"--int8 is for ONNX files, {folder} is transformers'")
         return _transformers(folder, config)
     raise ValueError(f"{folder}/config.json: model_type is {kind!r}, of no client known here")
 

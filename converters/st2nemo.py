@@ -40,6 +40,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     add_card_arguments(parser)
     args = parser.parse_args(argv)
+    of_card = args.results, args.recipe, args.licence, args.base_model, args.languages
+    if any(of_card) and not args.card:
+        parser.error("--results, --recipe, --licence, --base-model, --languages are of a --card")
     folder = args.folder
     if folder.name in ("", ".."):  # "." has a name only as an absolute path
         folder = Path(os.path.abspath(folder))

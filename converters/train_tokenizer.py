@@ -146,12 +146,11 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("inputs", nargs="+", type=Path, help="manifests (.jsonl) or text files")
     parser.add_argument("--size", type=int, help="number of pieces")
-    parser.add_argument("--type", choices=("bpe", "unigram"), default="bpe")
+    parser.add_argument("--type", choices=("bpe", "unigram"), help="(bpe)")
     parser.add_argument(
         "--normalization",
         choices=NORMALIZATIONS,
-        default="nmt_nfkc",
-        help="nfc and identity keep a script's own signs (%(default)s)",
+        help="nfc and identity keep a script's own signs (nmt_nfkc)",
     )
     parser.add_argument(
         "--extend", type=Path, metavar="MODEL", help="instead: add missing characters to this one"
@@ -160,13 +159,16 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if (args.size is None) == (args.extend is None):
         parser.error("give --size to train a tokenizer, or --extend to add characters to one")
+    if args.extend is not None and (args.type or args.normalization):
+        parser.error("--type and --normalization are of a new tokenizer, --extend keeps the old's")
     if args.size is not None and args.size < 1:
         parser.error(f"--size is {args.size}, expected at least 1")
 
     def job():
         texts = [text for path in args.inputs for text in read_texts(path)]
         if args.extend is None:
-            model = train_tokenizer(texts, args.size, args.type, args.normalization)
+            kind, rules = args.type or "bpe", args.normalization or "nmt_nfkc"
+            model = train_tokenizer(texts, args.size, kind, rules)
             made = f"{args.size} pieces"
         else:
             model, added = extend_tokenizer(args.extend.read_bytes(), texts)

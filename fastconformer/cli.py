@@ -243,6 +243,8 @@ def decoding_options(args, model, timestamps: bool = False) -> dict:
         if value is not None and not 0 < value < math.inf:
             name = flag.replace("_", "-")
             raise UsageError(f"--{name} is {value}, expected {unit}, more than 0")
+    if args.window_s is not None and args.long in ("full", "local"):
+        raise UsageError(f"--window-s is {args.window_s}, but --long {args.long} has no windows")
     names = ("beam", "long", "memory_gb", "window_s", "look_ahead", "length_penalty", "max_repeats")
     options = {name: getattr(args, name) for name in names}
     for flag, needs in (("lm_weight", "lm"), ("lm_bonus", "lm"), ("boost_weight", "boost")):

@@ -41,9 +41,8 @@ def parse_arguments(argv=None):
     parser.add_argument(
         "--part-s",
         type=float,
-        default=1.0,
         metavar="SECONDS",
-        help="models that are not made for streaming: told at a time (%(default)s)",
+        help="models that are not made for streaming: told at a time (1)",
     )
     parser.add_argument(
         "--input",
@@ -78,14 +77,19 @@ def listen(args) -> int:
     if args.input is not None and args.microphone is not None:
         raise cli.UsageError("--input takes the microphone's place: leave out --microphone")
     model = cli.load_model(args)
+    from .recordings.stream import Stream  # with torch
 
     slots = {} if args.target_lang is None else {"target_lang": args.target_lang}
 
-    def open_stream():
-        return model.stream(args.head, args.look_ahead, part_s=args.part_s, **slots)
+    options = slots if args.part_s is None else slots | {"part_s": args.part_s}
 
-    with cli.usage():
-        open_stream()  # what cannot be is told before anything is heard
+    def open_stream():
+        return model.stream(args.head, args.look_ahead, **options)
+
+    with cli.usage():  # what cannot be is told before anything is heard
+        by_chunks = isinstance(open_stream(), Stream)
+    if by_chunks and args.part_s is not None:
+        raise cli.UsageError("--part-s: this model is made for streaming; see --look-ahead")
     blocks = _blocks(args, model.sample_rate)
     write_lines(blocks, open_stream, args.pause_s, model.sample_rate)
     return 0

@@ -127,6 +127,8 @@ def transcribe_each(
         _check_window(window_s)
     if long not in longform.MODES:
         raise ValueError(f"long is {long!r}, expected one of {', '.join(longform.MODES)}")
+    if long == "full" and window_s is not None:
+        raise ValueError(f"window_s is {window_s}, but long is full, which has no windows")
     rate, device, dtype = model.sample_rate, model.device, model.dtype
     recordings = [read_samples(item, rate) for item in inputs]
     frame_s = model.config.frame_seconds

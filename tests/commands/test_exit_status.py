@@ -7,6 +7,7 @@ import pytest
 from conftest import golden
 
 MODEL = str(golden("ctc_bpe") / "model.nemo")
+STREAMING = str(golden("stream_ctc") / "model.nemo")
 OUT = ["-o", "out"]
 ONNX = [*OUT, "--for", "sherpa-onnx"]
 MISSING = {  # every input of every command
@@ -50,6 +51,10 @@ UNFIT = [
     ("converters.train_lm", ["t.txt", "-o", "t.txt"]),
     ("converters.train_lm", ["t.txt", "-o", "no/words.arpa"]),
     ("converters.train_tokenizer", ["t.txt", "--size", "0", *OUT]),
+    ("converters.train_tokenizer", ["t.txt", "--extend", "x.model", "--type", "bpe", *OUT]),
+    ("converters.st2nemo", [".", "--licence", "mit"]),
+    ("fastconformer.transcribe", ["a.wav", "--long", "full", "--window-s", "9"]),
+    ("fastconformer.listen", ["--input", "a.wav", "--part-s", "2", "--model", STREAMING]),
     ("training.finetune", ["wrong.yaml"]),
     ("training.compare", ["wrong.yaml", "--html", "no/page.html"]),
     ("training.report", [".", "-o", "no/page.html"]),
@@ -60,7 +65,7 @@ WITH_MODEL = ("transcribe", "evaluate", "listen", "serve", "segment", "check_exp
 def status(module: str, arguments: list[str]) -> int:
     more = ["--model", MODEL] if module.endswith(WITH_MODEL) else []
     try:
-        return importlib.import_module(module).main([*arguments, *more])
+        return importlib.import_module(module).main([*more, *arguments])
     except SystemExit as stop:  # argparse's
         return stop.code
 
