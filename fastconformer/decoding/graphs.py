@@ -1,5 +1,7 @@
 """The label loop by CUDA graphs, kept between calls."""
 
+import weakref
+
 import torch
 
 from ..networks.graphs import GraphCache
@@ -54,8 +56,12 @@ def loop_for(graphs: GraphCache, projected: torch.Tensor, options: tuple):
     if key in graphs.graphs and len(graphs.graphs[key][0].projected) < rows:
         del graphs.graphs[key]  # it has too little room
 
+    # as the networks hold the graphs: a model that nobody has leaves the device's memory at once
+    networks = weakref.proxy(decoder), weakref.proxy(joint)
+
     def make():
-        loop = LabelLoop(*options, batch, window_frames(batch, projected.device), STEPS)
+        window = window_frames(batch, projected.device)
+        loop = LabelLoop(*networks, *options[2:], batch, window, STEPS)
         shape = rows, projected.shape[2]
         loop.projected = torch.zeros(shape, dtype=projected.dtype, device=projected.device)
 

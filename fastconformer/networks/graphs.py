@@ -9,6 +9,7 @@ import itertools
 import logging
 import operator
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 
@@ -196,11 +197,12 @@ def _end(graph, device: torch.device, pool) -> None:
 
 class _Contents:
     """What a graph of a network holds fixed: its modules and where its weights lie; their values
-    may change, a replay reads them. Looked at in 0.2 ms for 900 weights."""
+    may change, a replay reads them. Looked at in 0.2 ms for 900 weights. The network itself is not
+    held, which holds this: its weights are free as soon as nobody else has it."""
 
     def __init__(self, network: nn.Module):
         modules = list(network.modules())
-        self.modules = modules
+        self.network, self.inner = weakref.ref(network), modules[1:]
         self.places = [d for m in modules for d in (m._parameters, m._buffers, m._modules)]
         self.hooks = [d for m in modules for d in (m._forward_hooks, m._forward_pre_hooks)]
         self.held = list(self._now())  # kept alive, so that no other takes their number
@@ -219,7 +221,8 @@ class _Contents:
 
     def observed(self) -> bool:
         """Whether modules do more than compute: train, or tell others what they see."""
-        return any(self.hooks) or any(map(operator.attrgetter("training"), self.modules))
+        modules = self.network(), *self.inner
+        return any(self.hooks) or any(map(operator.attrgetter("training"), modules))
 
 
 def _settings() -> tuple:

@@ -2,6 +2,8 @@
 
 import copy
 import dataclasses
+import gc
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest import mock
@@ -14,6 +16,7 @@ from played_gpu import PlayedGpu
 from played_graph import captured
 
 import fastconformer
+from fastconformer.decoding import transducer_greedy
 from fastconformer.networks import conformer, graphs, kernels, tiles
 from fastconformer.networks import state as state_module
 from fastconformer.networks.conformer import ConformerEncoder
@@ -244,3 +247,30 @@ def test_a_stream_says_the_same(monkeypatch):
                 stream.feed(part)
             texts.append(stream.finish().text)
     assert texts[0] == texts[1] and texts[0] and model.encoder.graphs.captures == 1
+
+
+def test_a_model_that_nobody_has_is_freed_at_once(monkeypatch):
+    """Its graphs, and so its weights, do not wait on the device for Python's collector."""
+    get = graphs.GraphCache.get
+
+    def of_a_graph(cache, key, *arguments):
+        buffers, replay = get(cache, key, *arguments)
+        cache.graphs[key] = buffers, None  # which holds nothing of Python
+        return buffers, replay
+
+    monkeypatch.setattr(graphs.GraphCache, "get", of_a_graph)
+    monkeypatch.setattr(graphs.GraphCache, "usable", lambda cache, x: True)
+    model = fastconformer.load_model(golden("hybrid_tdt_ctc_bpe") / "model.nemo")
+    gone = [weakref.ref(x) for x in (model, model.encoder, model.joint)]
+    networks = model.decoder, model.joint, model.blank_id, model.config.loss.durations
+    gc.collect()
+    gc.disable()
+    try:
+        with torch.no_grad():
+            encoded = model.encode(*batch(model.encoder, [STEP]))
+        transducer_greedy(*encoded, *networks, graphs=model.joint.graphs)
+        assert model.encoder.graphs.graphs and model.joint.graphs.graphs
+        del model, networks
+        assert [x() for x in gone] == [None] * 3
+    finally:
+        gc.enable()
