@@ -56,8 +56,8 @@ def loop_for(graphs: GraphCache, projected: torch.Tensor, options: tuple):
     if key in graphs.graphs and len(graphs.graphs[key][0].projected) < rows:
         del graphs.graphs[key]  # it has too little room
 
-    # as the networks hold the graphs: a model that nobody has leaves the device's memory at once
-    networks = weakref.proxy(decoder), weakref.proxy(joint)
+    # as the joint holds the graphs: a model that nobody has leaves the device's memory at once
+    networks = decoder, weakref.proxy(joint)
 
     def make():
         window = window_frames(batch, projected.device)
