@@ -168,7 +168,7 @@ class FunASRNano(nn.Module):
 
     def encoded_frames(self, n_samples: int) -> int:
         """Rows that `encode` gives for a clip of so many samples."""
-        return int(self.preprocessor.feature_lengths(torch.tensor([n_samples])))
+        return int(self.preprocessor.feature_lengths(torch.tensor([n_samples], device="cpu")))
 
     def encode(self, features: Tensor, lengths: Tensor):
         """features (B, 560, T), lengths (B,) -> encoded (B, T, D) in the model's dtype, lengths.

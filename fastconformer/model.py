@@ -114,7 +114,9 @@ class ASRModel(nn.Module):
 
     def encoded_frames(self, n_samples: int) -> int:
         """Frames that `encode` gives for a clip of so many samples."""
-        frames = self.preprocessor.featurizer.feature_lengths(torch.tensor([n_samples]))
+        frames = self.preprocessor.featurizer.feature_lengths(
+            torch.tensor([n_samples], device="cpu")
+        )
         return encoded_length(self.config.encoder, int(frames))
 
     def encode(
@@ -151,7 +153,7 @@ class ASRModel(nn.Module):
             return encoded
         if prompt_indices is None:
             prompt_indices = prompts.index({})
-        indices = sent(torch.as_tensor(prompt_indices), encoded.device)
+        indices = sent(torch.as_tensor(prompt_indices, device="cpu"), encoded.device)
         return self.prompt_kernel(encoded, indices.expand(len(encoded)))
 
     def ctc_log_probs(self, encoded: torch.Tensor) -> torch.Tensor:

@@ -30,10 +30,10 @@ def host_zeros(shape: tuple[int, ...], dtype: torch.dtype, pinned: bool) -> Tens
     """Zeros on the host; `pinned`: in memory that a GPU reads by itself, if there is any."""
     if pinned:
         try:
-            return torch.zeros(shape, dtype=dtype, pin_memory=True)
+            return torch.zeros(shape, dtype=dtype, device="cpu", pin_memory=True)
         except RuntimeError as error:
             _say_once(error)
-    return torch.zeros(shape, dtype=dtype)
+    return torch.zeros(shape, dtype=dtype, device="cpu")
 
 
 def _say_once(error: RuntimeError) -> None:

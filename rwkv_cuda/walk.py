@@ -52,12 +52,22 @@ def forward(
     batch, frames, heads, width = r.shape
     y = torch.zeros_like(r, memory_format=torch.contiguous_format)
     blocks = -(-width // COLUMNS)
-    state = torch.zeros(batch, heads, width, blocks * COLUMNS)  # [key, value], padded
+    state = torch.zeros(
+        batch, heads, width, blocks * COLUMNS, dtype=torch.float32, device="cpu"
+    )  # [key, value], padded
     if initial_state is not None:
         state[..., :width] = initial_state.mT
     state = state.unflatten(-1, (blocks, COLUMNS)).transpose(2, 3).contiguous()
-    saved = torch.zeros(n_segments(frames) if save_states else 0, batch, heads, width, width)
-    lengths = torch.full((batch,), frames) if lengths is None else lengths.long()
+    saved = torch.zeros(
+        n_segments(frames) if save_states else 0,
+        batch,
+        heads,
+        width,
+        width,
+        dtype=torch.float32,
+        device="cpu",
+    )
+    lengths = torch.full((batch,), frames, device="cpu") if lengths is None else lengths.long()
     step = max(SEGMENT, PIECE // max(1, batch * heads * width))
     starts = range(0, frames, step)
     threads = torch.get_num_threads()

@@ -42,8 +42,8 @@ def kaldi_filters(rate: float, fft_size: int, n_mels: int, low_hz: float, high_h
     def mel(hz):
         return 1127.0 * math.log(1.0 + hz / 700.0)
 
-    edges = torch.linspace(mel(low_hz), mel(high_hz), n_mels + 2, dtype=torch.float64)
-    hz = torch.arange(fft_size // 2 + 1, dtype=torch.float64) * rate / fft_size
+    edges = torch.linspace(mel(low_hz), mel(high_hz), n_mels + 2, dtype=torch.float64, device="cpu")
+    hz = torch.arange(fft_size // 2 + 1, dtype=torch.float64, device="cpu") * rate / fft_size
     mels = 1127.0 * torch.log(1.0 + hz / 700.0)[None]
     left, center, right = edges[:-2, None], edges[1:-1, None], edges[2:, None]
     rising = (mels - left) / (center - left)

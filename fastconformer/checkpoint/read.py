@@ -114,4 +114,4 @@ def _add_counters(state_dict: dict[str, torch.Tensor]) -> None:
     for name in list(state_dict):
         counter = name.removesuffix("running_var") + "num_batches_tracked"
         if name.endswith(".running_var") and counter not in state_dict:
-            state_dict[counter] = torch.tensor(0)
+            state_dict[counter] = torch.tensor(0, device="cpu")

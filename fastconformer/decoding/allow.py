@@ -61,8 +61,8 @@ def token_bias(tokenizer: Tokenizer, allow: Sequence[str]) -> torch.Tensor:
         not found or found <= scripts or piece in pieces
         for piece, found in zip(tokenizer.pieces, of_pieces)
     ]
-    bias = torch.zeros(tokenizer.vocab_size + 1)
-    bias[:-1].masked_fill_(~torch.tensor(allowed), -torch.inf)
+    bias = torch.zeros(tokenizer.vocab_size + 1, dtype=torch.float32, device="cpu")
+    bias[:-1].masked_fill_(~torch.tensor(allowed, device="cpu"), -torch.inf)
     return bias
 
 

@@ -49,7 +49,7 @@ def ctc_align(
     behind = min((s + 1 - 2 * t for s, t in zip(last_states, lengths_list)), default=0)
 
     labels = torch.from_numpy(labels).to(device)
-    skip_cost = torch.zeros(batch, n_states, device=device)
+    skip_cost = torch.zeros(batch, n_states, dtype=torch.float32, device=device)
     skip_cost.masked_fill_(~torch.from_numpy(skips).to(device), -torch.inf)
     lengths = lengths.to(device)
 
@@ -71,7 +71,7 @@ def ctc_align(
             stay.copy_(torch.where(active, new, stay))
         return scores
 
-    start = torch.full((batch, n_states + 2), -torch.inf, device=device)
+    start = torch.full((batch, n_states + 2), -torch.inf, dtype=torch.float32, device=device)
     start[:, 2] = 0.0  # before the first frame: state 0, from which frame 0 stays or steps
     block = n_frames
     if batch * n_frames * n_states > _ONE_BLOCK:

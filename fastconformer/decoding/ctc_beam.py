@@ -56,7 +56,7 @@ def _search(log_probs, lengths, beam, fusion):
     infinity = torch.inf
 
     # of each prefix: log p of its alignments that end in blank, and in its last token
-    ends_blank = torch.full((batch, beam), -infinity, device=device)
+    ends_blank = torch.full((batch, beam), -infinity, dtype=torch.float32, device=device)
     ends_blank[:, 0] = 0.0
     ends_token = torch.full_like(ends_blank, -infinity)
     beside = torch.zeros_like(ends_blank)  # the fusion's score

@@ -111,7 +111,7 @@ class TokenScorer:
 
     def final(self, states):
         if self.model.end_id is None:
-            return torch.zeros(len(states), device=states.device)
+            return torch.zeros(len(states), dtype=torch.float32, device=states.device)
         end = torch.full_like(states[:, 0], self.model.end_id)
         return self.weight * self.model.score(states[:, 0], end)[0]
 
@@ -217,7 +217,7 @@ def _hashed_words(model: NGramModel, device):
     """Sorted hashes of the model's words and the words' ids; computed once for each model."""
     if model not in _hashed:
         pairs = sorted((_hash(word)[1], i) for word, i in model.words.items())
-        _hashed[model] = tuple(torch.tensor(column) for column in zip(*pairs))
+        _hashed[model] = tuple(torch.tensor(column, device="cpu") for column in zip(*pairs))
     return tuple(tensor.to(device) for tensor in _hashed[model])
 
 

@@ -35,7 +35,7 @@ class LabelLoop:
         self.confidence, self.durations, self.n_steps = confidence, durations, n_steps
         weight = joint.pred.weight
         device = weight.device
-        self.steps = sent(torch.tensor(durations), device) if durations else None
+        self.steps = sent(torch.tensor(durations, device="cpu"), device) if durations else None
         longest = max(1, *durations) if durations else 1
         self.bias = None if bias is None else bias.to(weight)
         self.rows = torch.arange(batch, device=device)
@@ -51,7 +51,7 @@ class LabelLoop:
         self.h, self.c = weight.new_zeros(shape), weight.new_zeros(shape)
         # of each step: token (-1: none), frame, duration; log-probability, confidence
         self.int_records = torch.zeros(n_steps, 3, batch, dtype=torch.long, device=device)
-        self.float_records = torch.zeros(n_steps, 2, batch, device=device)
+        self.float_records = torch.zeros(n_steps, 2, batch, dtype=torch.float32, device=device)
         self.projected = None  # (rows, J): the frames of all clips, in one line
 
     def begin(self, lengths: torch.Tensor, state: list[torch.Tensor] | None = None):

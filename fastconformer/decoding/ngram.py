@@ -29,7 +29,10 @@ class NGramModel:
         self.unk_id = next(words[w] for w in ("<unk>", "<UNK>") if w in words)
         self.start_state = 0
         if "<s>" in words:
-            start = self.score(torch.zeros(1, dtype=torch.long), torch.tensor([words["<s>"]]))[1]
+            start = self.score(
+                torch.zeros(1, dtype=torch.long, device="cpu"),
+                torch.tensor([words["<s>"]], device="cpu"),
+            )[1]
             self.start_state = int(start)
         self.end_id = words.get("</s>")
 
@@ -41,7 +44,7 @@ class NGramModel:
     def score(self, states: torch.Tensor, words: torch.Tensor):
         """states, words of one shape -> (log-probability of the word after the state, next state),
         of that shape."""
-        total = torch.zeros(states.shape, device=states.device)
+        total = torch.zeros(states.shape, dtype=torch.float32, device=states.device)
         following = torch.zeros_like(states)
         open_ = torch.ones_like(states, dtype=torch.bool)
         for _ in range(self.order):

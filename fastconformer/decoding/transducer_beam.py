@@ -60,7 +60,7 @@ def transducer_beam(
 
     rows = torch.arange(batch, device=device)[:, None]
     slots = torch.arange(beam, device=device)
-    scores = torch.full((batch, beam), -infinity, device=device)
+    scores = torch.full((batch, beam), -infinity, dtype=torch.float32, device=device)
     scores[:, 0] = torch.where(lengths > 0, 0.0, -infinity)
     frame = torch.zeros(batch, beam, dtype=torch.long, device=device)
     on_frame, count = torch.zeros_like(frame), torch.zeros_like(frame)

@@ -214,7 +214,7 @@ def byte_frames(
     tokens' columns are those of `log_probs_of`. A text that has more tokens than the clip has rows
     for is spread evenly over them."""
     n_rows = len(log_probs)
-    (aligned,) = ctc_align(log_probs[None], torch.tensor([n_rows]), [columns])
+    (aligned,) = ctc_align(log_probs[None], torch.tensor([n_rows], device="cpu"), [columns])
     if len(aligned.frames) < len(ids):
         edges = [round(i * n_rows / len(ids)) for i in range(len(ids) + 1)]
         spans = list(itertools.pairwise(edges))

@@ -20,6 +20,7 @@ from ..decoding import (
 from ..losses import fused_transducer_loss, rnnt_loss
 from ..networks.graphs import GraphCache
 from ..networks.heads import Joint, PredictionNetwork, StatelessNetwork
+from ..networks.linear import Int8Weight
 from ..recordings.timestamps import Span
 from ..text.tokenizer import Tokenizer
 from ..transfers import sent
@@ -112,8 +113,10 @@ class Transducer(Head):
         report: dict[str, torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """The joint's logits are never all in memory, but for a HAT joint, whose gradient skips no
-        cells; `eps` and `report` as in `fused_transducer_loss`."""
+        cells; `eps` and `report` as in `fused_transducer_loss`. ValueError: an int8 model."""
         loss, joint = self.model.config.loss, self.model.joint
+        if isinstance(joint.joint_net[-1].weight, Int8Weight):
+            raise ValueError("an int8 model has no losses; load it with another dtype for that")
         there = sent(targets, encoded.device), sent(target_lengths, encoded.device)
         if joint.blank_pred is not None:
             if report is not None:

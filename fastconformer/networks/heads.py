@@ -145,7 +145,8 @@ class PredictionNetwork(nn.Module):
         lstm, after = self.prediction["dec_rnn"].lstm, []
         for layer, (h, c) in enumerate(state):
             weights = [getattr(lstm, f"{name}_l{layer}") for name in lstm_weight_names]
-            if x.device.type == "cpu" and not torch.is_grad_enabled():
+            int8 = isinstance(weights[0], Int8Weight)
+            if int8 or (x.device.type == "cpu" and not torch.is_grad_enabled()):
                 x, c = _cell(x, h, c, *weights)
             else:
                 x, c = torch.lstm_cell(x, (h, c), *weights)

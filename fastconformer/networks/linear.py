@@ -32,8 +32,15 @@ class Int8Weight:
         rounded = (weight / self.scale[:, None]).round().to(torch.int8)
         self.packed = torch.ops.onednn.qlinear_prepack(rounded, None)
         self.rounded = rounded if plain else None
-        self.zero_points = torch.zeros(len(weight), dtype=torch.int64)
+        self.zero_points = torch.zeros(len(weight), dtype=torch.int64, device="cpu")
         self.dtype = torch.int8
+
+    def __getstate__(self):  # of a copy, and of pickle: what is packed has no storage
+        return vars(self) | {"packed": self.packed.to_dense().t().contiguous()}
+
+    def __setstate__(self, state):
+        packed = torch.ops.onednn.qlinear_prepack(state["packed"], None)
+        vars(self).update(state | {"packed": packed})
 
     def product(
         self, x: torch.Tensor, bias: torch.Tensor | None, after: str = "none"

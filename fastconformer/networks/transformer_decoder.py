@@ -24,9 +24,11 @@ ACTIVATIONS = ("relu", "gelu")
 
 def sine_positions(n_positions: int, width: int, device=None) -> torch.Tensor:
     """(n_positions, width) float32: sines at even, cosines at odd columns, over sqrt(width)."""
-    position = torch.arange(0.0, n_positions, device=device)[:, None]
-    rate = torch.exp(-math.log(10000.0) / width * torch.arange(0.0, width, 2, device=device))
-    table = torch.zeros(n_positions, width, device=device)
+    position = torch.arange(n_positions, dtype=torch.float32, device=device)[:, None]
+    rate = torch.exp(
+        -math.log(10000.0) / width * torch.arange(0, width, 2, dtype=torch.float32, device=device)
+    )
+    table = torch.zeros(n_positions, width, dtype=torch.float32, device=device)
     table[:, 0::2] = torch.sin(position * rate)
     table[:, 1::2] = torch.cos(position * rate)
     return table / math.sqrt(width)

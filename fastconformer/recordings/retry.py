@@ -44,7 +44,7 @@ def retry_stuck(
     for first, end in stretches:
         if not speaks(levels, first, end, frame_s):
             continue
-        part, length = encoded[None, first:end], torch.tensor([end - first])
+        part, length = encoded[None, first:end], torch.tensor([end - first], device="cpu")
         length = length.to(encoded.device)
         (found,) = model.decode(part, length, head, options)
         if beside is not None:

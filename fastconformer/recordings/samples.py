@@ -105,7 +105,7 @@ def collate(
         as_float = clip.dtype == np.int16 and not all_int16
         row[left : left + len(clip)] = clip / np.float32(32768) if as_float else clip
         shifts.append(left / sample_rate_hz)
-    return audio, torch.tensor(lengths), shifts
+    return audio, torch.tensor(lengths, device="cpu"), shifts
 
 
 def as_float(samples: torch.Tensor) -> torch.Tensor:

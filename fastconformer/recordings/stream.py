@@ -71,8 +71,8 @@ class Stream:
         if state is None:
             preprocessor = model.config.preprocessor
             state = StreamState(
-                torch.zeros(preprocessor.fft_size // 2),
-                torch.zeros(preprocessor.n_features, 0),
+                torch.zeros(preprocessor.fft_size // 2, dtype=torch.float32, device="cpu"),
+                torch.zeros(preprocessor.n_features, 0, dtype=torch.float32, device="cpu"),
                 first_state(model.encoder, 1),
                 self.head.first_hypothesis(),
             )
@@ -106,7 +106,7 @@ class Stream:
             state.whole = []
         x = as_float(torch.from_numpy(np.ascontiguousarray(samples)))
         if preprocessor.preemph is not None:
-            before = x[:1] * 0 if state.last is None else torch.tensor([state.last])
+            before = x[:1] * 0 if state.last is None else x.new_tensor([state.last])
             state.last = float(x[-1])
             x = x - preprocessor.preemph * torch.cat((before, x[:-1]))
         state.samples = torch.cat((state.samples, x))
@@ -168,7 +168,9 @@ class Stream:
         needed = factor * (end - 1) + (0 if causal else factor - 1) + 1
         if to_the_end:
             total = int(
-                self.model.preprocessor.featurizer.feature_lengths(torch.tensor(state.n_samples))
+                self.model.preprocessor.featurizer.feature_lengths(
+                    torch.tensor(state.n_samples, device="cpu")
+                )
             )
             end = min(end, output_length(total, factor, causal) if total else 0)
             needed = min(needed, total)

@@ -34,7 +34,9 @@ class WindowState:
     was digital silence."""
 
     hypothesis: Hypothesis
-    samples: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
+    samples: torch.Tensor = field(
+        default_factory=lambda: torch.zeros(0, dtype=torch.float32, device="cpu")
+    )
     n_samples: int = 0
     first_frame: int = 0
     n_encoded: int = 0

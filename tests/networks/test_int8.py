@@ -1,5 +1,8 @@
 """Products on a CPU: 8 bits, their error, batches, what is refused; packed bfloat16 weights."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from conftest import golden
@@ -93,8 +96,22 @@ def test_model_in_int8(name):
         assert isinstance(model.transcribe(audio[0], long=long)[0].text, str)
 
 
+def test_copies_and_logits():
+    """Copied and pickled, packed weights stay the same; gradients that are on change nothing."""
+    model = fastconformer.load_model(golden(MODEL) / "model.nemo", dtype=torch.int8)
+    encoded = torch.randn(1, 9, model.config.encoder.d_model)
+    arguments = encoded, torch.tensor([[3, 1, 4]]), torch.tensor([3])
+    with torch.no_grad():
+        expected = model.joint_logits(*arguments)
+    for same in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        torch.testing.assert_close(same.joint_logits(*arguments), expected, rtol=0, atol=0)
+
+
 def test_what_int8_cannot_do(tmp_path):
     model = fastconformer.load_model(golden(MODEL) / "model.nemo", dtype=torch.int8)
+    one = torch.ones(1, 1, dtype=torch.long)
+    with pytest.raises(ValueError, match="an int8 model has no losses"):
+        model.losses(torch.zeros(1, 9, model.config.encoder.d_model), 9 * one[0], one, one[0])
     with pytest.raises(ValueError, match="an int8 model cannot be saved"):
         model.save(tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -1,0 +1,45 @@
+"""torch's default device and dtype, which other code of a process may set: no number moves."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import golden
+
+import fastconformer
+from fastconformer.decoding import transducer
+from fastconformer.networks import kernels
+
+CASES = ["hybrid_tdt_ctc_bpe", "stream_ctc", "canary_flash_agg", "birwkv7_encoder"]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_torchs_defaults_change_nothing(case, monkeypatch):
+    """A device that holds no numbers stands for any other."""
+    monkeypatch.setattr(kernels, "_compiled_layers", lambda: None)
+    monkeypatch.setattr(transducer, "_compiled_loop", lambda: None)
+    clip = np.random.default_rng(0).standard_normal(24000).astype(np.float32) / 9
+    expected = _texts(case, clip)
+    try:
+        for dtype in (torch.bfloat16, torch.float64):
+            torch.set_default_dtype(dtype)
+            assert _texts(case, clip) == expected
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device("meta")
+        assert _texts(case, clip) == expected
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+
+
+def _texts(case: str, clip: np.ndarray) -> list:
+    model, found = fastconformer.load_model(golden(case) / "model.nemo"), []
+    for head in model.heads:
+        options = {"head": head, "timestamps": head != "aed"}
+        found += model.transcribe([clip, clip[:9000]], **options)
+        found += model.transcribe([clip], beam=2, **options)
+    if case == "stream_ctc":
+        stream = model.stream()
+        stream.feed(clip[:9000])
+        stream.feed(clip[9000:])
+        found.append(stream.finish())
+    return [(transcript.text, transcript.tokens, transcript.words) for transcript in found]
