@@ -13,6 +13,8 @@ from conftest import golden
 
 from fastconformer import load_model
 from training.finetune import main as finetune
+from training.recipe.recipe import idle_keys, load_recipe, stage_recipes
+from training.setup.prepare import prepare_run
 
 ROOT = Path(__file__).resolve().parents[2]
 BOOK = ["finetune", "freeze_ctc", "less_frozen", "full_hybrid", "one_corpus", "second_corpus"]
@@ -97,3 +99,30 @@ def test_the_six_trials_run_as_the_page_has_them(corpus, monkeypatch):
         assert finetune([str(ROOT / "recipes" / "trials.yaml"), *options, *small]) == 0, command
         assert (folder / "runs" / "trials" / f"V{number}" / "model.nemo").is_file()
     assert len((folder / "runs" / "trials" / "runs.jsonl").read_text().splitlines()) == 6
+
+
+def test_no_key_of_the_book_is_idle():
+    for path in sorted((ROOT / "recipes").glob("*.yaml")):
+        if path.name != "base_tiny_model.yaml":  # a model's config
+            recipe = load_recipe(path)
+            for stage in stage_recipes(recipe) or [recipe]:
+                assert idle_keys(stage) == {}, path
+
+
+def test_keys_that_do_nothing_without_another_are_told(corpus, caplog):
+    idle = {
+        "schedule.power": "2",
+        "lora.alpha": "8",
+        "augment.hum.mains_hz": "[60]",
+        "guard.limit": "0.5",
+        "loss.cr_ctc_weight": "0.3",
+        "model.new_rows": "zeros",
+    }
+    recipe = load_recipe(corpus[0], [f"{key}={value}" for key, value in idle.items()])
+    assert idle_keys(recipe).keys() == idle.keys()
+    prepare_run(recipe)
+    assert "lora.alpha (it needs lora.rank)" in caplog.text
+    more = ["schedule.name=linear", "lora.rank=2", "augment.hum.probability=1"]
+    more += ["guard.set=dev", "loss.use_cr_ctc=true"]
+    more = load_recipe(corpus[0], [*(f"{key}={value}" for key, value in idle.items()), *more])
+    assert [*idle_keys(more)] == ["model.new_rows"]

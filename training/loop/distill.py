@@ -40,7 +40,7 @@ USED = {
     *("trainer.max_nonfinite_steps", "trainer.log_every_steps", "trainer.save_every_steps"),
 }
 UNUSED_DATA = {  # of the section `data`
-    *("data.test", "data.prompt", "data.auto_share", "data.batch_memory_gb", "data.max_tokens"),
+    *("data.test", "data.prompt", "data.auto_share", "data.max_tokens"),
     *("data.min_tokens_per_s", "data.max_tokens_per_s", "data.max_tokens_per_frame"),
     *("data.min_chars_per_s", "data.max_chars_per_s"),
 }

@@ -58,6 +58,7 @@ EITHER_OR = (
     ("schedule", "warmup_steps", "warmup_ratio"),
     ("schedule", "hold_steps", "hold_ratio"),
 )
+AUGMENTED = ("white_noise", "noise", "rir", "babble", "hum", "telephone")  # by their probability
 
 
 @dataclasses.dataclass(frozen=True)
@@ -316,6 +317,37 @@ def recipe_differences(old: Recipe, new: Recipe) -> dict[str, tuple]:
     keys = sorted(before.keys() | after.keys())
     pairs = {key: (before.get(key), after.get(key)) for key in keys}
     return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def idle_keys(recipe: Recipe) -> dict[str, str]:
+    """{key that the recipe sets, and that does nothing: what it would need}."""
+    model, schedule, keep = recipe.model, recipe.schedule.name, recipe.keep
+    vocabulary = model.changes_vocabulary, "another model.tokenizer than that of model.init_from"
+    needs = {  # beginning of keys: whether they do something, and what for
+        "model.transfer": vocabulary,
+        "model.new_rows": vocabulary,
+        "model.mel_edges": (model.sample_rate is not None, "model.sample_rate"),
+        "encoder.warm_start": (recipe.encoder.attention is not None, "encoder.attention"),
+        "loss.cr_ctc": (recipe.loss.use_cr_ctc, "loss.use_cr_ctc"),
+        "lora": (recipe.lora.rank > 0, "lora.rank"),
+        "schedule.hold": (schedule == "wsd", "schedule.name wsd"),
+        "schedule.decay_shape": (schedule == "wsd", "schedule.name wsd"),
+        "schedule.power": (schedule in ("linear", "wsd"), "schedule.name linear or wsd"),
+        "schedule.constant_steps": (schedule == "cosine", "schedule.name cosine"),
+        "schedule.d_model": (schedule == "noam", "schedule.name noam"),
+        "retain.check_clips": vocabulary,
+        "keep.min_delta": (keep.patience is not None, "keep.patience"),
+        "guard": (recipe.guard.set is not None, "guard.set"),
+    }
+    for name in AUGMENTED:
+        probability = getattr(recipe.augment, name).probability
+        needs[f"augment.{name}"] = (probability > 0, f"augment.{name}.probability")
+    return {
+        key: what
+        for key in recipe_differences(Recipe(), recipe)
+        for start, (does, what) in needs.items()
+        if key.startswith(start) and not does
+    }
 
 
 def _plain(tree, where, resolve: bool) -> dict:

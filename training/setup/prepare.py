@@ -24,7 +24,7 @@ from training.loop.keep import check_metric
 from training.loop.ranks import ONE, BatchShare, Ranks, batch_share
 from training.objective.objective import Objective, objective_of
 from training.objective.retain import Retain, row_tensors
-from training.recipe.recipe import Recipe
+from training.recipe.recipe import Recipe, idle_keys
 from training.recipe.sections import RetainRecipe
 from training.setup.device import choose_device
 from training.setup.freeze import Freezing, new_rows_first
@@ -95,6 +95,9 @@ def prepare_run(
     trainer = recipe.trainer
     if trainer.threads is not None:
         torch.set_num_threads(trainer.threads)
+    if idle := idle_keys(recipe):
+        told = (f"{key} (it needs {what})" for key, what in idle.items())
+        log.warning("without effect: %s", ", ".join(told))
     device = choose_device(trainer.device)
     if trainer.precision != "fp32" and is_slow_in_bfloat16(device):
         log.warning(
