@@ -57,7 +57,7 @@ def parse_arguments(argv=None):
         "--wyoming-port", type=int, metavar="P", help="also serve home assistants' Wyoming there"
     )
     parser.add_argument(
-        "--wyoming-languages", default="en", metavar="CODES", help="told to them (%(default)s)"
+        "--wyoming-languages", metavar="CODES", help="told to them, with that port (en)"
     )
     return parser.parse_args(argv)
 
@@ -82,6 +82,8 @@ def main(argv=None) -> int:
 def serve(args) -> int:
     limits = "max_upload_mb", "max_duration_s", "max_queue", "max_streams", "timeout_s"
     cli.check_above_zero(args, *limits)
+    if args.wyoming_languages is not None and args.wyoming_port is None:
+        raise cli.UsageError("--wyoming-languages are told at --wyoming-port, which is not given")
     keys = api_keys(args)
     for port in (args.port, args.wyoming_port):
         if port is not None:
@@ -108,7 +110,7 @@ def serve(args) -> int:
     beside = contextlib.nullcontext()
     if args.wyoming_port is not None:
         listener = socket.create_server((args.host, args.wyoming_port), family=_family(args.host))
-        card = wyoming.Card(name, tuple(args.wyoming_languages.split(",")))
+        card = wyoming.Card(name, tuple((args.wyoming_languages or "en").split(",")))
         idle_s, most = args.timeout_s, args.max_streams
         beside = wyoming.serving(listener, batcher, card, args.head, idle_s, most)
         print(f"serve: Wyoming at {args.host}:{args.wyoming_port}", file=sys.stderr)

@@ -40,6 +40,7 @@ MISSING = {  # every input of every command
 }
 UNFIT = [
     ("fastconformer.transcribe", ["a.wav", "--head", "tdt"]),
+    ("fastconformer.serve", ["--wyoming-languages", "de"]),
     ("fastconformer.transcribe", ["a.wav", "--look-ahead", "3"]),
     ("fastconformer.listen", ["--input", "a.wav", "--head", "tdt"]),
     ("fastconformer.listen", ["--input", "a.wav", "--look-ahead", "-1"]),
