@@ -61,7 +61,7 @@ def evaluate(model, clips, head=None, batch_size=16, normalizer="basic", **decod
 
 
 def _by_pair(utterances: list[dict], normalizer: str) -> dict:
-    """{"pairs": {"de-en": counts}} of lines that say what is spoken and what is written; of
+    """{"pairs": {"de>en": counts}} of lines that say what is spoken and what is written; of
     translations also corpus BLEU and chrF, where sacrebleu is installed."""
     pairs: dict[str, list[dict]] = {}
     for utterance in utterances:
