@@ -71,7 +71,7 @@ def _what_it_is_not(item) -> str:
 
 
 def read_piece(samples, sample_rate_hz: int) -> np.ndarray:
-    """What a stream is fed, samples as `read_samples` takes them, of which there may be none.
+    """What a stream is fed, samples (L,) as `read_samples` takes them, of which there may be none.
     ValueError: something else, or a pair with a rate: what is resampled piece by piece has seams.
     """
     if isinstance(samples, tuple):
@@ -83,6 +83,8 @@ def read_piece(samples, sample_rate_hz: int) -> np.ndarray:
         samples = np.asarray(samples)
     if 0 in samples.shape:
         return np.zeros(0, np.float32)
+    if samples.ndim == 2:  # of a short piece nobody can tell which axis is the channels'
+        raise ValueError(f"a piece has shape {tuple(samples.shape)}, expected (samples,)")
     return read_samples(samples, sample_rate_hz)
 
 
