@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config.preprocessor import FbankConfig
+from .features import FrontEnd
 
 PCM_SCALE = 32768.0  # the models were trained on 16-bit samples, not on [-1, 1]
 PREEMPHASIS = 0.97
@@ -72,7 +73,7 @@ def _emphasis(hz: Tensor, rate: float) -> Tensor:
     return 1 + PREEMPHASIS**2 - 2 * PREEMPHASIS * torch.cos(2 * math.pi * hz / rate)
 
 
-class Fbank(nn.Module):
+class Fbank(FrontEnd):
     """The front end. It has no weights, and nothing of it is in a checkpoint."""
 
     def __init__(self, config: FbankConfig):

@@ -57,7 +57,21 @@ def _window(name: str | None, size: int) -> torch.Tensor | None:
     return make(size, periodic=False, device="cpu") if make else None
 
 
-class FilterbankFeatures(nn.Module):
+class FrontEnd(nn.Module):
+    """What turns samples to features: it goes to other devices, and stays in float32 when a model
+    is cast (`half()`, `to(torch.bfloat16)`)."""
+
+    def _apply(self, function, recurse=True):
+        def moved(x):
+            y = function(x)
+            # another type than float32 is that of a checkpoint, as yet
+            is_cast = x.dtype == torch.float32 and y.dtype != x.dtype
+            return x.to(y.device) if is_cast else y
+
+        return super()._apply(moved, recurse)
+
+
+class FilterbankFeatures(FrontEnd):
     """Holds the window and the mel filters as buffers, as NeMo's checkpoints do."""
 
     def __init__(self, config: PreprocessorConfig, stft_pad: str = "zeros"):

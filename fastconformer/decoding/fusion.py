@@ -238,7 +238,7 @@ class PhraseScorer:
     def __init__(self, phrases: Mapping[str, float], tokenizer: Tokenizer, device):
         patterns = {}
         for phrase, weight in phrases.items():
-            written = " ".join(phrase.lower().split())
+            written = " ".join(phrase.lower().split()) if isinstance(phrase, str) else ""
             if not written:
                 raise ValueError(f"a phrase to boost is {phrase!r}, expected words")
             n_pieces = max(1, tokenizer.n_pieces(phrase))

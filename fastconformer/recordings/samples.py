@@ -30,6 +30,8 @@ def read_samples(item, sample_rate_hz: int) -> np.ndarray:
         return load_audio(item, sample_rate_hz)
     if isinstance(item, tuple):
         samples, rate_hz = item
+        if not isinstance(rate_hz, numbers.Real):
+            raise ValueError(f"the rate beside samples is {rate_hz!r}, expected a number of Hz")
         samples = read_samples(samples, sample_rate_hz)
         if rate_hz == sample_rate_hz:
             return samples
@@ -43,7 +45,7 @@ def read_samples(item, sample_rate_hz: int) -> np.ndarray:
         samples = np.asarray(item)
     except ValueError:  # a list of unequal parts
         samples = None
-    if samples is None or samples.ndim == 0:
+    if samples is None or (samples.ndim == 0 and not isinstance(item, np.ndarray)):
         raise ValueError(_what_it_is_not(item))
     if samples.ndim == 2 and 1 in samples.shape:  # as torchaudio and soundfile give one channel
         samples = samples.reshape(-1)

@@ -31,6 +31,17 @@ def test_torchs_defaults_change_nothing(case, monkeypatch):
         torch.set_default_device(None)
 
 
+@pytest.mark.parametrize("case", ["hybrid_tdt_ctc_bpe/model.nemo", "fun_asr_nano_tiny"])
+def test_a_cast_model_keeps_its_front_end(case):
+    """As `load_model(dtype=...)` does: float16's window and filters would make other features."""
+    model = fastconformer.load_model(golden(case.split("/")[0]) / case.partition("/")[2])
+    audio, lengths = torch.randn(1, 16000) / 9, torch.tensor([16000])
+    expected = model.featurize(audio, lengths)[0]
+    for cast in (model.half, model.bfloat16, model.float, lambda: model.to("cpu", torch.float16)):
+        assert torch.equal(cast().featurize(audio, lengths)[0], expected)
+    assert model.to_empty(device="meta") is model
+
+
 def _texts(case: str, clip: np.ndarray) -> list:
     model, found = fastconformer.load_model(golden(case) / "model.nemo"), []
     for head in model.heads:
