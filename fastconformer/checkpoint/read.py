@@ -55,7 +55,17 @@ def read_checkpoint(path: str | os.PathLike, like: str | os.PathLike | None = No
 
 def _is_zip(path: Path) -> bool:
     with path.open("rb") as file:  # zipfile would take an archive that ends with one for one
-        return file.read(4) == b"PK\3\4" and zipfile.is_zipfile(file)
+        head = file.read(len(_OLD_TORCH))
+        if head == _OLD_TORCH:
+            raise ValueError(f"{path} is in torch's format of before 1.6; torch.save it anew")
+        if not head.startswith(b"PK\3\4"):
+            return False
+        if not zipfile.is_zipfile(file):
+            raise ValueError(f"{path} is cut short: a checkpoint whose end is missing")
+        return True
+
+
+_OLD_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # a pickled number
 
 
 def _model_folder(path: Path) -> Path:

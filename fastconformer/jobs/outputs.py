@@ -24,16 +24,25 @@ SUFFIXES = {
     "vtt": ".vtt",
     "ctm": ".ctm",
 }
+OF_OTHER_PROGRAMS = frozenset([
+    ".ass", ".csv", ".lrc", ".rttm", ".sbv", ".ssa", ".stl", ".stm", ".sub", ".textgrid", ".trs",
+    ".tsv", ".ttml",
+])  # fmt: skip
 SUBTITLES = ("srt", "vtt")
 WITH_TIMES = ("srt", "vtt", "ctm")
 
 
 def formats_of(given: tuple[str, ...] | None, output: Path | None) -> tuple[str, ...]:
     """The formats to write: those that are given, else what the suffix of the output names.
-    ValueError: the two contradict each other."""
+    ValueError: the two contradict each other, or the suffix is that of another program's format."""
     of_suffix = {suffix: name for name, suffix in SUFFIXES.items()}
     named = of_suffix.get(output.suffix.lower()) if output and not output.is_dir() else None
     if given is None:
+        if output and not output.is_dir() and output.suffix.lower() in OF_OTHER_PROGRAMS:
+            raise ValueError(
+                f"-o {output}: {output.suffix} is no format of ours "
+                f"({', '.join(SUFFIXES.values())}); --format text writes the text alone"
+            )
         return (named or "text",)
     if named and given != (named,):
         raise ValueError(

@@ -352,3 +352,16 @@ def test_bytes_are_enough():
     buffer = io.BytesIO(NEMO.read_bytes())
     assert buffer.read(4) != b"PK\3\4"
     read_checkpoint(NEMO)
+
+
+def test_checkpoints_that_torch_cannot_map(tmp_path):
+    """One cut short and one of an old torch are said to be that, with and without `like`."""
+    weights, path = {"state_dict": {"a": torch.ones(9)}}, tmp_path / "last.ckpt"
+    torch.save(weights, path)
+    path.write_bytes(path.read_bytes()[:-99])
+    for like in (None, NEMO):
+        with pytest.raises(ValueError, match="last.ckpt is cut short"):
+            read_checkpoint(path, like)
+    torch.save(weights, path, _use_new_zipfile_serialization=False)
+    with pytest.raises(ValueError, match=r"in torch's format of before 1\.6; torch\.save it anew"):
+        read_checkpoint(path, NEMO)

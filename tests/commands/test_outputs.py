@@ -56,6 +56,15 @@ def test_the_suffix_chooses_the_format(tree, tmp_path, suffix, begins):
     assert out.read_text().startswith(begins)
 
 
+def test_suffixes_of_formats_that_are_not_written(tree, tmp_path, capsys):
+    out = tmp_path / "a.ASS"
+    assert run(tree / "a.wav", "-o", out) == 2
+    assert "a.ASS: .ASS is no format of ours (.txt, .json" in capsys.readouterr().err
+    assert not out.exists()
+    assert run(tree / "a.wav", "-o", out, "--format", "text") == 0 and out.exists()
+    assert run(tree / "a.wav", "-o", tmp_path / "a.draft2") == 0
+
+
 def test_recordings_may_stand_on_both_sides_of_options(tree, capsys):
     assert run(tree / "a.wav", "--format", "text", tree / "deep" / "b.flac") == 0
     assert capsys.readouterr().out.count("\n") == 2
