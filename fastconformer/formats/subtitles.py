@@ -189,7 +189,8 @@ def _behind_clause(group: list[Span]) -> list[Span]:
 
 def _lines(words: list[Span], characters: int) -> list[str]:
     text = joined(words)
-    if text.isascii() or not any(word.glued for word in words):
+    is_wide = width(text) > len(text)  # Korean is, and has spaces
+    if text.isascii() or not (is_wide or any(word.glued for word in words)):
         return textwrap.wrap(text, characters, break_long_words=False, break_on_hyphens=False)
     lines = [""]
     for word in words:

@@ -102,6 +102,16 @@ def test_lines_of_full_width_characters():
     assert found[0].text.split("\n") == ["あ" * 21, "あ" * 21]
 
 
+def test_lines_of_full_width_words():
+    """Korean has spaces, and its characters are as wide as Chinese ones."""
+    texts = ["안녕하세요", "오늘은", "날씨가", "아주", "좋습니다"] * 6
+    words = [Span(text, 0.3 * k, 0.3 * k + 0.3) for k, text in enumerate(texts)]
+    found = cues(transcript(words))
+    rows = [row for cue in found for row in cue.text.split("\n")]
+    assert " ".join(rows).split() == texts
+    assert max(map(width, rows)) <= 42 and all(cue.text.count("\n") < 2 for cue in found)
+
+
 def test_ctm_has_a_line_a_word():
     tokenizer, tokens, pieces = spoken(JAPANESE)
     words = word_spans(tokens, pieces, tokenizer)
