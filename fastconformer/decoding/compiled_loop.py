@@ -13,6 +13,7 @@ Importing this module needs numba. The kernel compiles at its first call, for so
 cached on disk.
 """
 
+import contextlib
 import itertools
 import math
 import threading
@@ -27,37 +28,52 @@ from numba import njit
 from ..compiled import REORDER, array, exp_of, kept, sigmoid, wide
 from ..networks.heads import is_plain
 from ..networks.linear import Int8Weight
+from .compiled_products import (
+    BEFORE,
+    BELOW,
+    COUNT,
+    HELPERS,
+    OUTPUT,
+    PREDICTED,
+    STOP,
+    TICKET,
+    TOKEN,
+    Products,
+    help_out,
+    multiply,
+)
 from .confidence import Confidence
 
+_MOST_OF_A_GROUP = 4  # threads for one clip, whose pieces take microseconds
+_WORTH_HELP = 500_000  # numbers in the weights of a step; reading fewer is as fast as sharing them
 _ACTIVATIONS = {"relu": 0, "tanh": 1, "sigmoid": 2}
 
 
 class Weights(NamedTuple):
-    """The prediction network and the joint as arrays; a matrix is (numbers, scale of each row,
-    empty where it has none)."""
+    """The prediction network and the joint as arrays, the matrices as in `Products`."""
 
-    embedded: np.ndarray  # (V+1, H) float32
-    from_below: tuple  # of each layer: matrix (4H, H)
-    from_before: tuple
+    predicted: tuple
+    others: tuple
     biases: np.ndarray  # (layers, 4H), both of PyTorch's together
-    predicted: tuple  # matrix (J, H)
-    predicted_bias: np.ndarray
-    output: tuple  # matrix (V+1+N, J)
-    output_bias: np.ndarray
+    predicted_bias: np.ndarray  # (J,)
+    output_bias: np.ndarray  # (V+1+N,)
+    embedded: np.ndarray  # (V+1, H) float32
     gates: np.ndarray  # (V+1, 4H): the first layer's share of a token, where `known`
     known: np.ndarray  # (V+1,)
 
 
 class Room(NamedTuple):
-    """What a step writes and the next one writes again."""
+    """What a step writes and the next one reads or writes again: views of `Products.floats`."""
 
-    which: np.ndarray  # clips that a product is of
-    one: np.ndarray
-    tokens: np.ndarray  # the last of each clip
+    h: np.ndarray  # (layers, clips, H)
+    c: np.ndarray
+    state: np.ndarray  # (clips, J)
+    active: np.ndarray
     gates: np.ndarray  # (clips, 4H)
     more: np.ndarray
-    active: np.ndarray  # (clips, J)
     logits: np.ndarray  # (clips, V+1+N)
+    token: np.ndarray  # (1, H) an embedding, and
+    share: np.ndarray  # (1, 4H) what the first layer makes of it
 
 
 _kept: WeakKeyDictionary = WeakKeyDictionary()  # joint -> (what its weights were, Weights)
@@ -73,7 +89,8 @@ def fits(decoder, joint) -> bool:
     weights = [joint.pred.weight, joint.joint_net[-1].weight, *_matrices(decoder)]
     kinds = (torch.float32, torch.bfloat16, torch.int8)
     plain = all(w.dtype in kinds and not hasattr(w, "parametrizations") for w in weights)
-    return plain and joint.enc.weight.dtype in kinds[:2]
+    alike = len({w.dtype for w in weights[1:]}) == 1
+    return plain and alike and joint.enc.weight.dtype in kinds[:2]
 
 
 def run(
@@ -91,43 +108,39 @@ def run(
     frames and durations (3, n); log-probabilities and confidences (2, n)."""
     weights = _weights(decoder, joint)
     batch, n_frames = projected.shape[:2]
-    n_outputs, hidden = len(weights.output_bias), decoder.hidden
+    n_outputs = len(weights.output_bias)
     ends = lengths.numpy().astype(np.int64)
     # The kernel looks at no bounds.
     assert len(durations) == n_outputs - blank - 1 and max(ends, default=0) <= n_frames
     added = np.zeros(0, np.float32) if bias is None else bias.float().numpy()
     frames = array(projected.contiguous())
-    n_groups = max(1, min(torch.get_num_threads(), batch))
+    n_threads = torch.get_num_threads()
+    n_groups = max(1, min(n_threads, batch))
+    matrices = weights.predicted, *weights.others
+    worth = sum(numbers.size for numbers, _ in matrices) >= _WORTH_HELP
+    n_helpers = min(n_threads // n_groups, _MOST_OF_A_GROUP) - 1 if worth else 0
 
     def decode(clips: slice):
-        def floats_of(*shape):
-            return np.zeros(shape, np.float32)
-
-        n, width = len(ends[clips]), len(weights.predicted_bias)
-        capacity = n_frames + 16
+        n, capacity = len(ends[clips]), n_frames + 16
         at = np.zeros((3, n), np.int64)  # frame, tokens on it, tokens in all
-        h, c = (floats_of(decoder.n_layers, n, hidden) for _ in range(2))
-        state = floats_of(n, width)
-        ints, floats = np.zeros((n, capacity, 3), np.int64), floats_of(n, capacity)
-        logits = floats_of(n, capacity if confidence else 0, n_outputs)
-        room = Room(
-            *(np.zeros(size, np.int64) for size in (n, 1, n)),
-            floats_of(n, 4 * hidden), floats_of(n, 4 * hidden), floats_of(n, width),
-            floats_of(n, n_outputs),
-        )  # fmt: skip
+        ints, floats = np.zeros((n, capacity, 3), np.int64), np.zeros((n, capacity), np.float32)
+        logits = np.zeros((n, capacity if confidence else 0, n_outputs), np.float32)
+        products, room = _room(n, weights)
+        tokens = np.full(n, -1)  # the last of each clip, the start symbol
         begin = True
-        while True:
-            full = _decode(
-                frames[clips], ends[clips], weights, blank, np.array(durations, np.int64),
-                max_symbols or 0, added, _ACTIVATIONS[joint.activation], at, h, c, state, ints,
-                floats, logits, room, begin,
-            )  # fmt: skip
-            if not full:
-                return at[2], ints, floats, logits
-            ints, floats, logits = (
-                np.concatenate((x, np.zeros_like(x)), 1) for x in (ints, floats, logits)
-            )
-            begin = False
+        with _helped(n_helpers, products):
+            while _decode(
+                frames[clips], ends[clips], weights.embedded, weights.gates, weights.known,
+                weights.biases, weights.predicted_bias, weights.output_bias, blank,
+                np.array(durations, np.int64), max_symbols or 0, added,
+                _ACTIVATIONS[joint.activation], at, ints, floats, logits, tokens, products, room,
+                begin,
+            ):  # fmt: skip
+                ints, floats, logits = (
+                    np.concatenate((x, np.zeros_like(x)), 1) for x in (ints, floats, logits)
+                )
+                begin = False
+        return at[2], ints, floats, logits
 
     bounds = [batch * i // n_groups for i in range(n_groups + 1)]
     groups = [slice(lo, hi) for lo, hi in itertools.pairwise(bounds)]
@@ -148,10 +161,60 @@ def run(
     return found
 
 
+def _room(n: int, weights: Weights) -> tuple[Products, Room]:
+    """For n clips, all zeros."""
+    layers, hidden = len(weights.biases), weights.embedded.shape[1]
+    width, n_outputs = len(weights.predicted_bias), len(weights.output_bias)
+    shapes = Room(
+        (layers, n, hidden), (layers, n, hidden), (n, width), (n, width), (n, 4 * hidden),
+        (n, 4 * hidden), (n, n_outputs), (1, hidden), (1, 4 * hidden),
+    )  # fmt: skip
+    starts = list(itertools.accumulate(map(math.prod, shapes), initial=0))
+    floats, at = np.zeros(starts.pop(), np.float32), Room(*starts)
+    room = Room(
+        *(
+            floats[start : start + math.prod(shape)].reshape(shape)
+            for start, shape in zip(at, shapes, strict=True)
+        )
+    )
+    state = [at.h + layer * n * hidden for layer in range(layers)]
+    places = [
+        (state[-1], at.state, width),
+        (at.active, at.logits, n_outputs),
+        (state[0], at.gates, 4 * hidden),
+        (at.token, at.share, 4 * hidden),
+    ]
+    for below, here in itertools.pairwise(state):
+        places += [(here, at.gates, 4 * hidden), (below, at.more, 4 * hidden)]
+    products = Products(
+        weights.predicted, weights.others, floats, np.array(places), np.zeros(n + 1, np.int64),
+        np.zeros(HELPERS + 1, np.int64),
+    )  # fmt: skip
+    return products, room
+
+
+@contextlib.contextmanager
+def _helped(n: int, products: Products):
+    """While inside, n threads beside the caller's take pieces of what it multiplies."""
+    products.board[HELPERS] = n
+    threads = [threading.Thread(target=_help, args=(products,)) for _ in range(n)]
+    try:
+        with contextlib.suppress(RuntimeError):  # the system starts no more
+            for thread in threads:
+                thread.start()
+        yield
+    finally:
+        products.board[TICKET] = STOP
+        for thread in threads:
+            if thread.ident is not None:
+                thread.join()
+
+
 def _matrices(decoder) -> list:
+    """Each layer's for the state before and for what is below."""
     lstm = decoder.prediction["dec_rnn"].lstm
-    names = ("weight_ih", "weight_hh")
-    return [getattr(lstm, f"{n}_l{i}") for n in names for i in range(decoder.n_layers)]
+    names = ("weight_hh", "weight_ih")
+    return [getattr(lstm, f"{name}_l{i}") for i in range(decoder.n_layers) for name in names]
 
 
 def _matrix(weight) -> tuple[np.ndarray, np.ndarray]:
@@ -176,19 +239,18 @@ def _weights(decoder, joint) -> Weights:
 
 def _prepare(decoder, joint) -> Weights:
     lstm = decoder.prediction["dec_rnn"].lstm
-    matrices = [_matrix(w) for w in _matrices(decoder)]
-    n = decoder.n_layers
     biases = [
         (getattr(lstm, f"bias_ih_l{i}").float() + getattr(lstm, f"bias_hh_l{i}").float()).detach()
-        for i in range(n)
+        for i in range(decoder.n_layers)
     ]
     embed = decoder.prediction["embed"]
-    embedded = embed(torch.arange(embed.num_embeddings)).detach().float().numpy()
+    embedded = embed(torch.arange(embed.num_embeddings, device="cpu")).detach().float().numpy()
     output = joint.joint_net[-1]
+    others = [output.weight, *_matrices(decoder)]
     return Weights(
-        embedded, tuple(matrices[:n]), tuple(matrices[n:]), torch.stack(biases).numpy(),
-        _matrix(joint.pred.weight), joint.pred.bias.detach().float().numpy(),
-        _matrix(output.weight), output.bias.detach().float().numpy(),
+        _matrix(joint.pred.weight), tuple(_matrix(w) for w in others),
+        torch.stack(biases).numpy(), joint.pred.bias.detach().float().numpy(),
+        output.bias.detach().float().numpy(), embedded,
         # untouched pages take no memory
         np.empty((len(embedded), 4 * decoder.hidden), np.float32),
         np.zeros(len(embedded), np.bool_),
@@ -197,48 +259,6 @@ def _prepare(decoder, joint) -> Weights:
 
 # Arrays are made in Python and indexed element by element here: each of numpy's functions and each
 # slice would be compiled along, which takes numba some seconds in all.
-
-
-@njit(fastmath=REORDER, error_model="numpy")
-def _dots(weight, i, x, b):
-    """Four rows of the weight, from i on, times x[b]."""
-    s0 = s1 = s2 = s3 = np.float32(0)
-    for k in range(x.shape[1]):
-        v = x[b, k]
-        s0 += wide(weight[i, k]) * v
-        s1 += wide(weight[i + 1, k]) * v
-        s2 += wide(weight[i + 2, k]) * v
-        s3 += wide(weight[i + 3, k]) * v
-    return s0, s1, s2, s3
-
-
-@njit(fastmath=REORDER, error_model="numpy")
-def _dot(weight, i, x, b):
-    total = np.float32(0)
-    for k in range(x.shape[1]):
-        total += wide(weight[i, k]) * x[b, k]
-    return total
-
-
-@njit(error_model="numpy")
-def _multiply(matrix, x, which, n, out):
-    """out[b] = matrix x[b] for the first n clips b in `which`; four rows are in the cache for all
-    clips."""
-    weight, scale = matrix
-    n_rows = weight.shape[0]
-    fours = n_rows - n_rows % 4
-    for i in range(0, fours, 4):
-        for j in range(n):
-            b = which[j]
-            out[b, i], out[b, i + 1], out[b, i + 2], out[b, i + 3] = _dots(weight, i, x, b)
-    for i in range(fours, n_rows):
-        for j in range(n):
-            out[which[j], i] = _dot(weight, i, x, which[j])
-    if len(scale) > 0:
-        for j in range(n):
-            b = which[j]
-            for i in range(n_rows):
-                out[b, i] *= scale[i]
 
 
 @njit(error_model="numpy")
@@ -297,63 +317,65 @@ def _log_sum_exp(x, b, last, top):
 
 
 @njit(error_model="numpy")
-def _predict(weights, room, n, h, c, state):
-    """Takes in the token of the first n clips in `room.which` (-1: the start symbol)."""
-    which, gates = room.which, room.gates
-    for layer in range(len(h)):
-        _multiply(weights.from_before[layer], h[layer], which, n, gates)
-        if layer == 0:
-            for j in range(n):
-                token = room.tokens[which[j]]
-                if token < 0:
-                    continue
-                if not weights.known[token]:
-                    room.one[0] = token
-                    _multiply(
-                        weights.from_below[0], weights.embedded, room.one, 1,
-                        weights.gates,
-                    )  # fmt: skip
-                    weights.known[token] = True
-                for k in range(gates.shape[1]):
-                    gates[which[j], k] += weights.gates[token, k]
-        else:
-            _multiply(weights.from_below[layer], h[layer - 1], which, n, room.more)
-            for j in range(n):
-                for k in range(gates.shape[1]):
-                    gates[which[j], k] += room.more[which[j], k]
-        _add(which, n, weights.biases[layer], gates)
-        for j in range(n):
-            _cells(gates, h, c, layer, which[j])
-    _multiply(weights.predicted, h[len(h) - 1], which, n, state)
-    _add(which, n, weights.predicted_bias, state)
+def _add_share(products, room, embedded, shares, known, token, b):
+    """Adds what the first layer makes of the token to the gates of clip b."""
+    if not known[token]:
+        for k in range(embedded.shape[1]):
+            room.token[0, k] = embedded[token, k]
+        multiply(products, TOKEN)
+        for k in range(shares.shape[1]):
+            shares[token, k] = room.share[0, k]
+        known[token] = True
+    for k in range(shares.shape[1]):
+        room.gates[b, k] += shares[token, k]
 
 
 @kept()
 def _decode(
-    frames, ends, weights, blank, durations, max_symbols, added, activation, at, h, c, state, ints,
-    floats, logits_of, room, begin,
+    frames, ends, embedded, shares, known, biases, predicted_bias, output_bias, blank, durations,
+    max_symbols, added, activation, at, ints, floats, logits_of, tokens, products, room, begin,
 ):  # fmt: skip
     """Advances clips to their ends; True where a clip's records are full before that: to be called
     again with more room. All arrays from `at` on are written."""
-    n_clips, n_outputs = len(ends), len(weights.output_bias)
-    which, logits = room.which, room.logits
+    n_clips, n_outputs = len(ends), len(output_bias)
+    which, board, logits, gates = products.which, products.board, room.logits, room.gates
+    n_found = 0
     if begin:
         for b in range(n_clips):
             which[b] = b
-            room.tokens[b] = -1
-        _predict(weights, room, n_clips, h, c, state)
+        n_found = n_clips
     while True:
+        # the prediction network takes in the token of the first n_found clips in `which`
+        board[COUNT] = n_found
+        for layer in range(len(biases) if n_found > 0 else 0):
+            multiply(products, BEFORE + 2 * layer)
+            if layer > 0:
+                multiply(products, BELOW + 2 * layer)
+            for j in range(n_found):
+                b = which[j]
+                if layer > 0:
+                    for k in range(gates.shape[1]):
+                        gates[b, k] += room.more[b, k]
+                elif tokens[b] >= 0:
+                    _add_share(products, room, embedded, shares, known, tokens[b], b)
+            _add(which, n_found, biases[layer], gates)
+            for j in range(n_found):
+                _cells(gates, room.h, room.c, layer, which[j])
+        if n_found > 0:
+            multiply(products, PREDICTED)
+            _add(which, n_found, predicted_bias, room.state)
         n, full = 0, False
         for b in range(n_clips):
             if at[0, b] < ends[b]:
                 full = full or at[2, b] == ints.shape[1]
-                _activate(frames, b, at[0, b], state, activation, room.active)
+                _activate(frames, b, at[0, b], room.state, activation, room.active)
                 which[n] = b
                 n += 1
         if n == 0 or full:
             return full
-        _multiply(weights.output, room.active, which, n, logits)
-        _add(which, n, weights.output_bias, logits)
+        board[COUNT] = n
+        multiply(products, OUTPUT)
+        _add(which, n, output_bias, logits)
         _add(which, n, added, logits)
         n_found = 0
         for j in range(n):
@@ -379,7 +401,13 @@ def _decode(
                 skip += 1
                 at[1, b] = 0
             at[0, b] += skip
-            room.tokens[b] = token
+            tokens[b] = token
             which[n_found] = b
             n_found += 1
-        _predict(weights, room, n_found, h, c, state)
+
+
+# Compiled here, since numba's cache looks at this file alone: an old `_decode` beside a new helper
+# would wait for ever.
+@kept()
+def _help(products):
+    help_out(products)

@@ -41,7 +41,9 @@ def gated_convolution(
     b, t, width = x.shape
     out = x.new_empty(b, t, width // 2)
     pieces = -(-t // _ROWS)
-    gated = torch.empty(b * pieces, _ROWS + len(weight) - 1, width // 2)
+    gated = torch.empty(
+        b * pieces, _ROWS + len(weight) - 1, width // 2, dtype=torch.float32, device="cpu"
+    )
     with threads(x.numel()):
         _convolve(
             array(x.contiguous()), pad_mask.contiguous().numpy(), array(weight), array(bias), left,
@@ -102,8 +104,8 @@ def subsampling_start(
     both = torch.stack((lengths, output_length(lengths, 2, causal)))
     weights = _taps(first), _taps(depthwise)
     with threads(4 * out.numel()) as groups:
-        inputs = torch.zeros(groups, 3, m + before + 1)
-        room = torch.zeros(groups, 3, m1 + before + 1, channels)
+        inputs = torch.zeros(groups, 3, m + before + 1, dtype=torch.float32, device="cpu")
+        room = torch.zeros(groups, 3, m1 + before + 1, channels, dtype=torch.float32, device="cpu")
         _start(
             array(x.contiguous()), both.numpy(), *weights, before, t1, array(inputs),
             array(room), array(out),
@@ -189,9 +191,9 @@ def softmax_of_sums(
     query sees the keys from i - reach[0] to i + reach[1] that `hidden` (B, 1, 1 or N, T) does not
     say are hidden; where it hides all of them, it sees them evenly."""
     b, h, n, t = scores.shape
-    room = torch.empty(min(_GROUPS, b * h * n), t)
+    room = torch.empty(min(_GROUPS, b * h * n), t, dtype=torch.float32, device="cpu")
     if hidden is None:
-        hidden = torch.empty(0, 1, 1, t, dtype=torch.bool)
+        hidden = torch.empty(0, 1, 1, t, dtype=torch.bool, device="cpu")
     with threads(scores.numel()):
         _softmax(
             array(scores.flatten(0, 2)), array(position.flatten(0, 2)), array(hidden.contiguous()),
@@ -278,7 +280,10 @@ def _softmax_row(scores, position, hidden, scale, reach, sizes, room, row):
 def quantized(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """rows (N, D) float32 -> uint8 with a zero point of 128, and each row's scale (N,): its largest
     magnitude over 127."""
-    out, scale = torch.empty(rows.shape, dtype=torch.uint8), torch.empty(len(rows))
+    out, scale = (
+        torch.empty(rows.shape, dtype=torch.uint8, device="cpu"),
+        torch.empty(len(rows), dtype=torch.float32, device="cpu"),
+    )
     with threads(rows.numel()):
         _quantize(array(rows), array(out), array(scale))
     return out, scale
@@ -308,7 +313,7 @@ def scaled(
     sums: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, after: str
 ) -> torch.Tensor:
     """`sums` (N, D) times each row's scale, plus the bias, then what comes after; in place."""
-    bias = torch.zeros(sums.shape[1]) if bias is None else bias
+    bias = torch.zeros(sums.shape[1], dtype=torch.float32, device="cpu") if bias is None else bias
     with threads(sums.numel()):
         _scale(array(sums), array(scale), array(bias), _AFTER[after])
     return sums

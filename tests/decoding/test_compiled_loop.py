@@ -1,13 +1,16 @@
 """The compiled greedy loop against the plain one, whose steps test_decoding.py checks."""
 
 import copy
+import threading
 
 import pytest
 import torch
 from test_decoding import DURATIONS, D, V, transducer
 
+from fastconformer.config import JointConfig, PredictionConfig
 from fastconformer.decoding import Confidence, transducer_greedy
 from fastconformer.decoding import transducer as transducer_module
+from fastconformer.networks.heads import Joint, PredictionNetwork
 from fastconformer.networks.linear import quantize
 
 compiled_loop = pytest.importorskip(
@@ -60,6 +63,52 @@ def test_a_clip_alone_has_the_same_bits_as_in_a_batch(monkeypatch):
         (alone,) = compiled_loop.run(projected[b : b + 1], lengths[b : b + 1], *options)
         for a, e in zip(alone, together[b], strict=True):
             assert a.tobytes() == e.tobytes()
+
+
+def wide_transducer():
+    """Products of several pieces, the last ones not whole; two layers of int8 weights."""
+    decoder = PredictionNetwork(
+        PredictionConfig(vocab_size=150, pred_hidden=83, pred_rnn_layers=2, dropout=0.0)
+    )
+    joint = Joint(JointConfig(150, D, 83, 70, "relu", 0.0, 5))
+    generator = torch.manual_seed(3)
+    for parameter in (*decoder.parameters(), *joint.parameters()):
+        parameter.data = 0.5 * torch.randn(parameter.shape, generator=generator)
+    for part in (decoder.eval(), joint.joint_net):
+        quantize(part, plain=True)
+    return decoder, joint.eval()
+
+
+@pytest.mark.parametrize("n_threads", [2, 3, 8])
+def test_helpers_change_no_bit(monkeypatch, n_threads):
+    decoder, joint = wide_transducer()
+    encoded, lengths = batch_of(4, (60, 31))
+    projected = joint.enc(encoded).detach()
+    options = decoder, joint, 150, (0, 1, 2, 3, 4), 10, None, None
+    helpers = []
+
+    def counted(n, *arguments, real=compiled_loop._helped):
+        helpers.append(n)
+        return real(n, *arguments)
+
+    monkeypatch.setattr(compiled_loop, "_helped", counted)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    expected = compiled_loop.run(projected, lengths, *options)
+    assert helpers == [0] and all(len(ints[0]) > 10 for ints, _ in expected)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: n_threads)
+    compiled_loop.run(projected, lengths, *options)
+    assert set(helpers) == {0}  # so small a network is as fast without
+    monkeypatch.setattr(compiled_loop, "_WORTH_HELP", 0)
+    before = threading.active_count()
+    for b in (slice(0, 2), slice(0, 1), slice(1, 2)):
+        compiled_loop._kept.clear()  # what the tokens give is computed anew
+        helpers.clear()
+        found = compiled_loop.run(projected[b], lengths[b], *options)
+        n = b.stop - b.start
+        assert helpers == [min(n_threads // n, 4) - 1] * n
+        for a, e in zip(found, expected[b], strict=True):
+            assert all(x.tobytes() == y.tobytes() for x, y in zip(a, e, strict=True))
+    assert threading.active_count() == before
 
 
 def test_more_tokens_than_frames(monkeypatch):
