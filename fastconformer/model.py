@@ -60,6 +60,12 @@ class ASRModel(nn.Module):
                 setattr(self, attribute, module)
         self.__dict__["aligner"] = None  # not a module of this one: its weights are its own
 
+    def train(self, mode: bool = True):
+        """As nn.Module's, for `eval` too. What inference keeps of the weights is made anew: it goes
+        by their versions, which neither fused or 8-bit optimizers nor `.data.copy_` count."""
+        torch.autograd.graph.increment_version([*self.parameters(), *self.buffers()])
+        return super().train(mode)
+
     @property
     def sample_rate(self) -> int:
         """Hz."""

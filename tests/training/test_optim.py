@@ -427,6 +427,34 @@ def test_moments_come_back_bit_for_bit(name):
     assert not changed(whole.steps(2).state(), again.steps(2).state())
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16_pure"])
+@pytest.mark.parametrize("name", ["adamw", "adam", "adamw8bit"])
+def test_what_inference_keeps_of_the_weights_is_made_anew(name, precision):
+    """Validation between steps, beside a copy that has computed nothing yet."""
+    if (name, precision) == ("adam", "bf16_pure"):
+        pytest.skip("refused")
+    sections = {"trainer": {"precision": precision}, "optim": {"name": name, "lr": 1e-2}}
+    run = Run(recipe_of(**sections))
+    batch = run.batches[0]
+
+    def encoded(model):
+        with torch.no_grad():
+            features = model.eval().featurize(batch.audio, batch.audio_lengths)
+            return model.encode(*features)[0]
+
+    before = encoded(run.model)
+    fresh = Run(recipe_of(**sections)).model
+    fresh.load_state_dict(run.steps(1).state())
+    after = encoded(run.model)
+    assert not torch.equal(after, before)
+    assert torch.equal(after, encoded(fresh))
+    for parameter in fresh.parameters():
+        parameter.data.mul_(0.9)
+    changed_fresh = encoded(fresh)
+    run.model.load_state_dict(fresh.state_dict())
+    assert torch.equal(changed_fresh, encoded(run.model))
+
+
 @pytest.mark.parametrize("options", [[], ["optim.name=adamw8bit"], ["lora.rank=3"]])
 def test_pure_bfloat16_resumes_bit_for_bit_and_saves_float32(tmp_path, options):
     recipe, run = make_corpus(tmp_path)
