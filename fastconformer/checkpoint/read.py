@@ -61,7 +61,9 @@ def _is_zip(path: Path) -> bool:
         if not head.startswith(b"PK\3\4"):
             return False
         if not zipfile.is_zipfile(file):
-            raise ValueError(f"{path} is cut short: a checkpoint whose end is missing")
+            raise ValueError(
+                f"{path} is cut short: no whole .ckpt, and truncated or not a tar archive"
+            )
         return True
 
 
